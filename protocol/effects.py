@@ -1,0 +1,180 @@
+"""Every input and every effect of the protocol machines, on one page.
+
+Machines speak in typed messages (`Send`, `SendLink`); `protocol.node` seals them into bytes (`SendDatagram`,
+`SendFrame`) for the driver. A driver performs the effects of one `handle` call in order: a `Persist` is durable before
+any later effect happens, except datagrams marked `ahead`, which depend on nothing durable and need not wait for a disk.
+"""
+
+from collections.abc import MutableSequence, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from protocol.ids import Address, NodeId
+
+T = TypeVar("T")
+
+TimerKey = tuple[str | int, ...]
+"""The first item names the machine that owns the timer, the rest is its business. Setting a key again moves it."""
+
+
+class Rng(Protocol):
+    """The part of random.Random that machines draw from; the caller owns the seed."""
+
+    def random(self) -> float: ...
+    def uniform(self, a: float, b: float, /) -> float: ...
+    def randrange(self, start: int, stop: int | None = None, /) -> int: ...
+    def choice(self, seq: Sequence[T], /) -> T: ...
+    def sample(self, population: Sequence[T], k: int, /) -> list[T]: ...
+    def shuffle(self, x: MutableSequence[T], /) -> None: ...
+    def getrandbits(self, k: int, /) -> int: ...
+
+
+# ---- inputs -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DatagramReceived:
+    """One UDP datagram as it came from the network: nothing of it is believed yet."""
+
+    data: bytes
+    source: Address
+
+
+@dataclass(frozen=True, slots=True)
+class LinkOpened:
+    """A control link to a peer stands: TLS, roster check and HELLO are done, both ways."""
+
+    peer: NodeId
+    boot: int  # the peer's boot epoch, from its HELLO
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLost:
+    """The control link to a peer is gone, or could not be opened; what was sent on it may or may not have arrived."""
+
+    peer: NodeId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FrameReceived:
+    """One frame of a control link, for the machines (channel 0); authenticated by the link."""
+
+    peer: NodeId
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """A timer set by SetTimer came due. Never delivered after its CancelTimer."""
+
+    key: TimerKey
+
+
+NetworkInput = DatagramReceived | LinkOpened | LinkLost | FrameReceived | TimerFired
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """What protocol.node makes of a DatagramReceived for membership: all typed messages of one proven sender."""
+
+    sender: NodeId
+    source: Address
+    messages: Sequence[object]
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One typed message of a datagram, for the machine that it is meant for; the sender is proven."""
+
+    sender: NodeId
+    source: Address
+    message: object
+
+
+@dataclass(frozen=True, slots=True)
+class LinkReceived:
+    """What protocol.node makes of a FrameReceived: one typed link message."""
+
+    peer: NodeId
+    message: object
+
+
+# ---- effects ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    """Make (machine, key) -> value durable; None deletes. Effects after it in the same list wait for it."""
+
+    machine: str
+    key: bytes
+    value: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send typed messages to a peer in one datagram. `address` None: the best address known. Lossy by nature."""
+
+    to: NodeId
+    messages: tuple[object, ...]
+    address: Address | None = None
+    ahead: bool = False  # True: says nothing that an earlier Persist must have made true
+
+
+@dataclass(frozen=True, slots=True)
+class SendLink:
+    """Send one typed message over the control link, opening it if need be. Failure comes back as LinkLost."""
+
+    to: NodeId
+    message: object
+
+
+@dataclass(frozen=True, slots=True)
+class SendDatagram:
+    """The sealed form of Send, for the driver."""
+
+    address: Address
+    data: bytes
+    ahead: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SendFrame:
+    """The encoded form of SendLink, for the driver. It opens the link when there is none."""
+
+    to: NodeId
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CloseLink:
+    """Cut every connection with this peer now: control and bulk (eviction, in at most 5 s; here at once)."""
+
+    to: NodeId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetTimer:
+    """Fire TimerFired(key) at monotonic time `at` (seconds); replaces an earlier one with the same key."""
+
+    key: TimerKey
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class CancelTimer:
+    """Forget the timer; harmless when there is none."""
+
+    key: TimerKey
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Tell observers (other machines in protocol.node first, then the bus) that something happened."""
+
+    event: object
+
+
+Effect = Persist | Send | SendLink | SendDatagram | SendFrame | CloseLink | SetTimer | CancelTimer | Publish

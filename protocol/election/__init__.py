@@ -1,0 +1,1 @@
+"""Who coordinates, in which term; leases, the electorate, and the fence against older terms."""

@@ -1,0 +1,50 @@
+"""Inputs and events of the heartbeats machine."""
+
+from dataclasses import dataclass
+from enum import IntFlag
+
+from protocol.ids import NodeId
+from protocol.wire.messages import Heartbeat
+
+
+class HeartbeatFlag(IntFlag):
+    """Bits of Heartbeat.flags."""
+
+    ON_BATTERY = 1
+    THROTTLED = 2
+    DRAINING = 4
+    GPU = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One reading of this machine. Fields as in the Heartbeat message, which documents units and absent values."""
+
+    cpu_pm: int
+    load_c: int
+    ram_used_mb: int
+    storage_used_mb: int
+    vram_free_mb: int
+    gpu_temp_c: int
+    gpu_busy_pm: int
+    flags: int
+    battery_pct: int
+    slots_free: int
+    uptime_s: int
+    rtt_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampleTaken:
+    """The sampler read this machine; the machine decides whether that is worth telling."""
+
+    sample: Sample
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatHeard:
+    """A newer heartbeat of a member (or this node's own) is known now."""
+
+    node: NodeId
+    heartbeat: Heartbeat
+    at: float  # monotonic seconds, this node's clock

@@ -1,0 +1,294 @@
+"""The heartbeats machine: when to publish, and how each reaches everyone exactly once.
+
+Every heartbeat travels down a tree over the sorted list of nodes that are up, so nobody receives it twice and the cost
+of a node is one packet in and about one packet out per heartbeat, at any mesh size. The period stretches so that what
+a node receives stays under the budget. A lost packet, or a view that differs for a moment, costs some nodes one beat.
+In large meshes neighbours share a tree and their heartbeats share packets. The coordinator and its deputies are told
+more often, directly.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from math import inf
+
+from protocol.effects import Effect, Publish, Received, Rng, Send, SetTimer, TimerFired
+from protocol.heartbeats.events import HeartbeatHeard, Sample, SampleTaken
+from protocol.ids import NodeId
+from protocol.membership.events import PeerDown, PeerLeft, PeerUp, StatementReceived
+from protocol.trust.view import RosterView
+from protocol.wire.messages import Gossip, Heartbeat, Spread
+from protocol.wire.statements import Stated, StatementCodec
+
+MACHINE = "heartbeats"
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatParameters:
+    """Periods and budget. `budget_bytes_per_s` is what one node receives, packets' own overhead included."""
+
+    budget_bytes_per_s: float = 1500.0
+    period_min_s: float = 4.0
+    packet_bytes: int = 180  # one heartbeat in a datagram of its own
+    shared_packet_bytes: int = 142  # one of several that share a datagram
+    fanout: int = 4
+    group: int = 8  # so many neighbours share a tree ...
+    group_from: int = 100  # ... in meshes of at least this many nodes
+    hold_s: float = 2.0  # how long the root of a shared tree collects
+    batch: int = 7  # heartbeats in one datagram at most
+    direct_period_s: float = 3.0  # to the coordinator and deputies, in small meshes
+    direct_per_s: float = 40.0  # heartbeats a second that a coordinator should receive directly, at most
+
+
+class Heartbeats:
+    """Latest heartbeat of every member. Timers are keyed ("heartbeats", ...)."""
+
+    def __init__(
+        self,
+        *,
+        me: NodeId,
+        boot: int,
+        roster: RosterView,
+        rng: Rng,
+        codec: StatementCodec,
+        params: HeartbeatParameters | None = None,
+    ) -> None:
+        self._me = me
+        self._boot = boot
+        self._roster = roster
+        self._rng = rng
+        self._codec = codec
+        self._params = params or HeartbeatParameters()
+        self._order: list[tuple[bytes, NodeId]] = [(roster.short(me), me)]
+        self._sample: Sample | None = None
+        self._told: Sample | None = None
+        self._number = 0
+        self._next_at = inf
+        self._early_at = 0.0
+        self._held: list[Stated] = []
+        self._leader: NodeId | None = None
+        self._deputies: tuple[NodeId, ...] = ()
+        self._term = 0
+        self.latest: dict[NodeId, tuple[Heartbeat, float]] = {}
+
+    # ---- reading -----------------------------------------------------------------------------------------------
+
+    def period_s(self) -> float:
+        """Seconds between two heartbeats of a node, at the present size of the mesh."""
+        size = len(self._order)
+        cost = self._params.shared_packet_bytes if self._group() > 1 else self._params.packet_bytes
+        return max(self._params.period_min_s, size * cost / self._params.budget_bytes_per_s)
+
+    # ---- life --------------------------------------------------------------------------------------------------
+
+    def start(self, now: float, wall: float) -> list[Effect]:
+        """Begin beating, at a random point of the first period so that restarted meshes do not beat in step."""
+        self._next_at = now + self._rng.uniform(0.0, 1.0)
+        return [SetTimer((MACHINE, "beat"), self._next_at), SetTimer((MACHINE, "direct"), now + 1.0)]
+
+    def follow(self, leader: NodeId | None, term: int, deputies: tuple[NodeId, ...]) -> None:
+        """Whom this node follows: stated in its heartbeats, and told more often."""
+        self._leader, self._term, self._deputies = leader, term, deputies
+
+    def handle(
+        self,
+        event: Received | TimerFired | StatementReceived | SampleTaken | PeerUp | PeerDown | PeerLeft,
+        now: float,
+        wall: float,
+    ) -> list[Effect]:
+        """One event. Never raises on what a peer sent."""
+        match event:
+            case Received(sender, _, Spread() as spread):
+                return self._spread(spread, now)
+            case StatementReceived(_, stated):
+                return self._heard(stated, now)
+            case SampleTaken(sample):
+                return self._sampled(sample, now)
+            case TimerFired(key):
+                return self._timer(key, now)
+            case PeerUp(peer):
+                return self._arrived(peer, now)
+            case PeerDown(peer) | PeerLeft(peer):
+                entry = (self._roster.short(peer), peer)
+                index = bisect_left(self._order, entry)
+                if index < len(self._order) and self._order[index] == entry:
+                    del self._order[index]
+                if peer not in self._roster:
+                    self.latest.pop(peer, None)
+                return []
+            case _:
+                return []
+
+    def _arrived(self, peer: NodeId, now: float) -> list[Effect]:
+        entry = (self._roster.short(peer), peer)
+        index = bisect_left(self._order, entry)
+        if index < len(self._order) and self._order[index] == entry:
+            return []
+        insort(self._order, entry)
+        # A newcomer should not wait a whole period to see this node; in a large mesh it gets only what it hears.
+        if self._group() == 1 and self._told is not None and len(self._order) <= self._params.group_from // 2:
+            return self._early(now, self._rng.uniform(0.1, 1.0))
+        return []
+
+    # ---- publishing --------------------------------------------------------------------------------------------
+
+    def _sampled(self, sample: Sample, now: float) -> list[Effect]:
+        self._sample = sample
+        if self._told is None or _significant(self._told, sample):
+            return self._early(now, 0.0)
+        return []
+
+    def _early(self, now: float, delay_s: float) -> list[Effect]:
+        """Beat before the period is over, at most once per half period: the budget is an average that must hold."""
+        at = max(now + delay_s, self._early_at)
+        if at >= self._next_at:
+            return []
+        self._next_at = at
+        return [SetTimer((MACHINE, "beat"), at)]
+
+    def _timer(self, key: tuple[str | int, ...], now: float) -> list[Effect]:
+        match key[1:]:
+            case ("beat",):
+                return self._beat(now)
+            case ("direct",):
+                return self._direct(now)
+            case ("hold",):
+                return self._release()
+            case _:
+                return []
+
+    def _beat(self, now: float) -> list[Effect]:
+        period = self.period_s()
+        self._next_at = now + period * self._rng.uniform(0.95, 1.05)
+        self._early_at = now + period / 2
+        out: list[Effect] = [SetTimer((MACHINE, "beat"), self._next_at)]
+        if self._sample is None:
+            return out
+        self._told = self._sample
+        stated = self._state(self._sample, period)
+        out += self._heard(stated, now)
+        root = self._root()
+        if root != self._me:
+            out.append(Send(root, (Spread(self._roster.short(root), [stated.blob]),), ahead=True))
+        elif self._group() > 1:
+            out += self._hold(stated, now)
+        else:
+            out += self._send_down(self._me, [stated.blob])
+        return out
+
+    def _direct(self, now: float) -> list[Effect]:
+        params = self._params
+        pause = max(params.direct_period_s, len(self._order) / params.direct_per_s)
+        out: list[Effect] = [SetTimer((MACHINE, "direct"), now + pause * self._rng.uniform(0.9, 1.1))]
+        targets = [node for node in (self._leader, *self._deputies) if node is not None and node != self._me]
+        if self._sample is None or not targets or pause > self.period_s():
+            return out
+        stated = self._state(self._sample, self.period_s())
+        out += self._heard(stated, now)
+        out += [Send(target, (Gossip([stated.blob]),), ahead=True) for target in targets]
+        return out
+
+    def _state(self, sample: Sample, period: float) -> Stated:
+        self._number += 1
+        body = Heartbeat(
+            self._roster.short(self._me),
+            self._boot,
+            self._number,
+            min(65535, int(period * 10)),
+            sample.cpu_pm,
+            sample.load_c,
+            sample.ram_used_mb,
+            sample.storage_used_mb,
+            sample.vram_free_mb,
+            sample.gpu_temp_c,
+            sample.gpu_busy_pm,
+            sample.flags,
+            sample.battery_pct,
+            sample.slots_free,
+            sample.uptime_s,
+            sample.rtt_us,
+            self._roster.short(self._leader) if self._leader is not None else bytes(8),
+            self._term,
+        )
+        return self._codec.sign(self._me, body)
+
+    # ---- the tree ----------------------------------------------------------------------------------------------
+
+    def _group(self) -> int:
+        return self._params.group if len(self._order) >= self._params.group_from else 1
+
+    def _index(self, node: NodeId) -> int | None:
+        entry = (self._roster.short(node), node)
+        index = bisect_left(self._order, entry)
+        return index if index < len(self._order) and self._order[index] == entry else None
+
+    def _root(self) -> NodeId:
+        """The root of this node's tree: itself, or the first of its group of neighbours."""
+        index, group = self._index(self._me), self._group()
+        return self._order[(index or 0) // group * group][1]
+
+    def _send_down(self, root: NodeId, blobs: list[bytes]) -> list[Effect]:
+        """Pass heartbeats to this node's children in the tree of `root`: a heap over the list rotated to the root."""
+        base, mine = self._index(root), self._index(self._me)
+        if base is None or mine is None or not blobs:
+            return []
+        size, fanout = len(self._order), self._params.fanout
+        rank = (mine - base) % size
+        message = Spread(self._roster.short(root), blobs)
+        children = range(rank * fanout + 1, min(rank * fanout + 1 + fanout, size))
+        return [Send(self._order[(base + child) % size][1], (message,), ahead=True) for child in children]
+
+    def _spread(self, spread: Spread, now: float) -> list[Effect]:
+        root = self._roster.node(spread.root)
+        if root is None:
+            return []
+        out: list[Effect] = []
+        fresh: list[Stated] = []
+        for blob in spread.items[: self._params.batch]:
+            stated = self._codec.open(blob)
+            if stated is not None and self._newer(stated):
+                fresh.append(stated)
+                out += self._heard(stated, now)
+        if root == self._me:
+            for stated in fresh:
+                out += self._hold(stated, now)
+        else:
+            out += self._send_down(root, [stated.blob for stated in fresh])
+        return out
+
+    def _hold(self, stated: Stated, now: float) -> list[Effect]:
+        """Collect the heartbeats of this node's group for a moment, so that they share packets."""
+        self._held.append(stated)
+        if len(self._held) >= self._params.batch:
+            return self._release()
+        return [SetTimer((MACHINE, "hold"), now + self._params.hold_s)] if len(self._held) == 1 else []
+
+    def _release(self) -> list[Effect]:
+        held, self._held = self._held, []
+        return self._send_down(self._me, [stated.blob for stated in held])
+
+    # ---- hearing -----------------------------------------------------------------------------------------------
+
+    def _newer(self, stated: Stated) -> bool:
+        body = stated.body
+        if not isinstance(body, Heartbeat):
+            return False
+        known = self.latest.get(stated.signer)
+        return known is None or (body.boot, body.number) > (known[0].boot, known[0].number)
+
+    def _heard(self, stated: Stated, now: float) -> list[Effect]:
+        if not self._newer(stated) or not isinstance(stated.body, Heartbeat):
+            return []
+        self.latest[stated.signer] = (stated.body, now)
+        return [Publish(HeartbeatHeard(stated.signer, stated.body, now))]
+
+
+def _significant(told: Sample, now: Sample) -> bool:
+    """Whether readers would act differently on the new figures: coarse steps, so that noise is not news."""
+    return (
+        told.flags != now.flags
+        or told.slots_free != now.slots_free
+        or abs(told.cpu_pm - now.cpu_pm) >= 250
+        or abs(told.ram_used_mb - now.ram_used_mb) >= max(512, told.ram_used_mb // 10)
+        or abs(told.storage_used_mb - now.storage_used_mb) >= 4096
+        or abs(told.vram_free_mb - now.vram_free_mb) >= 1024
+    )

@@ -1,0 +1,426 @@
+"""The membership machine: who is up. Takes verified messages and timers, returns effects; see the parts beside it.
+
+What it leaves to others: who is a member at all (trust), resources (heartbeats), who coordinates (election).
+"""
+
+from collections.abc import Mapping
+
+from protocol.effects import (
+    Effect,
+    LinkLost,
+    LinkOpened,
+    LinkReceived,
+    Packet,
+    Rng,
+    TimerFired,
+)
+from protocol.ids import Address, NodeId, pack_address
+from protocol.membership.events import (
+    AddressesChanged,
+    Depart,
+    IdentityInUse,
+    PeerCleared,
+    PeerDown,
+    PeerLeft,
+    PeerUp,
+    RosterShrank,
+    Stalled,
+    StatementReceived,
+)
+from protocol.membership.healing import Healing, peer_up
+from protocol.membership.parameters import LAN, Parameters
+from protocol.membership.state import TUNNEL, State
+from protocol.membership.suspicion import Suspicions
+from protocol.membership.view import View, addresses_of, alive_of
+from protocol.trust.view import RosterView
+from protocol.wire import limits
+from protocol.wire.messages import (
+    Accusation,
+    Ack,
+    Alive,
+    Gossip,
+    Leaving,
+    Ping,
+    PingRequest,
+    Relayed,
+    ViewOffer,
+    ViewReply,
+    ViewReport,
+)
+from protocol.wire.statements import Stated, StatementCodec
+
+ALIVE_LIFETIME_S = 20.0
+LEAVING_LIFETIME_S = 5.0
+CONTACT_PEERS = 3
+CONTACT_PAUSE_S = 0.2
+CONTACT_RETRY_MAX_S = 15.0
+
+MembershipInput = (
+    Packet | LinkReceived | LinkOpened | LinkLost | TimerFired | StatementReceived | AddressesChanged | RosterShrank | Depart
+)
+
+
+class Membership:
+    """SWIM with Lifeguard, witnesses, link repair and view reports. Timers are keyed ("membership", ...)."""
+
+    def __init__(
+        self,
+        *,
+        me: NodeId,
+        boot: int,
+        roster: RosterView,
+        rng: Rng,
+        codec: StatementCodec,
+        params: Parameters = LAN,
+        durable: Mapping[bytes, bytes],
+        addresses: tuple[Address, ...],
+    ) -> None:
+        self._s = State(me=me, boot=boot, roster=roster, rng=rng, codec=codec, params=params)
+        self._suspicions = Suspicions(self._s)
+        self._probing = self._suspicions.probing
+        self._healing = Healing(self._s, self._suspicions)
+        self._addresses = addresses[: limits.ADDRESSES_PER_NODE_MAX]
+        self._last_event = 0.0
+        self._contact_pause_s = CONTACT_PAUSE_S
+        self._greetings_left = params.leave_sends_max
+        self._introduced: set[NodeId] = set()
+        self._departed = False
+        for blob in durable.values():
+            stated = codec.open(blob)
+            if stated is not None and isinstance(stated.body, Alive) and stated.signer != me:
+                self._s.view.known[stated.signer] = stated
+
+    # ---- reading -----------------------------------------------------------------------------------------------
+
+    @property
+    def view(self) -> View:
+        """Who is known, up, down, left. Read only."""
+        return self._s.view
+
+    def suspects(self) -> list[NodeId]:
+        """Members accused and still up."""
+        return self._suspicions.suspects()
+
+    def addresses(self, peer: NodeId) -> tuple[Address, ...]:
+        """Where to reach a peer, the best first; empty if nothing is known."""
+        return self._s.addresses(peer)
+
+    def route(self, peer: NodeId, now: float) -> Address | None:
+        """Where to send a datagram to this peer: an address, TUNNEL for the link, or None if nothing is known."""
+        if self._s.tunnelled.get(peer, 0.0) > now:
+            return TUNNEL
+        route = self._s.routes.get(peer)
+        if route is None:
+            told = self._s.addresses(peer)
+            if told:
+                route = self._s.routes[peer] = told[0]
+        return route
+
+    @property
+    def health(self) -> int:
+        """Lifeguard's local health: 0 is well; more means that this node distrusts its own network or scheduling."""
+        return self._s.health
+
+    # ---- life --------------------------------------------------------------------------------------------------
+
+    def start(self, now: float, wall: float) -> list[Effect]:
+        """Declare this node alive and look for the mesh through the addresses remembered."""
+        s = self._begin(now)
+        self._last_event = s.last_heard = s.born_at = now
+        self._announce_self(first=True)
+        s.timer(now + s.rng.uniform(0.0, s.params.probe_interval_s), "probe")
+        s.timer(now + s.rng.uniform(0.5, 1.0) * s.params.announce_interval_s, "announce")
+        self._contact()
+        return self._end()
+
+    def handle(self, event: MembershipInput, now: float, wall: float) -> list[Effect]:
+        """One event. Never raises on what a peer sent."""
+        s = self._begin(now)
+        gap = now - self._last_event
+        self._last_event = now
+        if gap > s.params.stall_s:
+            self._stalled(gap)
+        match event:
+            case Packet():
+                self._packet(event)
+            case TimerFired(key):
+                self._timer(key)
+            case StatementReceived(via, stated):
+                self._statement(stated, via)
+            case LinkReceived(peer, message):
+                self._link_message(peer, message)
+            case LinkOpened(peer, boot):
+                self._link_opened(peer, boot)
+            case LinkLost(peer):
+                self._introduced.discard(peer)
+            case AddressesChanged(addresses):
+                if addresses[: limits.ADDRESSES_PER_NODE_MAX] != self._addresses:
+                    self._addresses = addresses[: limits.ADDRESSES_PER_NODE_MAX]
+                    self._refute()
+            case RosterShrank(evicted):
+                for peer in evicted:
+                    self._forget(peer)
+            case Depart():
+                self._depart()
+        return self._end()
+
+    def _begin(self, now: float) -> State:
+        self._s.now = now
+        self._s.out = []
+        return self._s
+
+    def _end(self) -> list[Effect]:
+        out, self._s.out = self._s.out, []
+        return out
+
+    def _stalled(self, gap: float) -> None:
+        """This process did not run: no silence in that time means anything."""
+        s = self._s
+        self._probing.clear()
+        self._suspicions.restart()
+        s.last_heard = s.now
+        s.suffer()
+        s.publish(Stalled(gap))
+
+    # ---- this node ---------------------------------------------------------------------------------------------
+
+    def _announce_self(self, *, first: bool = False) -> None:
+        s = self._s
+        packed = [pack_address(address) for address in self._addresses]
+        body = Alive(
+            s.roster.short(s.me), s.boot, s.incarnation, limits.PROTOCOL_VERSION_MIN, limits.PROTOCOL_VERSION, packed
+        )
+        stated = s.state(body)
+        s.view.set_up(stated, s.now)
+        if not first:
+            s.gossip(("alive", s.me), stated, ALIVE_LIFETIME_S)
+
+    def _refute(self) -> None:
+        """A higher incarnation overrules whatever was said about the present one."""
+        self._s.incarnation += 1
+        self._announce_self()
+
+    def _contact(self) -> None:
+        """Nobody is up in this view: try members by the addresses remembered, over links."""
+        s = self._s
+        offline = [peer for peer in s.view.known if peer != s.me and peer in s.roster]
+        for peer in s.rng.sample(offline, min(CONTACT_PEERS, len(offline))):
+            self._introduce(peer)
+        self._contact_pause_s = min(self._contact_pause_s * 1.5, CONTACT_RETRY_MAX_S)
+        s.timer(s.now + self._contact_pause_s * s.rng.uniform(0.8, 1.2), "contact")
+
+    def _introduce(self, peer: NodeId) -> None:
+        s = self._s
+        s.link(peer, ViewReply([s.view.known[s.me].blob], []))
+        self._healing.offer(peer)
+
+    def _tell_many(self, stated: Stated) -> None:
+        """Tell a bounded number of peers directly; gossip does the rest."""
+        s = self._s
+        peers = s.view.peers
+        for peer in s.rng.sample(peers, min(len(peers), s.params.leave_sends_max)):
+            s.send(peer, Gossip([stated.blob]))
+
+    def _depart(self) -> None:
+        s = self._s
+        self._departed = True
+        self._tell_many(s.state(Leaving(s.roster.short(s.me), s.boot, s.incarnation)))
+
+    def _forget(self, peer: NodeId) -> None:
+        s = self._s
+        was_up = peer in s.view.up
+        self._suspicions.clear(peer)
+        self._probing.forget(peer)
+        self._healing.forget(peer)
+        s.routes.pop(peer, None)
+        s.tunnelled.pop(peer, None)
+        s.broadcasts.discard(("alive", peer))
+        s.view.forget(peer, s.now)
+        if was_up:
+            s.publish(PeerLeft(peer))
+
+    # ---- timers ------------------------------------------------------------------------------------------------
+
+    def _timer(self, key: tuple[str | int, ...]) -> None:
+        s = self._s
+        match key[1:]:
+            case ("probe",):
+                self._probe_tick()
+            case ("stage", int(number)):
+                self._probing.stage(number)
+            case ("relay", int(number)):
+                self._probing.relay_timeout(number)
+            case ("gossip",):
+                s.gossip_tick()
+            case ("suspect", str(target)):
+                self._suspicions.due(NodeId(target))
+            case ("announce",):
+                self._announce_tick()
+            case ("contact",):
+                if not s.view.peers and not self._departed:
+                    self._contact()
+                else:
+                    self._contact_pause_s = CONTACT_PAUSE_S
+
+    def _probe_tick(self) -> None:
+        s = self._s
+        if not self._departed:
+            s.timer(s.now + s.params.probe_interval_s, "probe")
+        if len(s.view.peers) > 1 and s.now > s.last_heard + s.params.isolation_s:
+            self._isolated()
+        else:
+            self._probing.tick()
+
+    def _isolated(self) -> None:
+        """Nobody was heard for a minute: to this node the others are gone. A private verdict, told to nobody."""
+        s = self._s
+        for peer in list(s.view.peers):
+            self._suspicions.clear(peer)
+            self._probing.forget(peer)
+            s.view.set_down(peer, (), s.now)
+            s.publish(PeerDown(peer, (s.me,), private=True))
+        self._contact_pause_s = CONTACT_PAUSE_S
+        self._contact()
+
+    def _announce_tick(self) -> None:
+        """Look for a member that is believed gone: healed partitions find each other by this."""
+        s = self._s
+        s.timer(s.now + s.params.announce_interval_s * s.rng.uniform(0.8, 1.2), "announce")
+        gone = list(s.view.down)
+        if gone and not self._departed:
+            self._probing.announce(s.rng.choice(gone))
+
+    # ---- messages ----------------------------------------------------------------------------------------------
+
+    def _packet(self, packet: Packet) -> None:
+        s = self._s
+        sender, source = packet.sender, packet.source
+        s.heard(sender)
+        tunnelled = source == TUNNEL
+        if not tunnelled and s.routes.get(sender) != source:
+            s.routes[sender] = source
+        if sender not in s.view.up:
+            self._healing.contact(sender)
+        for message in packet.messages:
+            # Nack needs no case: that it was heard is all that it is for.
+            match message:
+                case Ping() as ping:
+                    s.send(sender, self._probing.ack(ping), *self._piggyback(), address=source)
+                    self._healing.compare(sender, ping.digest)
+                case Ack(probe, digest):
+                    self._probing.answered(probe, sender, tunnelled)
+                    self._healing.compare(sender, digest)
+                case PingRequest() as request:
+                    self._probing.asked(sender, source, request)
+                case Relayed(probe):
+                    self._probing.relayed(probe)
+
+    def _piggyback(self) -> tuple[Gossip, ...]:
+        s = self._s
+        items = s.broadcasts.take(1000, s.now)
+        return (Gossip(items),) if items else ()
+
+    def _link_opened(self, peer: NodeId, boot: int) -> None:
+        s = self._s
+        known_boot = s.view.rank(peer)[0]
+        if (peer not in s.view.up or known_boot != boot) and peer not in self._introduced and peer in s.roster:
+            self._introduced.add(peer)
+            self._introduce(peer)
+
+    def _link_message(self, peer: NodeId, message: object) -> None:
+        s = self._s
+        s.heard(peer)
+        match message:
+            case ViewOffer() as offer:
+                self._healing.offered(peer, offer)
+            case ViewReply(statements, wanted):
+                alone = not s.view.peers
+                for blob in statements:
+                    stated = s.codec.open(blob)
+                    if stated is not None:
+                        self._statement(stated, peer, relay=False)
+                if wanted:
+                    self._healing.wanted(peer, list(wanted))
+                if alone and s.view.peers:
+                    # Just arrived: tell as many as is fair at once, instead of waiting for gossip's tail.
+                    own = s.view.known[s.me]
+                    self._tell_many(own)
+                    s.gossip(("alive", s.me), own, ALIVE_LIFETIME_S)
+
+    # ---- statements --------------------------------------------------------------------------------------------
+
+    def _statement(self, stated: Stated, via: NodeId, *, relay: bool = True) -> None:
+        s = self._s
+        match stated.body:
+            case Alive() as alive:
+                self._alive(stated, alive, relay=relay)
+            case Accusation() as accusation:
+                self._accusation(stated, accusation, via)
+            case Leaving() as leaving:
+                self._leaving(stated, leaving)
+            case ViewReport() as report:
+                if self._healing.reported(stated, report, via):
+                    s.suffer()
+                    self._refute()
+                    s.send(via, Gossip([s.view.known[s.me].blob]))
+
+    def _alive(self, stated: Stated, alive: Alive, *, relay: bool) -> None:
+        s = self._s
+        peer = stated.signer
+        if peer == s.me:
+            if alive.boot > s.boot:
+                s.publish(IdentityInUse(alive.boot))
+            return
+        rank, known = (alive.boot, alive.incarnation), s.view.rank(peer)
+        goodbye = s.view.left.get(peer)
+        if goodbye is not None and isinstance(goodbye.body, Leaving):
+            known = max(known, (goodbye.body.boot, goodbye.body.incarnation))
+        if rank < known or (rank == known and peer in s.view.up):
+            return
+        if rank == known and (peer in s.view.down or peer in s.view.left):
+            self._healing.still_alive(stated, alive)
+            return
+        self._suspicions.clear(peer)
+        before = s.view.known.get(peer)
+        moved = before is None or alive_of(before).addresses != alive.addresses
+        if moved:
+            s.routes.pop(peer, None)
+            s.tunnelled.pop(peer, None)
+        was_down = s.view.set_up(stated, s.now)
+        if moved or alive.boot != known[0]:
+            s.remember(stated)
+        if was_down or moved or alive.boot != known[0]:
+            s.publish(peer_up(s.view, peer))
+        else:
+            s.publish(PeerCleared(peer))
+        if relay:
+            s.gossip(("alive", peer), stated, ALIVE_LIFETIME_S)
+            if was_down and s.young() and self._greetings_left:
+                # Two that arrive together each copied a view without the other, and gossip went round before: the
+                # newcomer answers the newcomer.
+                self._greetings_left -= 1
+                s.send(peer, Gossip([s.view.known[s.me].blob]))
+
+    def _accusation(self, stated: Stated, accusation: Accusation, via: NodeId) -> None:
+        s = self._s
+        target = s.roster.node(accusation.target)
+        if target == s.me:
+            if (accusation.target_boot, accusation.target_incarnation) == (s.boot, s.incarnation):
+                s.suffer()
+                self._refute()
+            # Whoever told us believes it: put that right at once, also when the accusation was of yesterday.
+            s.send(via, Gossip([s.view.known[s.me].blob]))
+            return
+        self._suspicions.heard(stated, accusation)
+
+    def _leaving(self, stated: Stated, leaving: Leaving) -> None:
+        s = self._s
+        peer = stated.signer
+        if peer == s.me or peer in s.view.left or (leaving.boot, leaving.incarnation) < s.view.rank(peer):
+            return
+        self._suspicions.clear(peer)
+        self._probing.forget(peer)
+        s.broadcasts.discard(("alive", peer))
+        s.view.set_left(peer, stated, s.now)
+        s.publish(PeerLeft(peer))
+        s.gossip(("leaving", peer), stated, LEAVING_LIFETIME_S)

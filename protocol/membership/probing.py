@@ -1,0 +1,216 @@
+"""Probing: one peer per interval, by UDP, then through relays, then over the link; and relaying for others.
+
+SWIM (Das, Gupta, Motivala 2002) with Lifeguard's Nacks and local health (Dadgar, Phillips, Currey 2018). A probe that
+fails ends in an accusation only if this node was in touch with others meanwhile: a node that is itself cut off accuses
+nobody.
+"""
+
+from collections.abc import Callable
+
+from protocol.ids import Address, NodeId
+from protocol.membership.events import PeerMeasured
+from protocol.membership.state import TUNNEL, State
+from protocol.wire.messages import Ack, Gossip, Nack, Ping, PingRequest, Relayed
+from protocol.wire.statements import Stated
+
+PROBES_MAX = 256
+RELAYS_MAX = 256
+LATE_S = 0.2  # a timer this late means that this process was kept from running, not that the peer was silent
+TUNNEL_BELIEVED_S = 30.0
+
+
+class _Probe:
+    __slots__ = ("asked_at", "due", "late", "stage", "started", "target", "tunnelled")
+
+    def __init__(self, target: NodeId, started: float, due: float) -> None:
+        self.target = target
+        self.started = started
+        self.due = due
+        self.stage = 0  # 0 direct, 1 relays asked, 2 link tried
+        self.asked_at = started
+        self.late = False
+        self.tunnelled = False
+
+
+class Probing:
+    """The probes under way and those relayed. `accuse` is told of targets that failed in earnest."""
+
+    def __init__(self, state: State, accuse: Callable[[NodeId], None]) -> None:
+        self._s = state
+        self._accuse = accuse
+        self._probes: dict[int, _Probe] = {}
+        self._targets: dict[NodeId, int] = {}
+        self._relays: dict[int, tuple[NodeId, int, Address]] = {}
+        self._number = state.rng.getrandbits(31)
+        self._order: list[NodeId] = []
+
+    def tick(self) -> None:
+        """Probe the next peer of a shuffled round (SWIM section 4.3: every peer within two rounds)."""
+        s = self._s
+        up = s.view.up
+        for _ in range(len(self._order) + 1):
+            if not self._order:
+                self._order = list(s.view.peers)
+                s.rng.shuffle(self._order)
+                if not self._order:
+                    return
+            target = self._order.pop()
+            if target in up and target not in self._targets:
+                self.probe(target)
+                return
+
+    def probe(self, target: NodeId, accusation: Stated | None = None) -> None:
+        """Start a probe; a suspect is told of its accusation with it, so that it can refute (Lifeguard's buddy)."""
+        s = self._s
+        if target in self._targets or len(self._probes) >= PROBES_MAX:
+            return
+        number = self._next_number()
+        probe = _Probe(target, s.now, s.now + self._stretch(s.params.direct_timeout_s))
+        self._probes[number] = probe
+        self._targets[target] = number
+        ping = self._ping(number)
+        probe.tunnelled = s.tunnelled.get(target, 0.0) > s.now
+        if accusation is not None:
+            s.send(target, ping, Gossip([accusation.blob]))
+        else:
+            items = s.broadcasts.take(1000, s.now)
+            s.send(target, ping, Gossip(items)) if items else s.send(target, ping)
+        s.timer(probe.due, "stage", number)
+
+    def announce(self, target: NodeId) -> None:
+        """Ping a member that is believed gone. Nothing is concluded from silence."""
+        self._s.send(target, self._ping(self._next_number()))
+
+    def stage(self, number: int) -> None:
+        """A probe's timer fired: go on to the next means, or give up."""
+        s = self._s
+        probe = self._probes.get(number)
+        if probe is None:
+            return
+        if s.now > probe.due + LATE_S:
+            # Answers may wait unread in the socket. Read on a little; conclude nothing from this probe.
+            if probe.late:
+                self._drop(number)
+                return
+            probe.late = True
+            s.suffer()
+            probe.due = s.now + LATE_S
+            s.timer(probe.due, "stage", number)
+            return
+        if probe.late:
+            self._drop(number)
+            return
+        params = s.params
+        if probe.stage == 0:
+            self._ask_relays(number, probe)
+            probe.due = probe.started + self._stretch(params.relay_timeout_s)
+        elif probe.stage == 1:
+            s.send(probe.target, self._ping(number), address=TUNNEL)
+            probe.due = probe.started + self._stretch(params.probe_timeout_s)
+        else:
+            self._fail(number, probe)
+            return
+        probe.stage += 1
+        s.timer(max(probe.due, s.now + 0.01), "stage", number)
+
+    def _ask_relays(self, number: int, probe: _Probe) -> None:
+        s = self._s
+        probe.asked_at = s.now
+        others = [peer for peer in s.rng.sample(s.view.peers, min(len(s.view.peers), s.params.relays + 1))]
+        request = PingRequest(number, s.roster.short(probe.target))
+        for relay in [peer for peer in others if peer != probe.target][: s.params.relays]:
+            s.send(relay, request)
+        # A peer with several addresses may be reachable at another than the one that worked last.
+        for address in s.addresses(probe.target)[1:]:
+            s.send(probe.target, self._ping(number), address=address)
+
+    def _fail(self, number: int, probe: _Probe) -> None:
+        s = self._s
+        self._drop(number)
+        others = len(s.view.peers) - 1
+        if s.heard_since(probe.asked_at, probe.target) >= min(2, others):
+            self._accuse(probe.target)
+        else:
+            s.suffer()
+
+    def answered(self, number: int, sender: NodeId, tunnelled: bool) -> None:
+        """An Ack arrived: of a probe, or of a ping made for somebody else."""
+        s = self._s
+        relay = self._relays.pop(number, None)
+        if relay is not None:
+            asker, asked_number, source = relay
+            s.cancel("relay", number)
+            s.send(asker, Relayed(asked_number), address=source)
+            return
+        probe = self._probes.get(number)
+        if probe is None or probe.target != sender:
+            return
+        if tunnelled and not probe.tunnelled:
+            s.tunnelled[sender] = s.now + TUNNEL_BELIEVED_S
+        elif not tunnelled:
+            s.tunnelled.pop(sender, None)
+        if not probe.late and (probe.stage == 0 or tunnelled):
+            s.publish(PeerMeasured(sender, s.now - probe.started, tunnelled))
+        self._drop(number)
+        s.recover()
+
+    def relayed(self, number: int) -> None:
+        """A relay reached the target for us."""
+        if number in self._probes:
+            self._drop(number)
+            self._s.recover()
+
+    def asked(self, sender: NodeId, source: Address, request: PingRequest) -> None:
+        """Ping a target for somebody else. Bounded; what is over the bound goes without an answer."""
+        s = self._s
+        target = s.roster.node(request.target)
+        if target is None or len(self._relays) >= RELAYS_MAX:
+            return
+        if target == s.me:
+            s.send(sender, Relayed(request.probe), address=source)
+            return
+        number = self._next_number()
+        self._relays[number] = (sender, request.probe, source)
+        s.send(target, self._ping(number))
+        s.timer(s.now + s.params.relay_wait_s, "relay", number)
+
+    def relay_timeout(self, number: int) -> None:
+        """The target was silent: say so, which also tells the asker that it is not itself cut off."""
+        relay = self._relays.pop(number, None)
+        if relay is not None:
+            asker, asked_number, source = relay
+            self._s.send(asker, Nack(asked_number), address=source)
+
+    def clear(self) -> None:
+        """Forget every probe under way: this node did not run, so no silence means anything."""
+        for number in list(self._probes):
+            self._drop(number)
+        for number in list(self._relays):
+            self._s.cancel("relay", number)
+        self._relays.clear()
+
+    def forget(self, target: NodeId) -> None:
+        """The target is no longer of interest: dead, left or evicted."""
+        number = self._targets.get(target)
+        if number is not None:
+            self._drop(number)
+
+    def ack(self, ping: Ping) -> Ack:
+        """The answer to a ping."""
+        return Ack(ping.probe, self._s.view.digest.to_bytes(8, "big"))
+
+    def _ping(self, number: int) -> Ping:
+        return Ping(number, self._s.view.digest.to_bytes(8, "big"))
+
+    def _drop(self, number: int) -> None:
+        probe = self._probes.pop(number)
+        del self._targets[probe.target]
+        self._s.cancel("stage", number)
+
+    def _next_number(self) -> int:
+        self._number = self._number + 1 & 0xFFFFFFFF
+        return self._number
+
+    def _stretch(self, seconds: float) -> float:
+        # Lifeguard multiplies by health + 1; half of that loses less time and was enough in the degraded scenarios.
+        return seconds * (1 + self._s.health / 2)

@@ -1,0 +1,156 @@
+"""Accusations, and the verdicts that they add up to.
+
+An accusation is one signed witness. A death is believed once enough distinct members accuse the same incarnation and
+the accused had time to refute. The first accusation makes about a dozen nodes look for themselves at once, so that
+independent witnesses, not a long timer, carry the verdict.
+"""
+
+from protocol.ids import NodeId
+from protocol.membership.events import PeerCleared, PeerDown, PeerSuspected
+from protocol.membership.probing import Probing
+from protocol.membership.state import State
+from protocol.wire.messages import Accusation, Gossip
+from protocol.wire.statements import Stated
+
+ACCUSATION_LIFETIME_S = 5.0
+CONSUMED_MAX = 4096
+
+
+class _Suspicion:
+    __slots__ = ("accusers", "first_at", "rank")
+
+    def __init__(self, first_at: float, rank: tuple[int, int]) -> None:
+        self.first_at = first_at
+        self.rank = rank
+        self.accusers: dict[NodeId, Stated] = {}
+
+
+class Suspicions:
+    """Who is accused by whom."""
+
+    def __init__(self, state: State) -> None:
+        self._s = state
+        self._suspicions: dict[NodeId, _Suspicion] = {}
+        # Accusations that a mass resurrection overruled: they must not kill again. target -> {(accuser, number)}
+        self._consumed: dict[NodeId, frozenset[tuple[NodeId, int]]] = {}
+        self.probing: Probing = Probing(state, self.accuse)
+
+    def suspects(self) -> list[NodeId]:
+        """Members accused and still up."""
+        return list(self._suspicions)
+
+    def accusations(self, target: NodeId) -> tuple[Stated, ...]:
+        """The accusations against a suspect or a dead member."""
+        suspicion = self._suspicions.get(target)
+        if suspicion is not None:
+            return tuple(suspicion.accusers.values())
+        down = self._s.view.down.get(target)
+        return down.proof if down is not None else ()
+
+    def accuse(self, target: NodeId) -> None:
+        """This node's own probe failed in earnest."""
+        s = self._s
+        if target not in s.view.up:
+            return
+        suspicion = self._suspicions.get(target)
+        if suspicion is not None and (s.me in suspicion.accusers or self._complete(target, suspicion)):
+            return
+        boot, incarnation = s.view.rank(target)
+        body = Accusation(s.roster.short(s.me), s.boot, s.number(), s.roster.short(target), boot, incarnation)
+        self.add(target, s.state(body), body)
+
+    def heard(self, stated: Stated, body: Accusation) -> bool:
+        """Somebody's accusation arrived. True if it concerns a member that counts as up here and was worth telling."""
+        s = self._s
+        target = s.roster.node(body.target)
+        if target is None or target not in s.view.up or (body.target_boot, body.target_incarnation) != s.view.rank(target):
+            return False
+        if stated.signer == target:
+            return False
+        if (stated.signer, body.number) in self._consumed.get(target, ()):
+            # Somebody still believes what witnesses overruled here. Only the accused can settle it: by refuting.
+            s.send(target, Gossip([stated.blob]))
+            return False
+        return self.add(target, stated, body)
+
+    def add(self, target: NodeId, stated: Stated, body: Accusation) -> bool:
+        """Count one witness against a member that is up."""
+        s = self._s
+        suspicion = self._suspicions.get(target)
+        if suspicion is None:
+            suspicion = self._suspicions[target] = _Suspicion(s.now, (body.target_boot, body.target_incarnation))
+            s.publish(PeerSuspected(target, stated.signer))
+            s.timer(s.now + s.params.suspicion_floor_s, "suspect", target)
+        if stated.signer in suspicion.accusers:
+            return False
+        was_complete = self._complete(target, suspicion)
+        suspicion.accusers[stated.signer] = stated
+        if not was_complete:
+            s.gossip(("accusation", target, stated.signer), stated, ACCUSATION_LIFETIME_S)
+            self._verify(target, stated)
+        if s.now >= suspicion.first_at + s.params.suspicion_floor_s:
+            self._conclude(target, suspicion)
+        return True
+
+    def _verify(self, target: NodeId, stated: Stated) -> None:
+        """Look for oneself, with a probability that makes about `verifiers` nodes do so in a mesh of any size."""
+        s = self._s
+        if stated.signer != s.me and s.rng.random() * len(s.view.peers) < s.params.verifiers:
+            self.probing.probe(target, stated)
+
+    def _complete(self, target: NodeId, suspicion: _Suspicion) -> bool:
+        return len(suspicion.accusers) >= self._s.witnesses_needed(target)
+
+    def due(self, target: NodeId) -> None:
+        """The suspicion's timer fired: time to refute is over, or the accusations lapsed."""
+        s = self._s
+        suspicion = self._suspicions.get(target)
+        if suspicion is None or self._conclude(target, suspicion):
+            return
+        expiry = suspicion.first_at + s.params.suspicion_expiry_s
+        if s.now >= expiry:
+            self.clear(target)
+            s.publish(PeerCleared(target))
+        else:
+            s.timer(min(expiry, s.now + 1.0), "suspect", target)
+
+    def _conclude(self, target: NodeId, suspicion: _Suspicion) -> bool:
+        s = self._s
+        if not self._complete(target, suspicion):
+            return False
+        proof = tuple(suspicion.accusers.values())
+        self.clear(target)
+        self.probing.forget(target)
+        s.broadcasts.discard(("alive", target))
+        s.view.set_down(target, proof, s.now)
+        s.publish(PeerDown(target, tuple(stated.signer for stated in proof)))
+        return True
+
+    def clear(self, target: NodeId) -> None:
+        """Drop the suspicion: refuted, concluded, lapsed, left or evicted."""
+        suspicion = self._suspicions.pop(target, None)
+        if suspicion is not None:
+            self._s.cancel("suspect", target)
+            for accuser in suspicion.accusers:
+                self._s.broadcasts.discard(("accusation", target, accuser))
+
+    def overrule(self, target: NodeId, proof: tuple[Stated, ...]) -> None:
+        """Witnesses say that the dead one is up: these accusations are used up."""
+        if len(self._consumed) >= CONSUMED_MAX:
+            del self._consumed[next(iter(self._consumed))]
+        self._consumed[target] = frozenset(
+            (stated.signer, stated.body.number) for stated in proof if isinstance(stated.body, Accusation)
+        )
+
+    def restart(self) -> None:
+        """This node did not run for a while: withdraw its own accusations, and give everyone accused time anew."""
+        s = self._s
+        for target, suspicion in list(self._suspicions.items()):
+            suspicion.accusers.pop(s.me, None)
+            s.broadcasts.discard(("accusation", target, s.me))
+            if not suspicion.accusers:
+                self.clear(target)
+                s.publish(PeerCleared(target))
+                continue
+            suspicion.first_at = s.now
+            s.timer(s.now + s.params.suspicion_floor_s, "suspect", target)

@@ -1,0 +1,101 @@
+"""Signed statements: what a node says of itself or of another, in a form that anyone may pass on and nobody can alter.
+
+A statement is its MessagePack body followed by 64 bytes of Ed25519 signature. Statements travel several times; each
+distinct one is verified once, and remembered in a bounded cache.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import MutableMapping
+from typing import NamedTuple
+
+import msgspec
+
+from protocol.ids import NodeId
+from protocol.trust.view import RosterView
+from protocol.wire import limits
+from protocol.wire.crypto import STATEMENT_DOMAIN, Suite
+from protocol.wire.messages import Alive, StatementBody
+
+CACHE_STATEMENTS_MAX = 4096
+
+_encode = msgspec.msgpack.Encoder().encode
+_decoder: msgspec.msgpack.Decoder[StatementBody] = msgspec.msgpack.Decoder(StatementBody)
+
+
+class Stated(NamedTuple):
+    """A verified statement: its bytes, to pass on; its body; and who signed it."""
+
+    blob: bytes
+    body: StatementBody
+    signer: NodeId
+    token: int  # for Alive: 8 bytes of hash over (signer, boot, incarnation), the unit of view digests; else 0
+
+
+def view_token(alive: Alive) -> int:
+    """What one up member adds (by XOR) to the digest of a view. Never 0."""
+    material = alive.signer + alive.boot.to_bytes(4, "big") + alive.incarnation.to_bytes(8, "big")
+    return int.from_bytes(hashlib.blake2b(material, digest_size=8).digest(), "big") or 1
+
+
+class StatementCodec:
+    """Signs this node's statements and verifies everybody's. The cache may be shared by nodes that run in one world."""
+
+    def __init__(
+        self,
+        suite: Suite,
+        roster: RosterView,
+        cache: MutableMapping[bytes, Stated] | None = None,
+        cache_statements_max: int = CACHE_STATEMENTS_MAX,
+    ) -> None:
+        self._suite = suite
+        self._roster = roster
+        self._cache_max = cache_statements_max
+        self._cache: MutableMapping[bytes, Stated] = {} if cache is None else cache
+        self.drops: Counter[str] = Counter()
+
+    def sign(self, me: NodeId, body: StatementBody) -> Stated:
+        """Encode and sign a statement of this node. Raises ValueError if it is too large to travel."""
+        encoded = _encode(body)
+        blob = encoded + self._suite.sign(STATEMENT_DOMAIN, encoded)
+        if len(blob) > limits.STATEMENT_BYTES_MAX:
+            raise ValueError(f"a statement of {len(blob)} bytes does not fit a datagram")
+        return self._remember(Stated(blob, body, me, view_token(body) if isinstance(body, Alive) else 0))
+
+    def open(self, blob: bytes) -> Stated | None:
+        """The statement, if its signer is a member and really signed it; else None, counted. Never raises."""
+        known = self._cache.get(blob)
+        if known is not None:
+            # The roster may have changed since: an evicted node's word stops counting at once.
+            if known.signer in self._roster:
+                return known
+            self._drop("not_member")
+            return None
+        if not limits.SIGNATURE_BYTES < len(blob) <= limits.STATEMENT_BYTES_MAX:
+            self._drop("size")
+            return None
+        encoded, signature = blob[: -limits.SIGNATURE_BYTES], blob[-limits.SIGNATURE_BYTES :]
+        try:
+            body = _decoder.decode(encoded)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+            self._drop("malformed")
+            return None
+        signer = self._roster.node(body.signer)
+        public_key = self._roster.public_key(signer) if signer is not None else None
+        if signer is None or public_key is None:
+            self._drop("not_member")
+            return None
+        if not self._suite.verify(public_key, STATEMENT_DOMAIN, encoded, signature):
+            self._drop("forged")
+            return None
+        return self._remember(Stated(blob, body, signer, view_token(body) if isinstance(body, Alive) else 0))
+
+    def _remember(self, stated: Stated) -> Stated:
+        if len(self._cache) >= self._cache_max:
+            # Dicts keep insertion order: the oldest goes. A shared mapping brings its own bound.
+            del self._cache[next(iter(self._cache))]
+        self._cache[stated.blob] = stated
+        return stated
+
+    def _drop(self, reason: str) -> None:
+        self.drops[reason] += 1

@@ -1,0 +1,87 @@
+"""(epoch, sequence) only rises: no nonce is ever used twice, no statement number goes back, no view accepts an older boot.
+
+What an attacker replays is refused because these rise; what they must survive is crashes, torn writes and clocks.
+"""
+
+from struct import Struct
+
+import msgspec
+
+from protocol.ids import Address, NodeId
+from protocol.membership.events import PeerUp
+from protocol.wire import limits
+from protocol.wire.crypto import STATEMENT_DOMAIN
+from protocol.wire.messages import Alive, Leaving, StatementBody
+from simulations.checkers.checker import Checker, Violation
+from simulations.computer import Computer
+from simulations.world import World
+
+_decode = msgspec.msgpack.Decoder(StatementBody).decode
+_RANK = Struct(">17xIHI")
+
+
+class Rising(Checker):
+    """Raises at the first nonce used twice and at the first number or boot that goes back."""
+
+    name = "rising"
+
+    def attached(self, world: World) -> None:
+        self._world = world
+        self._highest: dict[int, int] = {}
+        # Datagrams that waited for a disk leave after later ones: those numbers are held here until they show up.
+        self._gaps: dict[int, set[int]] = {}
+        self._boots: dict[tuple[int, NodeId], int] = {}
+        self._stated: dict[tuple[bytes, str], tuple[int, int]] = {}
+        world.ring.signed.append(self._signed)
+
+    def sent(self, source: Computer, target: Computer | None, address: Address, data: bytes) -> None:
+        """Every datagram's nonce is new."""
+        if len(data) < limits.DATAGRAM_OVERHEAD_BYTES:
+            return
+        boot, high, low = _RANK.unpack_from(data)
+        rank = boot << 48 | high << 32 | low
+        highest = self._highest.get(source.index, 0)
+        if rank == highest + 1:
+            self._highest[source.index] = rank
+        elif rank > highest:
+            if rank >> 48 == highest >> 48:
+                self._gaps.setdefault(source.index, set()).update(range(highest + 1, min(rank, highest + 4096)))
+            else:
+                self._gaps.pop(source.index, None)
+            self._highest[source.index] = rank
+        else:
+            gaps = self._gaps.get(source.index)
+            if gaps is None or rank not in gaps:
+                self._object(f"{source} used boot {boot}, sequence {rank & limits.SEQUENCE_MAX} twice or after a later boot")
+                return
+            gaps.discard(rank)
+
+    def _signed(self, public_key: bytes, domain: bytes, body: bytes) -> None:
+        if domain != STATEMENT_DOMAIN:
+            return
+        statement = _decode(body)
+        kind = type(statement).__name__
+        if isinstance(statement, Alive | Leaving):
+            rank, strict = (statement.boot, statement.incarnation), False
+        else:
+            rank, strict = (statement.boot, statement.number), True
+        before = self._stated.get((public_key, kind), (-1, -1))
+        if rank < before or (strict and rank == before):
+            self._object(f"{kind} {rank} was signed after {before} by the same node")
+        self._stated[(public_key, kind)] = rank
+
+    def published(self, computer: Computer, event: object) -> None:
+        """A peer that is up again is not up in an older boot."""
+        if isinstance(event, PeerUp):
+            before = self._boots.get((computer.index, event.peer), 0)
+            if event.boot < before:
+                self._object(f"{computer} took {self._world.find(event.peer)} up in boot {event.boot} after {before}")
+            self._boots[(computer.index, event.peer)] = event.boot
+
+    def started(self, computer: Computer) -> None:
+        """What a process believed of others dies with it."""
+        for key in [key for key in self._boots if key[0] == computer.index]:
+            del self._boots[key]
+
+    def _object(self, words: str) -> None:
+        raise Violation(self.name, self._world.now, words)

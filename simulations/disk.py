@@ -1,0 +1,81 @@
+"""The disk of one simulated computer: what is durable, how long a commit takes, and what a crash leaves behind.
+
+It stands for the agent's group-commit writer: writes that wait while a commit is under way go into the next one
+together. When to write what is the machines' decision; in which order effects wait for it is the computer's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from protocol.effects import Persist
+
+
+@dataclass(frozen=True, slots=True)
+class DiskParams:
+    """How a disk behaves. Times in seconds, chances per commit."""
+
+    commit_s: float = 0.001
+    commit_jitter_s: float = 0.003
+    stall_chance: float = 0.002  # an SSD that collects garbage, a disk that spins up
+    stall_s: float = 0.25
+    retry_s: float = 1.0  # how soon a writer that met a full disk tries again
+
+
+class Disk:
+    """Durable tables (machine -> key -> value) with commits that take time, fail when full and tear at a crash."""
+
+    __slots__ = ("_in_flight", "full", "params", "rng", "slowness", "tables")
+
+    def __init__(self, params: DiskParams, rng: Random) -> None:
+        self.params = params
+        self.rng = rng
+        self.tables: dict[str, dict[bytes, bytes]] = {}
+        self.full = False
+        self.slowness = 1.0
+        self._in_flight: Sequence[Persist] = ()
+
+    def begin(self, batch: Sequence[Persist]) -> float:
+        """Start one commit; returns the seconds that it takes. At most one is under way."""
+        self._in_flight = batch
+        params, rng = self.params, self.rng
+        duration = params.commit_s + params.commit_jitter_s * rng.random()
+        if rng.random() < params.stall_chance:
+            duration += params.stall_s * rng.random()
+        return duration * self.slowness
+
+    def finish(self) -> bool:
+        """The commit's time is over: True if it is durable now, False if the disk is full and it must be tried again."""
+        if self.full:
+            return False
+        for write in self._in_flight:
+            self._apply(write)
+        self._in_flight = ()
+        return True
+
+    def crash(self) -> None:
+        """Power or process is gone in mid-commit: a prefix of the writes may have survived, each of them whole.
+
+        SQLite's log carries checksums, so that half a value never becomes visible; that a commit is durable although
+        nobody was told is the torn write that a machine must bear.
+        """
+        survivors = 0 if self.full else self.rng.randrange(len(self._in_flight) + 1)
+        for write in self._in_flight[:survivors]:
+            self._apply(write)
+        self._in_flight = ()
+
+    def snapshot(self) -> dict[str, dict[bytes, bytes]]:
+        """What a starting process reads."""
+        return {machine: dict(table) for machine, table in self.tables.items()}
+
+    def wipe(self) -> None:
+        """A new disk: nothing is remembered."""
+        self.tables.clear()
+        self._in_flight = ()
+
+    def _apply(self, write: Persist) -> None:
+        table = self.tables.setdefault(write.machine, {})
+        if write.value is None:
+            table.pop(write.key, None)
+        else:
+            table[write.key] = write.value
