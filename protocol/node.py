@@ -5,8 +5,9 @@ effects that it returns, in order.
 """
 
 from collections import Counter
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, get_args
 
 import msgspec
 
@@ -28,11 +29,17 @@ from protocol.effects import (
     SendLink,
     TimerFired,
 )
-from protocol.heartbeats.events import SampleTaken
+from protocol.election.candidates import stability_class
+from protocol.election.events import CoordinatorChanged, ForgetLost, Standing
+from protocol.election.machine import Election
+from protocol.election.messages import Beacon, ElectorateOffer, ElectorateRequest, Follow
+from protocol.election.parameters import ElectionParameters
+from protocol.heartbeats.events import HeartbeatFlag, HeartbeatHeard, SampleTaken, capability_in
 from protocol.heartbeats.machine import HeartbeatParameters, Heartbeats
 from protocol.ids import Address, MeshId, NodeId
 from protocol.membership.events import (
     AddressesChanged,
+    ContactFound,
     Depart,
     PeerDown,
     PeerLeft,
@@ -44,9 +51,14 @@ from protocol.membership.events import (
 from protocol.membership.machine import Membership
 from protocol.membership.parameters import LAN, Parameters
 from protocol.membership.state import TUNNEL
-from protocol.trust.events import MintKey, RosterChanged
+from protocol.records.collection import Collection
+from protocol.records.events import DeleteRecord, PutRecord, RecordChanged, RecordsParams
+from protocol.records.machine import Records
+from protocol.records.messages import RecordMessage
+from protocol.records.store import RecordStore
+from protocol.trust.events import Coordinating, MintKey, RosterChanged
 from protocol.trust.keyring import Keyring, KeyringParams
-from protocol.trust.view import RosterView
+from protocol.trust.roster import Roster
 from protocol.wire.crypto import Suite
 from protocol.wire.datagram import DatagramCodec, UnknownKey
 from protocol.wire.messages import (
@@ -68,8 +80,53 @@ _link_decoder: msgspec.msgpack.Decoder[LinkMessage] = msgspec.msgpack.Decoder(Li
 Durable = Mapping[str, Mapping[bytes, bytes]]
 """What each machine persisted, by the machine's name."""
 
-Command = AddressesChanged | Depart | SampleTaken | MintKey | RosterChanged
+TRUST_COLLECTION: Final = "trust"
+"""The collection whose values are the root's statements; the hub gives them to the roster."""
+
+Command = AddressesChanged | ContactFound | Depart | SampleTaken | MintKey | RosterChanged | PutRecord | DeleteRecord | ForgetLost
 Input = DatagramReceived | LinkOpened | LinkLost | FrameReceived | TimerFired | Command
+
+# ---- who gets what: the whole routing of the hub ------------------------------------------------------------------
+
+DATAGRAMS: Final[Mapping[type, str]] = {Spread: "heartbeats", Beacon: "election", Follow: "election"}
+
+FRAMES: Final[Mapping[type, str]] = {
+    ViewOffer: "membership",
+    ViewReply: "membership",
+    ElectorateOffer: "election",
+    ElectorateRequest: "election",
+    KeyRequest: "keys",
+    KeyGrant: "keys",
+    **dict.fromkeys(get_args(RecordMessage), "records"),
+}
+
+INPUTS: Final[Mapping[type, tuple[str, ...]]] = {
+    LinkOpened: ("membership", "keys", "records", "election"),
+    LinkLost: ("membership", "keys", "records", "election"),
+    AddressesChanged: ("membership",),
+    ContactFound: ("membership",),
+    Depart: ("election", "membership"),
+    SampleTaken: ("heartbeats",),
+    MintKey: ("keys",),
+    PutRecord: ("records",),
+    DeleteRecord: ("records",),
+    ForgetLost: ("election",),
+}
+
+PUBLISHED: Final[Mapping[type, tuple[str, ...]]] = {
+    PeerUp: ("heartbeats", "keys", "records", "election"),
+    PeerDown: ("heartbeats", "keys", "records", "election"),
+    PeerLeft: ("heartbeats", "keys", "records", "election"),
+    Stalled: ("records", "election"),
+    RosterChanged: ("keys", "records", "election"),
+}
+
+
+class Machine(Protocol):
+    """What the hub asks of each machine. A machine ignores what it is given without need."""
+
+    def start(self, now: float, wall: float) -> list[Effect]: ...
+    def handle(self, event: Any, now: float, wall: float) -> list[Effect]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +136,8 @@ class NodeParameters:
     membership: Parameters = LAN
     heartbeats: HeartbeatParameters = field(default_factory=HeartbeatParameters)
     keys: KeyringParams = field(default_factory=KeyringParams)
+    election: ElectionParameters = field(default_factory=ElectionParameters)
+    records: RecordsParams = field(default_factory=RecordsParams)
 
 
 class Node:
@@ -90,25 +149,47 @@ class Node:
         me: NodeId,
         mesh_id: MeshId,
         boot: int,
+        founder: bool,
         suite: Suite,
         rng: Rng,
-        roster: RosterView,
+        roster: Roster,
         durable: Durable,
+        collections: Sequence[Collection],
+        record_store: RecordStore,
         addresses: tuple[Address, ...],
+        contacts: Mapping[NodeId, Address] | None = None,
         params: NodeParameters | None = None,
         statements: MutableMapping[bytes, Stated] | None = None,
     ) -> None:
         params = params or NodeParameters()
         nothing: Mapping[bytes, bytes] = {}
         self.me = me
+        self.mesh_id = mesh_id
         self.boot = boot
         self.roster = roster
-        self.keyring = Keyring(
-            me=me, roster=roster, rng=rng, durable=durable.get("keys", nothing), params=params.keys
-        )
         self.codec = StatementCodec(suite, roster, statements)
+        self.keyring = Keyring(me=me, roster=roster, rng=rng, durable=durable.get("keys", nothing), params=params.keys)
         self.datagrams = DatagramCodec(
             me=me, boot=boot, mesh_id=mesh_id, suite=suite, roster=roster, keys=self.keyring
+        )
+        self.records = Records(
+            me=me,
+            mesh_id=mesh_id,
+            roster=roster,
+            collections=collections,
+            store=record_store,
+            rng=rng,
+            suite=suite,
+            params=params.records,
+        )
+        self.heartbeats = Heartbeats(me=me, boot=boot, roster=roster, rng=rng, codec=self.codec, params=params.heartbeats)
+        self.election = Election(
+            me=me,
+            roster=roster,
+            rng=rng,
+            params=params.election,
+            durable=durable.get("election", nothing),
+            founder=founder,
         )
         self.membership = Membership(
             me=me,
@@ -119,20 +200,25 @@ class Node:
             params=params.membership,
             durable=durable.get("membership", nothing),
             addresses=addresses,
+            contacts=contacts,
         )
-        self.heartbeats = Heartbeats(
-            me=me, boot=boot, roster=roster, rng=rng, codec=self.codec, params=params.heartbeats
-        )
+        self._machines: dict[str, Machine] = {
+            "keys": self.keyring,
+            "records": self.records,
+            "heartbeats": self.heartbeats,
+            "election": self.election,
+            "membership": self.membership,
+        }
+        self._standings: dict[NodeId, Standing] = {}
         self.drops: Counter[str] = Counter()
         self._out: list[Effect] = []
 
     # ---- life --------------------------------------------------------------------------------------------------
 
     def start(self, now: float, wall: float) -> list[Effect]:
-        """Start every machine; trust first, because the others seal with its keys."""
-        self._perform(self.keyring.start(now, wall), now, wall)
-        self._perform(self.heartbeats.start(now, wall), now, wall)
-        self._perform(self.membership.start(now, wall), now, wall)
+        """Start every machine; trust first, because the others seal with its keys, and membership last."""
+        for machine in self._machines.values():
+            self._perform(machine.start(now, wall), now, wall)
         return self._taken()
 
     def handle(self, event: Input, now: float, wall: float) -> list[Effect]:
@@ -141,25 +227,22 @@ class Node:
             case DatagramReceived(data, source):
                 self._datagram(data, source, now, wall)
             case TimerFired(key):
-                self._timer(key, event, now, wall)
+                self._give(str(key[0]), event, now, wall)
             case FrameReceived(peer, data):
                 self._frame(peer, data, now, wall)
-            case LinkOpened(peer, boot):
-                self.datagrams.learn_boot(peer, boot)
-                self._perform(self.membership.handle(event, now, wall), now, wall)
-                self._perform(self.keyring.handle(event, now, wall), now, wall)
-            case LinkLost():
-                self._perform(self.membership.handle(event, now, wall), now, wall)
-                self._perform(self.keyring.handle(event, now, wall), now, wall)
-            case SampleTaken():
-                self._perform(self.heartbeats.handle(event, now, wall), now, wall)
-            case AddressesChanged() | Depart():
-                self._perform(self.membership.handle(event, now, wall), now, wall)
-            case MintKey():
-                self._perform(self.keyring.handle(event, now, wall), now, wall)
             case RosterChanged():
                 self._perform([Publish(event)], now, wall)
+            case _:
+                if isinstance(event, LinkOpened):
+                    self.datagrams.learn_boot(event.peer, event.boot)
+                for name in INPUTS[type(event)]:
+                    self._give(name, event, now, wall)
         return self._taken()
+
+    def _give(self, name: str, event: object, now: float, wall: float) -> None:
+        machine = self._machines.get(name)
+        if machine is not None:
+            self._perform(machine.handle(event, now, wall), now, wall)
 
     def _taken(self) -> list[Effect]:
         out, self._out = self._out, []
@@ -172,30 +255,23 @@ class Node:
         if opened is None:
             return
         if isinstance(opened, UnknownKey):
-            self._perform(self.keyring.handle(opened, now, wall), now, wall)
+            self._give("keys", opened, now, wall)
             return
         self._packet(Packet(opened.sender, source, opened.messages), now, wall)
 
     def _packet(self, packet: Packet, now: float, wall: float) -> None:
         """Membership first: it notes who was heard. Then each message of another machine goes to that one."""
-        self._perform(self.membership.handle(packet, now, wall), now, wall)
+        self._give("membership", packet, now, wall)
         for message in packet.messages:
-            match message:
-                case Gossip(items):
-                    for blob in items:
-                        stated = self.codec.open(blob)
-                        if stated is not None:
-                            self._statement(packet.sender, stated, now, wall)
-                case Spread():
-                    received = Received(packet.sender, packet.source, message)
-                    self._perform(self.heartbeats.handle(received, now, wall), now, wall)
-
-    def _statement(self, via: NodeId, stated: Stated, now: float, wall: float) -> None:
-        event = StatementReceived(via, stated)
-        if isinstance(stated.body, Heartbeat):
-            self._perform(self.heartbeats.handle(event, now, wall), now, wall)
-        else:
-            self._perform(self.membership.handle(event, now, wall), now, wall)
+            if isinstance(message, Gossip):
+                for blob in message.items:
+                    stated = self.codec.open(blob)
+                    if stated is not None:
+                        name = "heartbeats" if isinstance(stated.body, Heartbeat) else "membership"
+                        self._give(name, StatementReceived(packet.sender, stated), now, wall)
+            else:
+                name = DATAGRAMS.get(type(message), "")
+                self._give(name, Received(packet.sender, packet.source, message), now, wall)
 
     def _frame(self, peer: NodeId, data: bytes, now: float, wall: float) -> None:
         if peer not in self.roster:
@@ -206,23 +282,10 @@ class Node:
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
             self.drops["malformed"] += 1
             return
-        event = LinkReceived(peer, message)
-        match message:
-            case Tunnel(messages):
-                self._packet(Packet(peer, TUNNEL, messages), now, wall)
-            case ViewOffer() | ViewReply():
-                self._perform(self.membership.handle(event, now, wall), now, wall)
-            case KeyRequest() | KeyGrant():
-                self._perform(self.keyring.handle(event, now, wall), now, wall)
-
-    def _timer(self, key: tuple[str | int, ...], event: TimerFired, now: float, wall: float) -> None:
-        match key[0]:
-            case "membership":
-                self._perform(self.membership.handle(event, now, wall), now, wall)
-            case "heartbeats":
-                self._perform(self.heartbeats.handle(event, now, wall), now, wall)
-            case "keys":
-                self._perform(self.keyring.handle(event, now, wall), now, wall)
+        if isinstance(message, Tunnel):
+            self._packet(Packet(peer, TUNNEL, message.messages), now, wall)
+        else:
+            self._give(FRAMES[type(message)], LinkReceived(peer, message), now, wall)
 
     # ---- what goes out -----------------------------------------------------------------------------------------
 
@@ -253,20 +316,46 @@ class Node:
             self._out.append(SendDatagram(address, data, send.ahead))
 
     def _published(self, event: object, now: float, wall: float) -> None:
+        """Tell the machines that act on what another machine published."""
         match event:
             case PeerUp(peer, boot):
                 self.datagrams.learn_boot(peer, boot)
-                self._perform(self.heartbeats.handle(event, now, wall), now, wall)
-                self._perform(self.keyring.handle(event, now, wall), now, wall)
-            case PeerDown() | PeerLeft():
-                self._perform(self.heartbeats.handle(event, now, wall), now, wall)
-                self._perform(self.keyring.handle(event, now, wall), now, wall)
-            case Stalled():
-                pass
-            case RosterChanged(removed=removed):
-                self._perform(self.keyring.handle(event, now, wall), now, wall)
-                if removed:
-                    self._perform(self.membership.handle(RosterShrank(removed), now, wall), now, wall)
-                for node in removed:
-                    self.datagrams.forget(node)
-                    self._out.append(CloseLink(node, "evicted"))
+            case RecordChanged(collection, _, record) if collection == TRUST_COLLECTION:
+                changed = self.roster.apply(record.value)
+                if changed is not None:
+                    self._perform([Publish(changed)], now, wall)
+            case CoordinatorChanged():
+                self._coordinator_changed(event, now, wall)
+            case HeartbeatHeard():
+                self._standing(event, now, wall)
+        for name in PUBLISHED.get(type(event), ()):
+            self._give(name, event, now, wall)
+        if isinstance(event, RosterChanged):
+            self._removed(event.removed, now, wall)
+
+    def _coordinator_changed(self, event: CoordinatorChanged, now: float, wall: float) -> None:
+        leader = NodeId(event.leader) if event.leader is not None else None
+        self.heartbeats.follow(leader, event.term, self.election.deputies)
+        self._give("keys", Coordinating(leader == self.me), now, wall)
+
+    def _standing(self, heard: HeartbeatHeard, now: float, wall: float) -> None:
+        """Candidates are judged by what they say of themselves, in classes so coarse that this is rarely news."""
+        heartbeat = heard.heartbeat
+        stability = stability_class(
+            heartbeat.uptime_s,
+            on_battery=bool(heartbeat.flags & HeartbeatFlag.ON_BATTERY),
+            has_battery=heartbeat.battery_pct >= 0,
+        )
+        standing = Standing(heard.node, stability, capability_in(heartbeat.flags))
+        if self._standings.get(heard.node) != standing:
+            self._standings[heard.node] = standing
+            self._give("election", standing, now, wall)
+
+    def _removed(self, removed: tuple[NodeId, ...], now: float, wall: float) -> None:
+        """Evicted nodes: out of every view, their keys forgotten, their links cut."""
+        if removed:
+            self._give("membership", RosterShrank(removed), now, wall)
+        for node in removed:
+            self.datagrams.forget(node)
+            self._standings.pop(node, None)
+            self._out.append(CloseLink(node, "evicted"))

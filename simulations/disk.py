@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from random import Random
 
 from protocol.effects import Persist
+from protocol.records.store import MACHINE as RECORDS
+from protocol.records.store import MemoryStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +27,13 @@ class DiskParams:
 class Disk:
     """Durable tables (machine -> key -> value) with commits that take time, fail when full and tear at a crash."""
 
-    __slots__ = ("_in_flight", "full", "params", "rng", "slowness", "tables")
+    __slots__ = ("_in_flight", "full", "params", "records", "rng", "slowness", "tables")
 
     def __init__(self, params: DiskParams, rng: Random) -> None:
         self.params = params
         self.rng = rng
         self.tables: dict[str, dict[bytes, bytes]] = {}
+        self.records = MemoryStore()  # rows go here and nowhere else
         self.full = False
         self.slowness = 1.0
         self._in_flight: Sequence[Persist] = ()
@@ -71,9 +74,13 @@ class Disk:
     def wipe(self) -> None:
         """A new disk: nothing is remembered."""
         self.tables.clear()
+        self.records = MemoryStore()
         self._in_flight = ()
 
     def _apply(self, write: Persist) -> None:
+        if write.machine == RECORDS:
+            self.records.persist((write,))
+            return
         table = self.tables.setdefault(write.machine, {})
         if write.value is None:
             table.pop(write.key, None)

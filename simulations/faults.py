@@ -25,7 +25,7 @@ class Fault:
 
     def __str__(self) -> str:
         where = ",".join(map(str, self.targets))
-        return f"{self.at:8.2f} s  {self.kind:<16} #{where} for {self.lasts_s:.2f} s (amount {self.amount:.3g})"
+        return f"{self.kind} #{where} for {self.lasts_s:.2f} s (amount {self.amount:.3g})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +60,14 @@ SHAPES: Final[tuple[Shape, ...]] = (
     Shape("lossy", 1.5, (5.0, 40.0), amount=(0.05, 0.5)),
     Shape("storm", 1.0, (5.0, 30.0), amount=(0.02, 0.25)),
 )
-KINDS: Final = {shape.kind: shape for shape in SHAPES}
 
 
 def draw(
-    rng: Random, nodes: int, begin: float, end: float, per_minute: float, shapes: Sequence[Shape] = SHAPES
+    rng: Random, nodes: int, begin: float, end: float, per_minute: float, kinds: str | None = None
 ) -> list[Fault]:
-    """A schedule in which every fault begins after `begin` and is undone by `end`."""
+    """A schedule in which every fault begins after `begin` and is undone by `end`; `kinds` names the ones to draw from."""
+    wanted = None if kinds is None else set(kinds.split(","))
+    shapes = [shape for shape in SHAPES if wanted is None or shape.kind in wanted]
     plan = []
     at = begin
     weights = [shape.weight for shape in shapes]
@@ -119,6 +120,7 @@ class Faults:
     def do(self, fault: Fault) -> None:
         """Let one fault begin now; it undoes itself."""
         computers = [self._world.computers[index] for index in fault.targets]
+        self._world.tell_fault(str(fault))
         self.touched.update(fault.targets)
         self._actions[fault.kind](computers, fault)
 

@@ -7,24 +7,31 @@ brings, answers RotationDue with random bytes, samples resources, and carries tr
 from collections.abc import MutableMapping, Sequence
 from typing import Final, cast
 
+import msgspec
+
 from protocol.heartbeats.events import Sample, SampleTaken
-from protocol.ids import Address, NodeId, mesh_id_of, pack_address
+from protocol.ids import Address, NodeId, mesh_id_of
 from protocol.membership.events import AddressesChanged, Depart
 from protocol.node import Node, NodeParameters
-from protocol.trust.events import MintKey, RosterChanged, RotationDue
+from protocol.records.collection import Collection
+from protocol.records.events import PutRecord
+from protocol.records.record import open_record
+from protocol.trust.collection import trust_collection
+from protocol.trust.events import MintKey, RotationDue
 from protocol.trust.keys import GossipKey, durable_keys
 from protocol.trust.roster import Roster
-from protocol.trust.statements import TrustStatement, admission, eviction, seal
+from protocol.trust.statements import TRUST_COLLECTION, TrustStatement, admission, eviction, record_key, seal
 from protocol.wire import limits
-from protocol.wire.messages import Alive
-from protocol.wire.statements import Stated, StatementCodec
+from protocol.wire.crypto import STATEMENT_DOMAIN
+from protocol.wire.messages import Accusation, Alive, Gossip, Leaving, StatementBody
+from protocol.wire.statements import Stated
 from simulations.computer import DOWN, Computer, Machine
 from simulations.suite import SimSuite
 from simulations.world import World
 
 BOOT_ORIGIN: Final = 1_577_836_800  # boot epochs count from 2020-01-01
 CONTACTS: Final = 5  # so many addresses of peers come with a join
-STATEMENTS_SHARED_MAX: Final = 500_000
+SHARED_COLLECTION: Final = "shared"  # any member may write any key of it
 
 
 class MeshProgram:
@@ -48,7 +55,8 @@ class MeshProgram:
         self._sample_s = sample_s
         self._root, _ = world.ring.identity(f"root/{world.seed}".encode())
         self._mesh_id = mesh_id_of(self._root)
-        self._trust: list[bytes] = []
+        self._admissions: list[bytes] = []
+        self._contacts: dict[NodeId, Address] = {}
         self._shared: Roster | None = None
         self._statements: MutableMapping[bytes, Stated] = {}
         self._first_key = world.ring.identity(f"gossip key/{world.seed}".encode())[0]
@@ -61,18 +69,24 @@ class MeshProgram:
         stored = int.from_bytes(table.get(b"boot", b""), "big")
         boot = max(stored + 1, min(int(wall) - BOOT_ORIGIN, limits.BOOT_MAX))
         table[b"boot"] = boot.to_bytes(4, "big")
-        durable = computer.disk.snapshot()
         if self._sample_s is not None:
             self._world.after(computer.rng.uniform(0.0, 1.0), self._sample, computer, computer.run)
+        suite = SimSuite(self._world.ring, computer.public_key)
+        # A join brings addresses; later starts live on what the machines remembered.
+        contacts = self._contacts if computer.run == 1 else {}
         return Node(
             me=computer.node_id,
             mesh_id=self._mesh_id,
             boot=boot,
-            suite=SimSuite(self._world.ring, computer.public_key),
+            founder=computer.index == 0,
+            suite=suite,
             rng=computer.rng,
             roster=self._roster_of(computer),
-            durable=durable,
+            durable=computer.disk.snapshot(),
+            collections=(trust_collection(self._root, suite), Collection(SHARED_COLLECTION)),
+            record_store=computer.disk.records,
             addresses=(computer.address,),
+            contacts={peer: address for peer, address in contacts.items() if peer != computer.node_id},
             params=self._params,
             statements=self._statements,
         )
@@ -86,23 +100,21 @@ class MeshProgram:
         return peer in cast(Node, machine).roster
 
     def admit(self, computers: Sequence[Computer]) -> None:
-        """Everybody knows these members; they know the gossip key and the addresses of the first few."""
+        """Everybody knows these members; they know the first gossip key and the addresses of the first few."""
         made = [self._admission(computer) for computer in computers]
-        self._trust += made
+        self._admissions += made
         if self._shared is not None:
             for statement in made:
                 self._shared.apply(statement)
-        for computer in self._world.computers:
-            if self._own_rosters and computer.state != DOWN:
+        if self._own_rosters:
+            for computer in self._world.up():
                 for statement in made:
-                    self._learn(computer, statement)
+                    self._told(computer, statement)
+        for peer in self._world.computers[:CONTACTS]:
+            self._contacts.setdefault(peer.node_id, peer.address)
         key = GossipKey(1, self._first_key, bytes(8), int(self._world.epoch * 1000))
-        contacts = [self._contact(peer) for peer in self._world.computers[:CONTACTS]]
         for computer in computers:
             computer.disk.tables["keys"] = dict(durable_keys([key]))
-            computer.disk.tables["membership"] = {
-                signer.encode("ascii"): blob for signer, blob in contacts if signer != computer.node_id
-            }
 
     def queue_sizes(self, machine: Machine) -> Sequence[tuple[str, int, int]]:
         """Tables of the hub and the limits that a mesh of this size gives them."""
@@ -120,6 +132,46 @@ class MeshProgram:
         """Answer what the hub asks of its driver."""
         if type(event) is RotationDue:
             self._world.after(0.0, self._mint, computer, computer.run)
+
+    # ---- questions of the scenarios ---------------------------------------------------------------------------------
+
+    def key_id(self, computer: Computer) -> bytes:
+        """The id of the gossip key that the node seals with."""
+        return cast(Node, computer.machine).keyring.sending()[0]
+
+    def heartbeat_ages(self, computer: Computer) -> tuple[list[float], int]:
+        """Seconds since the last heartbeat of each other running node, and how many were never heard."""
+        now, latest = computer.now(), cast(Node, computer.machine).heartbeats.latest
+        others = [other.node_id for other in self._world.up() if other is not computer]
+        ages = [now - latest[other][1] for other in others if other in latest]
+        return ages, len(others) - len(ages)
+
+    # ---- what an attacker with a member's keys does -----------------------------------------------------------------
+
+    def seal(self, source: Computer, target: Computer, messages: Sequence[object]) -> bytes | None:
+        """A genuine datagram of the source with messages of the attacker's choice."""
+        return cast(Node, source.machine).datagrams.seal(target.node_id, messages)
+
+    def forgeries(self, insider: Computer, victim: Computer, accusers: Sequence[Computer]) -> list[Gossip]:
+        """Statements in the names of others, signed by the insider instead."""
+        suite = SimSuite(self._world.ring, insider.public_key)
+        stated = cast(Node, insider.machine).membership.view.known.get(victim.node_id)
+        if stated is None or not isinstance(stated.body, Alive):
+            return []
+        alive, short = stated.body, self._world.short
+        bodies: list[StatementBody] = [
+            Leaving(alive.signer, alive.boot, alive.incarnation + 1),
+            Alive(alive.signer, alive.boot + 1000, 0, alive.version_min, alive.version_max, alive.addresses),
+        ]
+        for accuser in accusers:
+            boot = cast(Node, accuser.machine).boot
+            bodies.append(
+                Accusation(short(accuser.node_id), boot, 2**40, alive.signer, alive.boot, alive.incarnation)
+            )
+        blobs = [msgspec.msgpack.encode(body) for body in bodies]
+        # An insider's signature over the right bytes is a real signature, only of the wrong node.
+        signed = [blob + suite.forge(STATEMENT_DOMAIN, blob) for blob in blobs]
+        return [Gossip([blob]) for blob in signed]
 
     # ---- what a person or a service does --------------------------------------------------------------------------
 
@@ -140,66 +192,41 @@ class MeshProgram:
         self._mint(computer, computer.run)
 
     def evict(self, victim: Computer, by: Computer) -> None:
-        """The root evicts a member; the statement reaches every other node at a moment of its own."""
+        """The root evicts a member; the records carry the statement. Needs rosters of their own for all nodes."""
         statement = eviction(node_id=victim.node_id, evicted_at=self._wall_ms(), by=by.node_id)
-        sealed = self._seal(statement)
-        self._trust.append(sealed)
-        for computer in self._world.computers:
-            if computer is not victim:
-                delay = 0.0 if computer is by else self._world.rng.uniform(0.0, 1.0)
-                self._world.after(delay, self._learn, computer, sealed)
+        by.input(PutRecord(TRUST_COLLECTION, record_key(victim.node_id), self._seal(statement)))
+
+    def put(self, computer: Computer, key: bytes, value: bytes) -> None:
+        """Write a shared record at this node."""
+        computer.input(PutRecord(SHARED_COLLECTION, key, value))
 
     # ---- trust ----------------------------------------------------------------------------------------------------
 
     def _roster_of(self, computer: Computer) -> Roster:
         verifier = SimSuite(self._world.ring, computer.public_key)
         if self._own_rosters:
-            # What it was told before is on its disk; the admissions came with the join.
-            told = computer.disk.tables.get("trust", {})
-            return Roster(root_public_key=self._root, verifier=verifier, statements=[*self._admissions(), *told.values()])
+            store = computer.disk.records
+            told = [record.value for _, blob in store.scan(TRUST_COLLECTION, b"", None, 10_000) if (record := open_record(blob))]
+            return Roster(root_public_key=self._root, verifier=verifier, statements=[*self._admissions, *told])
         if self._shared is None:
-            self._shared = Roster(root_public_key=self._root, verifier=verifier, statements=self._trust)
+            self._shared = Roster(root_public_key=self._root, verifier=verifier, statements=self._admissions)
         return self._shared
-
-    def _admissions(self) -> list[bytes]:
-        return [self._admission(computer) for computer in self._world.computers]
 
     def _admission(self, computer: Computer) -> bytes:
         name = f"node-{computer.index}"
-        made = admission(
-            public_key=computer.public_key, name=name, role="member", admitted_at=1, by=computer.node_id
+        return self._seal(
+            admission(public_key=computer.public_key, name=name, role="admin", admitted_at=1, by=computer.node_id)
         )
-        return self._seal(made)
 
     def _seal(self, statement: TrustStatement) -> bytes:
         return seal(statement, SimSuite(self._world.ring, self._root))
 
-    def _learn(self, computer: Computer, statement: bytes) -> None:
-        """A trust statement reaches a node as soon as anything reaches it."""
-        if computer.state == DOWN or computer.paused or computer.cut_in:
-            self._world.after(1.0, self._learn, computer, statement)
-            return
-        roster = cast(Roster, cast(Node, computer.machine).roster)
-        computer.disk.tables.setdefault("trust", {})[statement[-16:]] = statement
-        changed = roster.apply(statement)
+    def _told(self, computer: Computer, statement: bytes) -> None:
+        changed = cast(Node, computer.machine).roster.apply(statement)
         if changed is not None:
             computer.input(changed)
-            if not self._own_rosters:
-                self._tell_all(computer, changed)
-
-    def _tell_all(self, computer: Computer, changed: RosterChanged) -> None:
-        for other in self._world.computers:
-            if other is not computer and other.state != DOWN:
-                other.input(changed)
 
     # ---- the driver's small services --------------------------------------------------------------------------------
-
-    def _contact(self, peer: Computer) -> tuple[NodeId, bytes]:
-        short = self._world.short(peer.node_id)
-        codec = StatementCodec(SimSuite(self._world.ring, peer.public_key), self._roster_of(peer))
-        version = limits.PROTOCOL_VERSION
-        body = Alive(short, 1, 0, limits.PROTOCOL_VERSION_MIN, version, [pack_address(peer.address)])
-        return peer.node_id, codec.sign(peer.node_id, body).blob
 
     def _mint(self, computer: Computer, run: int) -> None:
         if computer.run == run and computer.state != DOWN:

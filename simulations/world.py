@@ -99,6 +99,10 @@ class World:
             self.push(self.now + self.rng.uniform(0.0, within_s), _start, computer, None)
         return added
 
+    def use(self, program: Program) -> None:
+        """Let computers added from now on run this program; it may need the world to be made first."""
+        self._program = program
+
     @property
     def program(self) -> Program:
         """What computers of this world start: the real hub of the protocol unless the constructor was told otherwise."""
@@ -194,6 +198,11 @@ class World:
         """Give every checker its last word."""
         for checker in self._checkers:
             checker.finished(self)
+
+    def tell_fault(self, words: str) -> None:
+        """Something is being done to this world."""
+        for checker in self._checkers:
+            checker.fault(words)
 
     def tell_started(self, computer: Computer) -> None:
         """A computer's process was built."""

@@ -16,15 +16,15 @@ from urllib.parse import parse_qsl, urlencode
 
 import trio
 
-from meshnode.api.bodies import BodyReader, ClientGone, CommonQuery, Decoder
-from meshnode.api.guard import Admission, Asked, Guard, body_limit, cors_headers, preflight_headers
+from meshnode.api.bodies import BodyReader, ClientGoneError, CommonQuery, Decoder
+from meshnode.api.guard import SAFE_METHODS, Admission, Asked, Guard, body_limit, cors_headers, preflight_headers
 from meshnode.api.limits import ApiLimits
 from meshnode.api.peer import Peer
 from meshnode.api.render import (
     JSON,
     PAGE_POLICY,
     Headers,
-    Refusal,
+    RefusalError,
     encode,
     error_status,
     head,
@@ -49,10 +49,11 @@ from meshnode.kernel.logs import LOG_CONTEXT, Logger
 from meshnode.kernel.metrics import Metrics
 
 UNKNOWN_PEER: Final = Peer(None)
-_body_header_names: Final = (b"content-length", b"transfer-encoding")
+_CLIENT_GONE_STATUS: Final = 499
+"""What the log shows for a request whose client left before the answer; it is never sent."""
 
 
-class _TooSlowReader(Exception):  # noqa: N818 -- a client that stopped reading is no error of ours
+class _TooSlowReaderError(Exception):
     """An HTTP/2 client gave no room for more of the answer in time."""
 
 
@@ -95,6 +96,8 @@ class ApiApplication:
         metrics: Metrics,
         log: Logger,
         clock: Callable[[], float] = trio.current_time,
+        *,
+        log_requests: bool = False,
     ) -> None:
         self._router = router
         self._guard = guard
@@ -104,8 +107,10 @@ class ApiApplication:
         self._log = log
         self._clock = clock
         self._decoders = {route: Decoder(route) for route in router.routes if route.handler is not None}
+        self._log_requests = log_requests
         self._in_flight = 0
-        self._ids = (f"{secrets.token_hex(4)}-{number:x}" for number in itertools.count(1))
+        boot = secrets.token_hex(4)
+        self._ids = (f"{boot}-{number:x}" for number in itertools.count(1))
         metrics.track("meshnode_api_streams_open", lambda: float(streams.count))
 
     async def __call__(self, scope: Any, receive: AsgiReceive, send: AsgiSend) -> None:
@@ -116,11 +121,13 @@ class ApiApplication:
         restore = LOG_CONTEXT.set({"request_id": exchange.request_id})
         try:
             await self._answer(exchange, receive)
-        except (ClientGone, _TooSlowReader):
-            # Nobody is there to be told.
-            exchange.status = exchange.status or 499
         except Exception as error:  # noqa: BLE001 -- the HTTP boundary
-            await self._answer_error(exchange, self.as_mesh_error(error))
+            cause = _alone(error)
+            if isinstance(cause, ClientGoneError | _TooSlowReaderError):
+                # Nobody is there to be told.
+                exchange.status = exchange.status or _CLIENT_GONE_STATUS
+            else:
+                await self._answer_error(exchange, self.as_mesh_error(cause))
         finally:
             LOG_CONTEXT.reset(restore)
             self._record(exchange)
@@ -129,8 +136,6 @@ class ApiApplication:
         """An error as it may be told. One we did not expect is logged with its traceback and told as `internal`."""
         if isinstance(error, MeshError):
             return error
-        if isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
-            return self.as_mesh_error(error.exceptions[0])
         self._metrics.count("fabric_panics_total")
         context = LOG_CONTEXT.get() or {}
         self._log.error("unexpected error while answering", exc_info=error)
@@ -158,7 +163,7 @@ class ApiApplication:
             raise _no_route(exchange)
         limit = self._limits.streams_max if route.streams else self._limits.requests_max
         if (self._streams.count if route.streams else self._in_flight) >= limit:
-            raise Refusal(
+            raise RefusalError(
                 503,
                 ErrorCode.UNAVAILABLE,
                 "The agent is answering as many requests as it allows at once. Try again in a moment.",
@@ -225,7 +230,7 @@ class ApiApplication:
             local_only=common.local_only,
             limit=common.limit,
             cursor=common.cursor,
-            chunks=reader.chunks if reader is not None and route.raw_body else None,
+            chunks=reader if route.raw_body else None,
         )
         return request, common
 
@@ -244,16 +249,20 @@ class ApiApplication:
             # The head has left: all that can be done is to end early, which the client sees as a broken answer.
             raise error
         status = error_status(error)
-        extra = [JSON, *text_headers(error.headers)] if isinstance(error, Refusal) else [JSON]
-        if isinstance(error, Refusal):
+        extra = [JSON, *text_headers(error.headers)] if isinstance(error, RefusalError) else [JSON]
+        if isinstance(error, RefusalError):
             self._metrics.count("meshnode_api_refused_total", reason=error.reason)
         render = exchange.match.error_body or native_error_body
         try:
             await self._send_whole(exchange, status, encode(render(error, status, exchange.request_id)), extra)
-        except _TooSlowReader:
+        except _TooSlowReaderError:
             return
 
     async def _answer_stream(self, exchange: Exchange, stream: EventStream, receive: AsgiReceive) -> None:
+        if exchange.asked.method == "HEAD":
+            await stream.source.aclose()
+            await self._send_whole(exchange, 200, b"", [(b"content-type", stream.media_type.encode("ascii"))])
+            return
         pump = StreamPump(stream, self._streams, self._limits, self.as_mesh_error)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pump.produce)
@@ -320,7 +329,7 @@ class ApiApplication:
                 await exchange.send(part)
             if sending.cancelled_caught:
                 self._metrics.count("meshnode_api_connections_cut_total", reason="slow_reader")
-                raise _TooSlowReader
+                raise _TooSlowReaderError
 
     def _page_send(self, exchange: Exchange) -> AsgiSend:
         async def send(message: Any) -> None:
@@ -340,7 +349,8 @@ class ApiApplication:
         self._metrics.count("meshnode_api_requests_total", status=str(status))
         if exchange.match.route is None or not exchange.match.route.streams:
             self._metrics.observe("meshnode_api_request_seconds", took_s)
-        tell = self._log.debug if status < 400 and method in {"GET", "HEAD", "OPTIONS"} else self._log.info
+        quiet = status < 400 and method in SAFE_METHODS and not self._log_requests
+        tell = self._log.debug if quiet else self._log.info
         tell(
             "request",
             request_id=exchange.request_id,
@@ -352,11 +362,18 @@ class ApiApplication:
         )
 
 
+def _alone(error: Exception) -> Exception:
+    """The one error inside groups of one, which is what a nursery makes of it."""
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
 def _no_route(exchange: Exchange) -> MeshError:
     path, allowed = exchange.scope["path"][:128], exchange.match.allowed
     if allowed:
         methods = ", ".join(allowed)
-        return Refusal(
+        return RefusalError(
             405,
             ErrorCode.METHOD_NOT_ALLOWED,
             f"{exchange.asked.method} is not possible here; this path has {methods}.",

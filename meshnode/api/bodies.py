@@ -5,7 +5,7 @@ a 408. It leaves admission to the guard.
 """
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import parse_qsl
@@ -15,7 +15,7 @@ import trio
 
 from meshnode.api.guard import too_large
 from meshnode.api.limits import ApiLimits
-from meshnode.api.render import Refusal
+from meshnode.api.render import RefusalError
 from meshnode.api.routing import Route
 from meshnode.kernel.errors import ErrorCode, MeshError
 
@@ -28,7 +28,7 @@ _MISSING: Final = re.compile(r"missing required field `(?P<name>[^`]+)`")
 _UNKNOWN: Final = re.compile(r"unknown field `(?P<name>[^`]+)`")
 
 
-class ClientGone(Exception):  # noqa: N818 -- not an error of ours: the client left in the middle of its request
+class ClientGoneError(Exception):
     """The client closed the connection while its body was still expected."""
 
 
@@ -41,14 +41,18 @@ class BodyReader:
         self._bytes_max = bytes_max
         self._received = 0
         self._waited_s = 0.0
-        self.finished = False
+        self._finished = False
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The body piece by piece. Raises MeshError(TOO_LARGE | TIMEOUT), or ClientGone.
+    def __aiter__(self) -> "BodyReader":
+        return self
 
-        Only waiting for the client counts against the deadline, not the time a handler takes in between.
+    async def __anext__(self) -> bytes:
+        """The next piece of the body. Raises MeshError(TOO_LARGE | TIMEOUT), or ClientGoneError.
+
+        Only waiting for the client counts against the deadline, not the time a handler takes in between. Not a
+        generator, because a handler may stop reading in the middle.
         """
-        while not self.finished:
+        while not self._finished:
             budget = self._limits.body_grace_s + self._received / self._limits.body_rate_min - self._waited_s
             began = trio.current_time()
             event: Any = None
@@ -56,7 +60,7 @@ class BodyReader:
                 event = await self._receive()
             self._waited_s += trio.current_time() - began
             if event is None:
-                raise Refusal(
+                raise RefusalError(
                     408,
                     ErrorCode.TIMEOUT,
                     "The body of the request came too slowly. Send it again on a better connection.",
@@ -65,18 +69,19 @@ class BodyReader:
                     reason="slow_body",
                 )
             if event["type"] == "http.disconnect":
-                raise ClientGone
-            data = event.get("body", b"")
+                raise ClientGoneError
+            data: bytes = event.get("body", b"")
             self._received += len(data)
             if self._received > self._bytes_max:
                 raise too_large(self._bytes_max)
-            self.finished = not event.get("more_body", False)
+            self._finished = not event.get("more_body", False)
             if data:
-                yield data
+                return data
+        raise StopAsyncIteration
 
     async def whole(self) -> bytes:
         """The whole body."""
-        pieces = [piece async for piece in self.chunks()]
+        pieces = [piece async for piece in self]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
@@ -178,7 +183,7 @@ class Decoder:
             return None
         media_type = content_type.partition(b";")[0].strip().lower()
         if data and media_type != b"application/json":
-            raise Refusal(
+            raise RefusalError(
                 415,
                 ErrorCode.UNSUPPORTED_MEDIA_TYPE,
                 "This path takes a JSON body: send it with `Content-Type: application/json`.",

@@ -15,7 +15,7 @@ from meshnode.api.callers import ApiToken, BrowserSessions, Caller
 from meshnode.api.limits import ApiLimits
 from meshnode.api.peer import Peer
 from meshnode.api.rate import TokenBuckets
-from meshnode.api.render import Refusal
+from meshnode.api.render import RefusalError
 from meshnode.api.routing import Match
 from meshnode.kernel.errors import ErrorCode, MeshError
 
@@ -92,7 +92,7 @@ class Guard:
     def check_host(self, asked: Asked) -> None:
         """Exactly our own names. Anything else means that a name of somebody else's leads here (DNS rebinding)."""
         if b"host" in asked.repeated or asked.headers.get(b"host", b"") not in self._hosts:
-            raise Refusal(
+            raise RefusalError(
                 421,
                 ErrorCode.MISDIRECTED,
                 "The Host header does not name this agent. Call it as http://127.0.0.1:PORT, http://localhost:PORT "
@@ -114,7 +114,7 @@ class Guard:
         if match.route is not None and match.route.get_changes and _from_browser(asked):
             raise _forbidden("browser_get", "A browser may not use GET for this; use POST.")
         if asked.headers.get(b"upgrade", b"").lower() == b"websocket":
-            raise Refusal(
+            raise RefusalError(
                 501,
                 ErrorCode.NOT_IMPLEMENTED,
                 "This agent has no WebSockets. Use the event streams (GET /api/events) instead.",
@@ -144,7 +144,7 @@ class Guard:
         wait = self._refused.take(key, now)
         if wait > 0:
             raise _too_often(wait, "too many requests without valid credentials")
-        raise Refusal(
+        raise RefusalError(
             401,
             ErrorCode.UNAUTHORIZED,
             "This agent belongs to another user, or asks everybody for its token. Send `Authorization: Bearer TOKEN`; "
@@ -166,7 +166,7 @@ class Guard:
             return
         media_type = asked.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if media_type not in _BODY_TYPES:
-            raise Refusal(
+            raise RefusalError(
                 415,
                 ErrorCode.UNSUPPORTED_MEDIA_TYPE,
                 "Send the body as application/json, multipart/form-data or application/octet-stream, and say so in "
@@ -192,7 +192,7 @@ def body_limit(match: Match, limits: ApiLimits) -> int:
 
 
 def too_large(limit: int) -> MeshError:
-    return Refusal(
+    return RefusalError(
         413,
         ErrorCode.TOO_LARGE,
         f"The body is larger than the {limit} bytes this path accepts. Send less at once.",
@@ -223,13 +223,13 @@ def _from_browser(asked: Asked) -> bool:
     return any(name == b"origin" or name == b"cookie" or name.startswith(b"sec-fetch-") for name in asked.headers)
 
 
-def _forbidden(reason: str, message: str) -> Refusal:
+def _forbidden(reason: str, message: str) -> RefusalError:
     hint = " Add the origin to `api.allowed_origins` if you run a web client there." if reason == "origin" else ""
-    return Refusal(403, ErrorCode.FORBIDDEN, message + hint, reason=reason)
+    return RefusalError(403, ErrorCode.FORBIDDEN, message + hint, reason=reason)
 
 
-def _too_often(wait_s: float, what: str) -> Refusal:
-    return Refusal(
+def _too_often(wait_s: float, what: str) -> RefusalError:
+    return RefusalError(
         429,
         ErrorCode.RATE_LIMITED,
         f"Refused: {what}. Try again in {max(1, math.ceil(wait_s))} s.",

@@ -36,8 +36,8 @@ class ApiLimits:
     """Requests being worked on at once, event streams aside."""
     streams_max: int = 512
     h2_streams_max: int = 64
-    rate_per_s: float = 2000.0
-    rate_burst: int = 4000
+    rate_per_s: float = 5000.0
+    rate_burst: int = 10_000
     refused_rate_per_s: float = 10.0
     """Wrong or missing credentials, per caller."""
     refused_burst: int = 30

@@ -4,6 +4,7 @@ Its job is the look-up in the kernel's socket table, Linux only; elsewhere, and 
 certain answer, the user is unknown and the guard asks for the token.
 """
 
+import errno
 import os
 import socket
 import struct
@@ -17,6 +18,7 @@ from typing import Final
 _NETLINK_SOCK_DIAG: Final = 4
 _SOCK_DIAG_BY_FAMILY: Final = 20
 _NLM_F_REQUEST: Final = 1
+_NLMSG_ERROR: Final = 2
 _IPPROTO_TCP: Final = 6
 _NETLINK_HEADER: Final = struct.Struct("=IHHII")
 # struct inet_diag_msg: family, state, timer, retrans, then a 48-byte socket id, then five 32-bit numbers.
@@ -72,11 +74,19 @@ def owner_by_netlink(family: socket.AddressFamily, local: Endpoint, remote: Endp
         kernel.settimeout(_answer_timeout_s)
         kernel.send(header + request)
         answer = kernel.recv(_answer_bytes_max)
-    if len(answer) < _DIAG_TAIL_OFFSET + _DIAG_TAIL.size:
+    _, kind, *_ = _NETLINK_HEADER.unpack_from(answer)
+    if kind == _NLMSG_ERROR:
+        # An error repeats the question behind its number: never read it as an answer.
         error = -struct.unpack_from("=i", answer, _NETLINK_HEADER.size)[0]
-        if error in {2, 111}:  # ENOENT, or ECONNREFUSED on old kernels: there is no such socket.
+        if error in {errno.ENOENT, errno.ECONNREFUSED}:
             return None
         raise OSError(error, os.strerror(error))
+    if kind != _SOCK_DIAG_BY_FAMILY or len(answer) < _DIAG_TAIL_OFFSET + _DIAG_TAIL.size:
+        raise OSError(errno.EPROTO, "the kernel's answer is not about a socket")
+    told = _NETLINK_HEADER.size + 4
+    if answer[told : told + 4 + 32] != struct.pack("!HH", local[1], remote[1]) + addresses:
+        # For a connection that is gone the kernel may name a listening socket on the same port instead.
+        return None
     _, _, _, uid, inode = _DIAG_TAIL.unpack_from(answer, _DIAG_TAIL_OFFSET)
     return _certain(int(uid), int(inode))
 

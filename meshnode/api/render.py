@@ -30,7 +30,7 @@ _encoder: Final = msgspec.json.Encoder()
 _NULL: Final = b"null"
 
 
-class Refusal(MeshError):
+class RefusalError(MeshError):
     """A MeshError that knows its HTTP status and headers, for what only HTTP has a word for."""
 
     def __init__(
@@ -86,7 +86,7 @@ class ErrorAnswer(msgspec.Struct, frozen=True):
 
 def error_status(error: MeshError) -> int:
     """The HTTP status of an error."""
-    return error.status if isinstance(error, Refusal) else http_status(error.code)
+    return error.status if isinstance(error, RefusalError) else http_status(error.code)
 
 
 def native_error_body(error: MeshError, _status: int, _request_id: str) -> object:

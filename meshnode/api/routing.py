@@ -44,7 +44,7 @@ class ApiRequest(Generic[Query, Body]):
     """`?scope=local`: answer for this node alone."""
     limit: int | None = None
     cursor: str | None = None
-    chunks: Callable[[], AsyncIterator[bytes]] | None = None
+    chunks: AsyncIterator[bytes] | None = None
     """The raw body piece by piece; only where the route asked for `raw_body`. Raises MeshError(TOO_LARGE) past the
     route's limit and (TIMEOUT) when the client sends too slowly."""
 
@@ -90,7 +90,7 @@ class ByteStream:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Route:
     """One method on one path. `path` has `{name}` for one segment and, at its end only, `{name...}` for the rest."""
 
@@ -216,7 +216,7 @@ class Router:
         """
         wanted = "GET" if method == "HEAD" else method
         exact = self._exact.get(raw_path)
-        if exact is not None and wanted in exact:
+        if exact is not None and wanted in exact and not (method == "HEAD" and _changes(exact[wanted].route)):
             return exact[wanted]
         segments = _segments(raw_path)
         error_body = self._error_body("/" + "/".join(segments))
@@ -225,8 +225,8 @@ class Router:
             return Match(None, {}, error_body=error_body)
         ends, values = found
         route = ends.get(wanted)
-        if route is None:
-            allowed = {"OPTIONS", *ends} | ({"HEAD"} if "GET" in ends else set())
+        if route is None or (method == "HEAD" and _changes(route)):
+            allowed = {"OPTIONS", *ends} | ({"HEAD"} if "GET" in ends and not _changes(ends["GET"]) else set())
             return Match(None, {}, tuple(sorted(allowed)), error_body)
         return Match(route, dict(zip(route.param_names, values, strict=True)), error_body=error_body)
 
@@ -237,6 +237,10 @@ class Router:
             if mount.error_body is not None and inside and (best is None or len(mount.prefix) > len(best.prefix)):
                 best = mount
         return None if best is None else best.error_body
+
+
+def _changes(route: Route | None) -> bool:
+    return route is not None and route.get_changes
 
 
 def _walk(

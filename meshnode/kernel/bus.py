@@ -9,7 +9,7 @@ Everything runs on one trio thread; `publish` is an ordinary function and may be
 """
 
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -66,6 +66,7 @@ class Subscription:
         self._waiting: trio.Event | None = None
         self._dropped: Dropped | None = None
         self._ended = False
+        self._taken: deque[Event | Dropped] = deque()
         self._last_id = last_id
         self.missed = missed
         """True when events after the `after` it asked for were already gone from the ring."""
@@ -123,10 +124,16 @@ class Subscription:
             return [self._dropped]
         return []
 
-    async def __aiter__(self) -> AsyncIterator[Event | Dropped]:
-        while batch := await self.batch():
-            for item in batch:
-                yield item
+    def __aiter__(self) -> "Subscription":
+        return self
+
+    async def __anext__(self) -> Event | Dropped:
+        # Not a generator: leaving the loop early must not leave one behind to be cleaned up some time later.
+        if not self._taken:
+            self._taken.extend(await self.batch())
+        if not self._taken:
+            raise StopAsyncIteration
+        return self._taken.popleft()
 
 
 class EventBus:

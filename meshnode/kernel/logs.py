@@ -216,7 +216,10 @@ def render_text(record: Mapping[str, object]) -> str:
 def _render_value(value: object) -> str:
     if isinstance(value, str):
         shown = printable(value)
-        return shown if shown and not any(mark in shown for mark in ' "=') else json.dumps(shown, ensure_ascii=False)
+        if shown and not any(mark in shown for mark in ' "='):
+            return shown
+        # Not as JSON: that would escape the backslashes of the escapes a second time.
+        return '"' + shown.replace('"', '\\"') + '"'
     return printable(json.dumps(value, ensure_ascii=False, default=repr))
 
 

@@ -40,6 +40,14 @@ _SECRET_PATTERNS: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
         ),
         rf"\1{REDACTED}",
     ),
+    # The bare words are ordinary ones too: only as a key or a parameter do they stand before a secret.
+    (
+        re.compile(
+            r"(?i)([\"'](?:token|authorization|cookie)[\"']\s*:\s*|\b(?:token|cookie)=)"
+            r"(b?\"[^\"]*\"|b?'[^']*'|[^\s,;)}\]&]+)"
+        ),
+        rf"\1{REDACTED}",
+    ),
 )
 
 _SECRET_FIELD: Final = re.compile(

@@ -92,6 +92,7 @@ class Supervisor:
         self._everything = trio.CancelScope()
         self._failure: BaseException | None = None
         self._failed_service = ""
+        self._ready = False
 
     def stop(self) -> None:
         """Ask for a graceful stop, in reverse order and within `stop_limit_s`; again: see `stop_now`."""
@@ -134,6 +135,7 @@ class Supervisor:
                 with self._starting:
                     await self._start(nursery)
                 if not self._stop_asked.is_set():
+                    self._ready = True
                     task_status.started()
                     await self._stop_asked.wait()
                 await self._stop()
@@ -221,6 +223,8 @@ class Supervisor:
         error: Exception
         try:
             await record.service.run(task_status=_Started(record))
+            if self._stop_asked.is_set():
+                return None
             error = MeshError(ErrorCode.INTERNAL, "the service ended by itself although nobody stopped it")
         except Exception as failure:  # noqa: BLE001 - the supervisor is a boundary
             error = failure
@@ -270,7 +274,7 @@ class Supervisor:
             return "failed"
         if self._stop_asked.is_set():
             return "stopping"
-        if State.WAITING in states:
+        if not self._ready:
             return "starting"
         return "ok" if states <= {State.RUNNING} else "degraded"
 
@@ -313,21 +317,43 @@ async def serve_until_signal(
     `on_ready` is called when all tiers have started (service managers want to know). Must run in the main thread.
     Raises as Supervisor.run.
     """
+    failure: MeshError | None = None
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_watch_signals, supervisor, logger, signals)
+        await nursery.start(_watch_signals, supervisor, logger, signals)
         try:
-            async with trio.open_nursery() as running:
-                await running.start(supervisor.run)
-                on_ready()
-        finally:
-            nursery.cancel_scope.cancel()
+            await supervisor.run(task_status=_Ready(on_ready))
+        except MeshError as error:
+            failure = error
+        nursery.cancel_scope.cancel()
+    # Raised here, since a nursery would wrap it into a group.
+    if failure is not None:
+        raise failure
 
 
-async def _watch_signals(supervisor: Supervisor, logger: Logger, signals: Sequence[signal.Signals]) -> None:
+class _Ready:
+    """A task_status that calls a function."""
+
+    def __init__(self, on_ready: Callable[[], None]) -> None:
+        self._on_ready = on_ready
+
+    def started(self, value: Any = None) -> None:
+        self._on_ready()
+
+
+async def _watch_signals(
+    supervisor: Supervisor,
+    logger: Logger,
+    signals: Sequence[signal.Signals],
+    *,
+    task_status: trio.TaskStatus[None],
+) -> None:
     with trio.open_signal_receiver(*signals) as received:
-        logger.info("stopping; a second signal stops at once", signal=signal.Signals(await anext(received)).name)
+        task_status.started()
+        first = await anext(received)
+        logger.info("stopping; a second signal stops at once", signal=signal.Signals(first).name)
         supervisor.stop()
-        logger.warning("stopping at once", signal=signal.Signals(await anext(received)).name)
+        second = await anext(received)
+        logger.warning("stopping at once", signal=signal.Signals(second).name)
         supervisor.stop_now()
     # Here the signals have their usual effect again: a third one ends a process that hangs.
 

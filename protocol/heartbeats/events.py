@@ -8,12 +8,25 @@ from protocol.wire.messages import Heartbeat
 
 
 class HeartbeatFlag(IntFlag):
-    """Bits of Heartbeat.flags."""
+    """Bits of Heartbeat.flags. Bits 8 and 9 hold the capability class of election.candidates."""
 
     ON_BATTERY = 1
     THROTTLED = 2
     DRAINING = 4
     GPU = 8
+
+
+_CAPABILITY_SHIFT = 8
+
+
+def capability_bits(capability: int) -> int:
+    """A capability class (0 to 3) as bits of Heartbeat.flags."""
+    return (capability & 3) << _CAPABILITY_SHIFT
+
+
+def capability_in(flags: int) -> int:
+    """The capability class that flags carry."""
+    return flags >> _CAPABILITY_SHIFT & 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,14 @@ class AddressesChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class ContactFound:
+    """Something unproven (LAN discovery, a join, a link) says where a member may be reached. Only ever a hint."""
+
+    peer: NodeId
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
 class RosterShrank:
     """These nodes were evicted: they are no members of any view any more."""
 

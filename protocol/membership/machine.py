@@ -17,6 +17,7 @@ from protocol.effects import (
 from protocol.ids import Address, NodeId, pack_address
 from protocol.membership.events import (
     AddressesChanged,
+    ContactFound,
     Depart,
     IdentityInUse,
     PeerCleared,
@@ -56,7 +57,16 @@ CONTACT_PAUSE_S = 0.2
 CONTACT_RETRY_MAX_S = 15.0
 
 MembershipInput = (
-    Packet | LinkReceived | LinkOpened | LinkLost | TimerFired | StatementReceived | AddressesChanged | RosterShrank | Depart
+    Packet
+    | LinkReceived
+    | LinkOpened
+    | LinkLost
+    | TimerFired
+    | StatementReceived
+    | AddressesChanged
+    | ContactFound
+    | RosterShrank
+    | Depart
 )
 
 
@@ -74,6 +84,7 @@ class Membership:
         params: Parameters = LAN,
         durable: Mapping[bytes, bytes],
         addresses: tuple[Address, ...],
+        contacts: Mapping[NodeId, Address] | None = None,
     ) -> None:
         self._s = State(me=me, boot=boot, roster=roster, rng=rng, codec=codec, params=params)
         self._suspicions = Suspicions(self._s)
@@ -84,7 +95,9 @@ class Membership:
         self._contact_pause_s = CONTACT_PAUSE_S
         self._greetings_left = params.leave_sends_max
         self._introduced: set[NodeId] = set()
+        self._contacted: dict[NodeId, float] = {}
         self._departed = False
+        self._s.contacts.update(contacts or {})
         for blob in durable.values():
             stated = codec.open(blob)
             if stated is not None and isinstance(stated.body, Alive) and stated.signer != me:
@@ -160,6 +173,8 @@ class Membership:
             case RosterShrank(evicted):
                 for peer in evicted:
                     self._forget(peer)
+            case ContactFound(peer, address):
+                self._contact_found(peer, address)
             case Depart():
                 self._depart()
         return self._end()
@@ -203,11 +218,20 @@ class Membership:
     def _contact(self) -> None:
         """Nobody is up in this view: try members by the addresses remembered, over links."""
         s = self._s
-        offline = [peer for peer in s.view.known if peer != s.me and peer in s.roster]
+        offline = [peer for peer in {**s.view.known, **s.contacts} if peer != s.me and peer in s.roster]
         for peer in s.rng.sample(offline, min(CONTACT_PEERS, len(offline))):
             self._introduce(peer)
         self._contact_pause_s = min(self._contact_pause_s * 1.5, CONTACT_RETRY_MAX_S)
         s.timer(s.now + self._contact_pause_s * s.rng.uniform(0.8, 1.2), "contact")
+
+    def _contact_found(self, peer: NodeId, address: Address) -> None:
+        s = self._s
+        if peer == s.me or peer not in s.roster or peer in s.view.up:
+            return
+        s.contacts[peer] = address
+        if s.now >= self._contacted.get(peer, -CONTACT_RETRY_MAX_S) + CONTACT_RETRY_MAX_S:
+            self._contacted[peer] = s.now
+            self._introduce(peer)
 
     def _introduce(self, peer: NodeId) -> None:
         s = self._s
@@ -232,8 +256,8 @@ class Membership:
         self._suspicions.clear(peer)
         self._probing.forget(peer)
         self._healing.forget(peer)
-        s.routes.pop(peer, None)
-        s.tunnelled.pop(peer, None)
+        for table in (s.routes, s.tunnelled, s.contacts, self._contacted):
+            table.pop(peer, None)
         s.broadcasts.discard(("alive", peer))
         s.view.forget(peer, s.now)
         if was_up:

@@ -40,6 +40,7 @@ class State:
         self.last_heard = 0.0
         self._heard: deque[tuple[float, NodeId]] = deque(maxlen=HEARD_MAX)
         self.routes: dict[NodeId, Address] = {}  # where a peer's datagrams really come from, if not as stated
+        self.contacts: dict[NodeId, Address] = {}  # hints for members of whom no statement is known
         self.tunnelled: dict[NodeId, float] = {}  # peers whose UDP does not get through, until when to believe that
         self.gossiping = False
 
@@ -144,5 +145,5 @@ class State:
         """Where to reach a peer, the best first."""
         stated = self.view.known.get(peer)
         told = addresses_of(alive_of(stated)) if stated is not None else ()
-        route = self.routes.get(peer)
-        return (route, *(address for address in told if address != route)) if route is not None else told
+        hints = (self.routes.get(peer), *told, self.contacts.get(peer))
+        return tuple(dict.fromkeys(address for address in hints if address is not None))

@@ -73,6 +73,6 @@ class Collection:
         if self.records_max < 1:
             raise ValueError("a collection that holds no record is of no use")
         if self.tombstone_life_s is not None and self.tombstone_life_s < TOMBSTONE_LIFE_MIN_S:
-            raise ValueError(f"deletions live at least {TOMBSTONE_LIFE_MIN_S:.0f} s, or a record in flight could return")
+            raise ValueError(f"deletions live at least {TOMBSTONE_LIFE_MIN_S:.0f} s: a record in flight could return")
         if self.validate is not None and (self.order is None or self.each_author or self.tombstone_life_s is not None):
             raise ValueError("values that prove themselves need an order, have no authors and are never deleted")

@@ -50,7 +50,10 @@ class RecordWithdrawn:
     key: bytes
 
 
-Refusal = Literal["unknown_collection", "too_large", "not_allowed", "not_a_member", "full", "overloaded", "never_deleted"]
+Refusal = Literal[
+    "unknown_collection", "too_large", "not_allowed", "not_a_member", "full", "overloaded", "never_deleted", "outranked"
+]
+"""`outranked`: what is here counts for more by the collection's order, or is the very same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,4 +138,3 @@ class RecordsParams:
     offence_window_s: float = 60.0
     mute_s: float = 60.0
     housekeeping_interval_s: float = 1.0  # only while something waits
-    repair_pushes_max: int = 1024  # what one repair teaches is pushed on up to here

@@ -3,7 +3,7 @@
 It changes and reads; whether a record may come in is the judge's business, and how it travels that of push and repair.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -92,7 +92,7 @@ class Ledger:
         return None if blob is None else open_record(blob)
 
     def scan(self, collection: str, prefix: bytes, cursor: bytes | None, limit: int) -> Page:
-        """Records that are not deleted, by key. Raises KeyError on an unknown collection, ValueError on a bad cursor."""
+        """Records that are not deleted, by key. Raises ValueError on a cursor that no page gave."""
         limit = max(1, min(limit, SCAN_LIMIT_MAX))
         after = None if cursor is None else _open_cursor(cursor)
         self.settle()
@@ -103,15 +103,17 @@ class Ledger:
         rows = self._store.scan(collection, prefix, after, limit + 1 + len(waiting))
         found = [(key_hash, blob) for key_hash, blob in rows if key_hash not in waiting]
         found += [(key_hash, blob) for key_hash, blob in waiting.items() if blob is not None]
-        opened = [(record.key, key_hash, record) for key_hash, blob in found if (record := open_record(blob)) is not None]
-        kept = sorted(
-            entry
-            for entry in opened
-            if not entry[2].deleted and entry[0].startswith(prefix) and (after is None or entry[:2] > after)
-        ) if waiting else opened
-        page = tuple(record for _, _, record in kept[:limit])
+        kept: list[tuple[bytes, int, Record]] = []
+        for key_hash, blob in found:
+            record = open_record(blob)
+            if record is None or record.deleted or not record.key.startswith(prefix):
+                continue
+            if after is None or (record.key, key_hash) > after:
+                kept.append((record.key, key_hash, record))
+        kept.sort(key=lambda entry: entry[:2])
         more = len(kept) > limit
-        return Page(page, pack_hash(kept[limit - 1][1]) + kept[limit - 1][0] if more else None)
+        last_key, last_hash, _ = kept[limit - 1] if more else (b"", 0, None)
+        return Page(tuple(record for _, _, record in kept[:limit]), pack_hash(last_hash) + last_key if more else None)
 
     def written_by(self, public_key: bytes) -> list[RowId]:
         """The rows of one author."""
@@ -165,9 +167,9 @@ class Ledger:
             self._unstored_bytes -= len(unstored.blob or b"")
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether something is on its way to the disk or from a time that has not come."""
-        return bool(self._unstored) or self._ahead_due is not None
+    def is_storing(self) -> bool:
+        """Whether something is on its way to the disk."""
+        return bool(self._unstored)
 
     @property
     def is_overloaded(self) -> bool:
@@ -217,9 +219,10 @@ class Ledger:
         """Whether this is a deletion that was forgotten here lately, and which others may still hold."""
         return version in self._forgotten
 
-    def deletions(self) -> Iterator[RowId]:
-        """The deletions that wait to be forgotten."""
-        return iter(self._deletions)
+    @property
+    def has_deletions(self) -> bool:
+        """Whether there are deletions that may be forgotten one day."""
+        return bool(self._deletions)
 
 
 def _open_cursor(cursor: bytes) -> tuple[bytes, int]:

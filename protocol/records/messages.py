@@ -55,14 +55,18 @@ class RecordBuckets(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=
     """The sender's second-level hashes under the first-level numbers that differ. Answered by RecordLeaves."""
 
     session: Session
-    levels: Annotated[dict[Name, Annotated[dict[TopNumber, Level], msgspec.Meta(max_length=FANOUT_TOPS)]], _PerCollection]
+    levels: Annotated[
+        dict[Name, Annotated[dict[TopNumber, Level], msgspec.Meta(max_length=FANOUT_TOPS)]], _PerCollection
+    ]
 
 
 class RecordLeaves(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=35):
     """(key hash, version) pairs of buckets that differ; `left` were not listed for size, `large` need RecordSplit."""
 
     session: Session
-    leaves: Annotated[dict[Name, Annotated[dict[BucketNumber, Pairs], msgspec.Meta(max_length=BUCKETS)]], _PerCollection]
+    leaves: Annotated[
+        dict[Name, Annotated[dict[BucketNumber, Pairs], msgspec.Meta(max_length=BUCKETS)]], _PerCollection
+    ]
     left: Annotated[dict[Name, BucketList], _PerCollection]
     large: Annotated[dict[Name, Annotated[dict[BucketNumber, int], msgspec.Meta(max_length=BUCKETS)]], _PerCollection]
 
@@ -78,10 +82,14 @@ class RecordTransfer(msgspec.Struct, frozen=True, array_like=True, gc=False, tag
 
 
 class RecordTops(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=37):
-    """Answers RecordRoot: first-level hashes of the collections that both know and that differ; none: they agree."""
+    """Answers RecordRoot: first-level hashes of the collections that both know and that differ; none: they agree.
+
+    `unknown` names the collections that this node does not keep.
+    """
 
     session: Session
     tops: Annotated[dict[Name, Level], _PerCollection]
+    unknown: Annotated[list[Name], _PerCollection]
 
 
 class RecordLeafRequest(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=38):
@@ -97,7 +105,7 @@ class RecordSplit(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=39
     session: Session
     collection: Name
     bucket: BucketNumber
-    salt: Annotated[int, msgspec.Meta(ge=0, le=2**64 - 1)]
+    salt: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     hashes: Annotated[bytes, msgspec.Meta(min_length=PARTS_MIN * HASH_BYTES, max_length=PARTS_MAX * HASH_BYTES)]
 
 
@@ -105,9 +113,7 @@ class RecordParts(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=40
     """Answers RecordSplit: the parts that differ and their pairs; `complete` False: there are more, ask again later."""
 
     session: Session
-    parts: Annotated[
-        list[Annotated[int, msgspec.Meta(ge=0, le=PARTS_MAX - 1)]], msgspec.Meta(max_length=PARTS_MAX)
-    ]
+    parts: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=PARTS_MAX - 1)]], msgspec.Meta(max_length=PARTS_MAX)]
     pairs: Annotated[bytes, msgspec.Meta(max_length=2 * LEAVES_PER_MESSAGE_MAX * LEAF_BYTES)]
     complete: bool
 

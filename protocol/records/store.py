@@ -49,7 +49,9 @@ class RecordStore(Protocol):
         """A record's bytes."""
         ...
 
-    def scan(self, collection: str, prefix: bytes, after: tuple[bytes, int] | None, limit: int) -> list[tuple[int, bytes]]:
+    def scan(
+        self, collection: str, prefix: bytes, after: tuple[bytes, int] | None, limit: int
+    ) -> list[tuple[int, bytes]]:
         """(key hash, bytes) of records that are not deletions, by (key, key hash), beginning behind `after`."""
         ...
 
@@ -103,25 +105,34 @@ class MemoryStore:
         )
 
     def tombstones(self, collection: str) -> Sequence[int]:
-        return [key_hash for key_hash, _, blob in self._of(collection) if (r := open_record(blob)) is not None and r.deleted]
+        return [
+            key_hash for key_hash, _, blob in self._of(collection) if (r := open_record(blob)) is not None and r.deleted
+        ]
 
     def get(self, collection: str, key_hash: int) -> bytes | None:
         return self._rows.get(RowId(collection, key_hash))
 
-    def scan(self, collection: str, prefix: bytes, after: tuple[bytes, int] | None, limit: int) -> list[tuple[int, bytes]]:
+    def scan(
+        self, collection: str, prefix: bytes, after: tuple[bytes, int] | None, limit: int
+    ) -> list[tuple[int, bytes]]:
         found = []
         for key_hash, key, blob in self._of(collection):
             record = open_record(blob)
-            if record is not None and not record.deleted and key.startswith(prefix):
-                if after is None or (key, key_hash) > after:
-                    found.append((key, key_hash, blob))
+            if record is None or record.deleted or not key.startswith(prefix):
+                continue
+            if after is None or (key, key_hash) > after:
+                found.append((key, key_hash, blob))
         return [(key_hash, blob) for _, key_hash, blob in sorted(found)[:limit]]
 
     def authors(self) -> Sequence[bytes]:
         return list({record.public_key for blob in self._rows.values() if (record := open_record(blob)) is not None})
 
     def written_by(self, public_key: bytes) -> Sequence[RowId]:
-        return [row for row, blob in self._rows.items() if (r := open_record(blob)) is not None and r.public_key == public_key]
+        return [
+            row
+            for row, blob in self._rows.items()
+            if (r := open_record(blob)) is not None and r.public_key == public_key
+        ]
 
     def _of(self, collection: str) -> list[tuple[int, bytes, bytes]]:
         found = []

@@ -205,7 +205,7 @@ class Shelf:
         et al., "A Reliable Randomized Algorithm for the Closest-Pair Problem", J. Algorithms 1997.)
         """
         shift = 65 - count.bit_length()
-        multiplier = salt | 1
+        multiplier = salt << 1 | 1
         split: list[list[bytes]] = [[] for _ in range(count)]
         raw = self.pairs(number)
         for at in range(0, len(raw), 16):

@@ -123,6 +123,8 @@ def parse_join_url(text: str) -> JoinUrl:
 
 
 def _parse_authority(text: str) -> tuple[str, int]:
+    if text.count(":") > 1 and not text.startswith("["):
+        raise JoinUrlError("host", f"An IPv6 address stands in brackets: http://[fd00::1]:4894/join/... {_QUOTE}")
     match = _AUTHORITY.fullmatch(text)
     if match is None:
         raise JoinUrlError("host", f"The address between http:// and /join/ is not a host and a port. {_QUOTE}")

@@ -58,8 +58,8 @@ class KeyringParams:
     rotate_interval_min_s: float = 10.0
     mint_retry_s: float = 5.0
     push_interval_s: float = 1.0
-    grants_taken_max: int = 8
-    grants_taken_window_s: float = 600.0
+    grants_taken_max: int = 16  # from one peer in the window: twice what rotations at their closest need
+    grants_taken_window_s: float = 60.0
     epoch_ahead_max: int = 1_000_000
     retired_max: int = 32
     search: SearchParams = field(default_factory=SearchParams)

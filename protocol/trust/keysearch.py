@@ -67,8 +67,9 @@ class KeySearch:
 
     def overdue(self, now: float) -> list[bytes]:
         """The key ids whose search got no answer in time."""
-        limit = now - self._params.answer_timeout_s
-        return [key_id for key_id, search in self._searches.items() if search.since <= limit]
+        # The same sum as in due_at: a difference would round otherwise, and the timer would fire for nothing for ever.
+        timeout_s = self._params.answer_timeout_s
+        return [key_id for key_id, search in self._searches.items() if search.since + timeout_s <= now]
 
     def next_peer(self, key_id: bytes, candidates: Iterable[NodeId], now: float) -> NodeId | None:
         """Who else to ask. None: enough were asked; the search ends, and the next datagram may begin another."""

@@ -9,13 +9,7 @@ from typing import Annotated
 import msgspec
 
 from protocol.election.messages import Beacon, ElectorateOffer, ElectorateRequest, Follow
-from protocol.records.messages import (
-    RecordBuckets,
-    RecordLeaves,
-    RecordPush,
-    RecordRoot,
-    RecordTransfer,
-)
+from protocol.records.messages import RecordMessage
 from protocol.wire import limits
 
 Short = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
@@ -197,11 +191,7 @@ LinkMessage = (
     | Tunnel
     | ElectorateOffer
     | ElectorateRequest
-    | RecordRoot
-    | RecordBuckets
-    | RecordLeaves
-    | RecordTransfer
-    | RecordPush
+    | RecordMessage
     | KeyRequest
     | KeyGrant
 )

@@ -32,6 +32,9 @@ class Checker:
     def attached(self, world: "World") -> None:
         """The checker starts to watch this world."""
 
+    def fault(self, words: str) -> None:
+        """Something is being done to the world, in words."""
+
     def started(self, computer: Computer) -> None:
         """A process was built and is about to start."""
 

@@ -17,7 +17,6 @@ from meshnode.kernel.database import (
     Migration,
     kernel_migrations,
     open_database,
-    read_migrations,
 )
 from meshnode.kernel.database import writer as writer_module
 from meshnode.kernel.database.benchmark import measure_writes
@@ -152,45 +151,39 @@ async def test_a_write_that_ends_the_transaction_costs_its_batch_and_nothing_aft
         assert bodies(database) == ["after"]
 
 
-async def test_a_cancelled_write_in_the_queue_is_withdrawn_and_gives_back_its_place(
+async def test_a_cancelled_write_in_the_queue_is_withdrawn_and_keeps_its_place_until_served(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer_module, "QUEUE_WRITES_MAX", 2)
     async with open_database(path, MIGRATIONS, wall=1.0) as database:
         held, release = trio.Event(), trio.Event()
+        cancelled = trio.CancelScope()
         token = trio.lowlevel.current_trio_token()
 
         def hold(_connection: apsw.Connection) -> None:
             token.run_sync_soon(held.set)
             trio.from_thread.run(release.wait, trio_token=token)
 
+        async def withdrawn() -> None:
+            with cancelled:
+                await database.write(insert("withdrawn"))
+
         async with trio.open_nursery() as nursery:
             nursery.start_soon(database.write, hold)
             await held.wait()
-            with trio.CancelScope() as scope:
-                nursery.start_soon(lambda: _cancelled_write(database, scope))
-                await trio.testing.wait_all_tasks_blocked()
-            # Both places are taken now: a third write waits for one, and a cancelled one keeps its place until served.
-            blocked = trio.Event()
-
-            async def third() -> None:
-                blocked.set()
-                await database.write(insert("third"))
-
-            nursery.start_soon(third)
-            await blocked.wait()
-            scope.cancel()
+            nursery.start_soon(withdrawn)
             await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(database.write, insert("third"))
+            await trio.testing.wait_all_tasks_blocked()
+            cancelled.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            assert cancelled.cancelled_caught
+            # Otherwise writes that are cancelled and made again could fill the queue without bound.
+            places = database._writer._slots.statistics()
+            assert places.tasks_waiting == 1
             release.set()
         assert bodies(database) == ["third"]
-
-
-async def _cancelled_write(database: Database, scope: trio.CancelScope) -> None:
-    with trio.CancelScope() as own:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(database.write, insert("withdrawn"))
-            await trio.testing.wait_all_tasks_blocked()
-            own.cancel()
+        assert database._writer._slots.value == 2
 
 
 async def test_closing_commits_what_is_queued_and_refuses_what_comes_later(path: Path) -> None:
@@ -265,6 +258,27 @@ async def test_a_full_file_fails_the_batch_of_the_write_that_filled_it(path: Pat
         assert bodies(database) == ["small"]
 
 
+async def test_damage_met_by_a_write_stops_the_store(path: Path) -> None:
+    """Whoever shares the batch is refused too: what they would write to is not to be trusted."""
+    async with open_database(path, MIGRATIONS, wall=1.0) as database:
+        await database.write(lambda c: _fill(c, 0))
+    async with open_database(path, MIGRATIONS, wall=1.0) as database:
+        data = bytearray(content_of(path))
+        data[8 * 4096 :] = bytes(len(data) - 8 * 4096)
+        put(path, data)
+
+        def read_all(connection: apsw.Connection) -> None:
+            connection.pragma("shrink_memory")
+            connection.execute("SELECT count(body || '') FROM notes_rows NOT INDEXED").fetchall()
+
+        with pytest.raises(MeshError) as caught:
+            await database.write(read_all)
+        assert caught.value.code is ErrorCode.DATABASE_CORRUPT
+        with pytest.raises(MeshError):
+            await database.write(insert("refused"))
+        assert database.failure is not None
+
+
 async def test_the_log_stays_bounded(path: Path) -> None:
     async with open_database(path, MIGRATIONS, wall=1.0) as database:
         largest = 0
@@ -278,141 +292,6 @@ async def test_the_log_stays_bounded(path: Path) -> None:
 def _fill(connection: apsw.Connection, number: int) -> None:
     for index in range(100):
         connection.execute("INSERT INTO notes_rows (body) VALUES (?)", (f"{number} {index} " + "x" * 4_000,))
-
-
-# ---- migrations and refusals ----------------------------------------------------------------------------------------
-
-
-async def test_migrations_are_applied_once_and_in_order(path: Path) -> None:
-    second = Migration(
-        "notes", 2, "ALTER TABLE notes_rows ADD COLUMN author TEXT; CREATE INDEX notes_a ON notes_rows(author);"
-    )
-    async with open_database(path, MIGRATIONS, wall=1.0, version="0.1.0") as database:
-        await database.write(insert("old"))
-    async with open_database(path, (*MIGRATIONS, second), wall=2.0, version="0.2.0") as database:
-        history = "SELECT subsystem, number, version, applied_at FROM kernel_migrations ORDER BY applied_at, subsystem"
-        assert database.read(lambda c: c.execute(history).fetchall()) == [
-            ("kernel", 1, "0.1.0", 1.0),
-            ("notes", 1, "0.1.0", 1.0),
-            ("notes", 2, "0.2.0", 2.0),
-        ]
-        assert database.read(lambda c: c.execute("SELECT body, author FROM notes_rows").fetchall()) == [("old", None)]
-    before = content_of(path)
-    with pytest.raises(MeshError) as caught:
-        async with open_database(path, MIGRATIONS, wall=3.0, version="0.1.0"):
-            pass
-    assert caught.value.code is ErrorCode.DATABASE_NEWER
-    assert "0.2.0" in caught.value.message
-    assert "meshnode config export-db --data-dir" in caught.value.message
-    assert content_of(path) == before
-
-
-async def test_an_altered_migration_is_refused(path: Path) -> None:
-    async with open_database(path, MIGRATIONS, wall=1.0):
-        pass
-    altered = Migration("notes", 1, NOTES.sql.replace("NOT NULL", ""))
-    with pytest.raises(MeshError, match="is not the one") as caught:
-        async with open_database(path, (*kernel_migrations(), altered), wall=1.0):
-            pass
-    assert caught.value.code is ErrorCode.DATABASE_NEWER
-
-
-async def test_a_faulty_migration_leaves_the_database_as_it_was(path: Path) -> None:
-    async with open_database(path, MIGRATIONS, wall=1.0):
-        pass
-    good = Migration("notes", 2, "CREATE TABLE notes_more (a)")
-    for sql, expected in (("CREATE TABLE notes_rows (a)", MeshError), ("COMMIT", ValueError)):
-        with pytest.raises(expected):
-            async with open_database(path, (*MIGRATIONS, good, Migration("notes", 3, sql)), wall=1.0):
-                pass
-    with pytest.raises(ValueError, match="does not follow"):
-        async with open_database(path, (*MIGRATIONS, Migration("notes", 3, "SELECT 1")), wall=1.0):
-            pass
-    with pytest.raises(ValueError, match="deferrable"):
-        async with open_database(
-            path,
-            (Migration("x", 1, "CREATE TABLE x_a (b REFERENCES x_a DEFERRABLE INITIALLY DEFERRED)"),),
-            wall=1.0,
-        ):
-            pass
-
-
-def test_migration_files_are_read_in_order_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    schema = tmp_path / "some_package" / "schema"
-    schema.mkdir(parents=True)
-    (schema.parent / "__init__.py").write_text("")
-    (schema / "0002_second.sql").write_text("SELECT 2;\r\n")
-    (schema / "0001_first.sql").write_text("SELECT 1;\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    found = read_migrations("some", "some_package")
-    assert [(migration.number, migration.subsystem) for migration in found] == [(1, "some"), (2, "some")]
-    assert (
-        Migration("a", 1, "x\r\ny").checksum == Migration("a", 1, "x\ny").checksum != Migration("a", 1, "xy").checksum
-    )
-    (schema / "third.sql").write_text("")
-    with pytest.raises(ValueError, match=r"third\.sql is not named"):
-        read_migrations("some", "some_package")
-
-
-def _zero_a_page(data: bytearray) -> None:
-    data[4096 * 2 : 4096 * 3] = bytes(4096)
-
-
-def _cut(data: bytearray) -> None:
-    del data[len(data) // 2 :]
-
-
-def _no_header(data: bytearray) -> None:
-    data[:100] = b"\xff" * 100
-
-
-@pytest.mark.parametrize("damage", [_zero_a_page, _cut, _no_header])
-async def test_a_damaged_file_is_refused_and_left_alone(path: Path, damage) -> None:
-    async with open_database(path, MIGRATIONS, wall=1.0) as database:
-        for number in range(300):
-            await database.write(insert(f"row {number} " + "x" * 100))
-    data = bytearray(content_of(path))
-    damage(data)
-    put(path, data)
-    with pytest.raises(MeshError) as caught:
-        async with open_database(path, MIGRATIONS, wall=1.0):
-            pass
-    assert caught.value.code is ErrorCode.DATABASE_CORRUPT
-    assert f"meshnode config repair-db --data-dir {path.parent}" in caught.value.message
-    assert content_of(path) == bytes(data)
-    assert {entry.name for entry in path.parent.iterdir()} <= {path.name, path.name + "-shm", path.name + "-wal"}
-
-
-async def test_a_missing_database_whose_log_is_there_is_refused(path: Path) -> None:
-    """SQLite would silently delete the log, and with it acknowledged writes."""
-    wal = log_of(path)
-    put(wal, b"x" * 5000)
-    for create in (False, True):
-        if create:
-            put(path, b"")
-        with pytest.raises(MeshError, match="missing or empty") as caught:
-            async with open_database(path, MIGRATIONS, wall=1.0):
-                pass
-        assert caught.value.code is ErrorCode.DATABASE_CORRUPT
-    assert content_of(wal) == b"x" * 5000
-
-
-async def test_another_programs_database_is_refused(path: Path) -> None:
-    with apsw.Connection(str(path)) as other:
-        other.execute("CREATE TABLE cookies (a)")
-    other.close()
-    with pytest.raises(MeshError, match="another program's") as caught:
-        async with open_database(path, MIGRATIONS, wall=1.0):
-            pass
-    assert caught.value.code is ErrorCode.DATABASE_CORRUPT
-
-
-async def test_a_folder_in_the_databases_place_is_said_so(path: Path) -> None:
-    (path / "x").mkdir(parents=True)
-    with pytest.raises(MeshError, match="Check that it is a file") as caught:
-        async with open_database(path, MIGRATIONS, wall=1.0):
-            pass
-    assert caught.value.code is ErrorCode.STORAGE_FAILED
 
 
 # ---- the protocol machines' state -----------------------------------------------------------------------------------

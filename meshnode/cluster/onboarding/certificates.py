@@ -53,3 +53,14 @@ def check_leaf(leaf: bytes, root_public_key: bytes) -> bytes:
     if is_authority:
         raise refused
     return public_key
+
+
+def check_root(certificate: bytes) -> bytes:
+    """The raw Ed25519 key of a root certificate that signed itself. Raises MeshError(BAD_SIGNATURE)."""
+    public_key = certificate_public_key(certificate)
+    try:
+        root = x509.load_der_x509_certificate(certificate)
+        Ed25519PublicKey.from_public_bytes(public_key).verify(root.signature, root.tbs_certificate_bytes)
+    except (InvalidSignature, ValueError, UnsupportedAlgorithm) as error:
+        raise MeshError(ErrorCode.BAD_SIGNATURE, "its root certificate was not made by the key in it") from error
+    return public_key

@@ -93,8 +93,7 @@ class Invitations:
         self._changed = trio.Event()
 
     async def create(self, *, token_id: bytes, verifier: bytes, role: Role, by: NodeId, ttl_s: float) -> Invitation:
-        """Store a new invitation. Raises MeshError: BAD_REQUEST for a ttl out of bounds, CONFLICT if too many are open.
-        """
+        """Store a new invitation. Raises MeshError: BAD_REQUEST for a ttl out of bounds, CONFLICT if too many exist."""
         if not TTL_S_MIN <= ttl_s <= TTL_S_MAX:
             raise MeshError(
                 ErrorCode.BAD_REQUEST,

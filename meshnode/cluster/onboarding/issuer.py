@@ -176,7 +176,7 @@ class Issuer:
         await self._send_mesh(frames, admitted)
 
     def _usable(self, token_id: bytes, node_id: NodeId) -> Invitation:
-        """The invitation, if this machine may still use it. Decided for good by `redeem`; asked here to say it early."""
+        """The invitation, if this machine may still use it. Asked here to say it early; `redeem` decides."""
         found = self._invitations.find(token_id)
         mine = found is not None and found.state == "redeemed" and found.redeemed_by == node_id
         if found is None or not (found.state == "open" or (mine and found.remaining_s > 0)):

@@ -1,13 +1,16 @@
-"""How much one source may ask of the onboarding port: connections, and attempts that were refused.
+"""How much one source may ask of the onboarding port: connections, places among those served, refused attempts.
 
-Token buckets in a bounded table. It guards the processor and makes guessing slow; what makes guessing hopeless is the
-length of the secret.
+Token buckets and semaphores in bounded tables. They guard the processor and make guessing slow; what makes guessing
+hopeless is the length of the secret.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
+
+import trio
 
 SOURCES_MAX = 4096
 
@@ -48,8 +51,36 @@ class SourceRates:
         return min(self._rate.burst, tokens + (self._now() - at) * self._rate.per_s)
 
 
+class Places:
+    """So many are served at once, and so many of them from one source, so that a stalled one cannot shut out others."""
+
+    def __init__(self, places_max: int, places_per_source_max: int) -> None:
+        self._all = trio.Semaphore(places_max)
+        self._per_source_max = places_per_source_max
+        self._sources: dict[str, trio.Semaphore] = {}
+        self._asking: Counter[str] = Counter()
+
+    @property
+    def asked(self) -> int:
+        """How many have a place or wait for one."""
+        return self._asking.total()
+
+    @asynccontextmanager
+    async def taken(self, source: str) -> AsyncGenerator[None, None]:
+        """Wait for a place and keep it while inside."""
+        self._asking[source] += 1
+        own = self._sources.setdefault(source, trio.Semaphore(self._per_source_max))
+        try:
+            async with own, self._all:
+                yield
+        finally:
+            self._asking[source] -= 1
+            if not self._asking[source]:
+                del self._asking[source], self._sources[source]
+
+
 def source_of(host: str) -> str:
-    """What counts as one source: an IPv4 address, or a /64 of IPv6, since whoever has one address there has them all."""
+    """What counts as one source: an IPv4 address, or a /64 of IPv6 (who has one address there has them all)."""
     try:
         address = ip_address(host.partition("%")[0])
     except ValueError:

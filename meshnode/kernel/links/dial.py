@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.kernel.links.contracts import Gate
+from meshnode.kernel.links.contracts import AddressBook, Gate
+from meshnode.kernel.links.greeting import greet
+from meshnode.kernel.links.settings import LinkSettings
 from meshnode.kernel.links.tls import StreamBroken, TlsStream, explain_os_error
 from protocol.ids import Address, NodeId
+from protocol.wire.frames import Hello, HelloOk, Refused, RemoteProtocolError
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,29 +76,87 @@ async def race(
     return [tried[address] for address in dict.fromkeys(addresses)]
 
 
-async def connect_to(
-    address: Address, expected: NodeId, *, context: ssl.SSLContext, gate: Gate, handshake_s: float
-) -> TlsStream:
-    """TCP, TLS, and the proof that `expected` answers there and is a member, within `handshake_s`.
+class Dialler:
+    """Finds a peer, proves that it is the one, and exchanges HELLOs. Every failure is a MeshError."""
 
-    Raises StreamBroken with the reason; nothing stays open then.
-    """
-    sock: trio.socket.SocketType | None = None
-    proven: TlsStream | None = None
-    with trio.move_on_after(handshake_s):
-        sock = await _open_socket(address)
-        stream = TlsStream(sock, context, server_side=False)
+    def __init__(self, *, context: ssl.SSLContext, gate: Gate, book: AddressBook, settings: LinkSettings) -> None:
+        self._context = context
+        self._gate = gate
+        self._book = book
+        self._settings = settings
+        self._worked: dict[NodeId, Address] = {}
+
+    async def reach(self, node_id: NodeId) -> Reached:
+        """A TLS connection to that node, its key proven and admitted; not greeted yet.
+
+        Raises MeshError UNREACHABLE, which names every address tried and why it failed.
+        """
+        addresses = list(dict.fromkeys(self._book.addresses(node_id)))
+        worked = self._worked.get(node_id)
+        if worked in addresses:
+            addresses.remove(worked)
+            addresses.insert(0, worked)
+
+        async def connect(address: Address) -> TlsStream:
+            return await self._connect(address, node_id)
+
+        result = await race(addresses, connect, stagger_s=self._settings.stagger_s)
+        if isinstance(result, list):
+            raise unreachable(node_id, result)
+        return result
+
+    async def introduce(self, node_id: NodeId, reached: Reached, hello: Hello) -> HelloOk | Refused:
+        """Exchange HELLOs. After a HelloOk the stream is open and may be believed; in all other cases it is closed.
+
+        Raises MeshError UNREACHABLE, or what the gate says of a peer that lost its membership meanwhile.
+        """
+        stream, accepted = reached.stream, False
         try:
-            await stream.handshake()
-            _check_peer(stream, expected, gate)
-        except BaseException:
-            stream.cut("the dial was given up")
-            raise
-        proven = stream
-    if proven is not None:
-        return proven
-    what = "no answer" if sock is None else "it accepts connections but does not speak TLS"
-    raise StreamBroken(f"{what} within {handshake_s:g} s")
+            answer: HelloOk | Refused | None = None
+            with trio.move_on_after(self._settings.handshake_s):
+                answer = await greet(stream, hello)
+            if answer is None:
+                raise StreamBroken(f"no answer to HELLO within {self._settings.handshake_s:g} s")
+            if isinstance(answer, Refused):
+                return answer
+            versions = self._settings.versions
+            if not versions.min <= answer.version <= versions.max:
+                raise RemoteProtocolError(f"it chose protocol version {answer.version}; this node speaks {versions}")
+            no_member = self._gate.admit(*stream.peer_key())
+            if no_member is not None:
+                raise no_member
+            accepted = True
+        except (StreamBroken, RemoteProtocolError) as error:
+            raise MeshError(
+                ErrorCode.UNREACHABLE,
+                f"Node {node_id} at {reached.address} did not open the link: {error}. Look into its log.",
+                retryable=True,
+                detail={"node_id": node_id, "tried": [{"address": str(reached.address), "why": str(error)}]},
+            ) from error
+        finally:
+            if not accepted:
+                stream.cut("the link was not opened")
+        self._worked[node_id] = reached.address
+        self._book.remember(node_id, reached.address)
+        return answer
+
+    async def _connect(self, address: Address, expected: NodeId) -> TlsStream:
+        """TCP, TLS, and the proof that `expected` answers there and is a member. Raises StreamBroken."""
+        handshake_s = self._settings.handshake_s
+        sock: trio.socket.SocketType | None = None
+        with trio.move_on_after(handshake_s) as patience:
+            sock = await _open_socket(address)
+            stream = TlsStream(sock, self._context, server_side=False)
+            try:
+                await stream.handshake()
+                _check_peer(stream, expected, self._gate)
+            except BaseException:
+                stream.cut("the dial was given up")
+                raise
+        if not patience.cancelled_caught:
+            return stream
+        what = "no answer" if sock is None else "it accepts connections but does not speak TLS"
+        raise StreamBroken(f"{what} within {handshake_s:g} s")
 
 
 def _check_peer(stream: TlsStream, expected: NodeId, gate: Gate) -> None:

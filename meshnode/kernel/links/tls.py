@@ -9,6 +9,7 @@ import contextlib
 import socket as stdlib_socket
 import ssl
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
@@ -20,7 +21,8 @@ from meshnode.kernel.identity import NodeIdentity, certificate_public_key
 from protocol.ids import NodeId, node_id_of
 
 CONTROL_CHUNK_BYTES: Final = 64 * 1024
-BULK_CHUNK_BYTES: Final = 256 * 1024
+BULK_CHUNK_BYTES: Final = 1024 * 1024
+_RECORD_BYTES: Final = 16 * 1024
 linger_bytes_max: Final = 256 * 1024
 linger_s: Final = 0.5
 
@@ -124,26 +126,51 @@ class TlsStream:
         """Send everything. Raises StreamBroken. If cancelled, some of it may have been sent."""
         view = memoryview(data)
         for start in range(0, len(view), self._chunk_bytes):
-            async with self._flushing:
-                try:
-                    self._tls.write(view[start : start + self._chunk_bytes])
-                except ssl.SSLError as error:
-                    raise StreamBroken(_explain(error)) from error
+            try:
+                # No checkpoint before the bytes are in TLS's hands: a cancelled sender has sent its first chunk whole.
+                self._flushing.acquire_nowait()
+            except trio.WouldBlock:
+                await self._flushing.acquire()
+            try:
+                self._tls.write(view[start : start + self._chunk_bytes])
                 await self._flush_locked()
+            except ssl.SSLError as error:
+                raise StreamBroken(_explain(error)) from error
+            finally:
+                self._flushing.release()
 
     async def receive_into(self, buffer: memoryview) -> int:
         """Fill as much of the buffer as is there, waiting for at least one byte. 0: the peer ended the stream properly.
 
         Raises StreamBroken, also when the connection ended without TLS's own goodbye: something may be missing.
         """
+
+        def read(got: int) -> int:
+            # With a buffer given, read() returns a count, which its type does not say.
+            return cast(int, self._tls.read(len(buffer) - got, cast(bytearray, buffer[got:])))
+
+        return await self._pump(len(buffer), read)
+
+    async def receive_some(self, bytes_max: int) -> bytes:
+        """Up to bytes_max bytes, b"" at the proper end. Holds no buffer while it waits. Raises StreamBroken."""
+        pieces: list[bytes] = []
+
+        def read(got: int) -> int:
+            pieces.append(self._tls.read(min(_RECORD_BYTES, bytes_max - got)))
+            return len(pieces[-1])
+
+        await self._pump(bytes_max, read)
+        return b"".join(pieces)
+
+    async def _pump(self, bytes_max: int, read: Callable[[int], int]) -> int:
         if self._incoming.pending or self._tls.pending():
             # No wait for the network may follow, and a fast sender must not keep the other tasks from running.
             await trio.lowlevel.checkpoint()
         got = 0
         while True:
             try:
-                while got < len(buffer):
-                    count = self._read(buffer[got:])
+                while got < bytes_max:
+                    count = read(got)
                     if not count:
                         return got
                     got += count
@@ -161,16 +188,6 @@ class TlsStream:
                 if got:
                     return got
                 raise StreamBroken(_explain(error)) from error
-
-    def _read(self, buffer: memoryview) -> int:
-        # With a buffer given, read() returns a count, which its type does not say.
-        return cast(int, self._tls.read(len(buffer), cast(bytearray, buffer)))
-
-    async def receive_some(self, bytes_max: int) -> bytes:
-        """Up to bytes_max bytes, b"" at the proper end. Raises StreamBroken."""
-        buffer = bytearray(bytes_max)
-        count = await self.receive_into(memoryview(buffer))
-        return bytes(memoryview(buffer)[:count])
 
     async def send_eof(self) -> None:
         """End this direction properly; the other goes on. Raises StreamBroken."""

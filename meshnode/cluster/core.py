@@ -1,0 +1,121 @@
+"""Pure local decisions of the cluster: how what is known of a member becomes the NodeInfo and Summary that people see."""
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+
+from meshnode.cluster.model import Backend, Gpu, NodeInfo, NodeStatus, PeerLine, Role
+from meshnode.kernel.errors import ErrorCode, MeshError
+from protocol.heartbeats.events import HeartbeatFlag
+from protocol.ids import Address, NodeId
+from protocol.membership.view import addresses_of, alive_of
+from protocol.wire.limits import PROTOCOL_VERSION, PROTOCOL_VERSION_MIN
+from protocol.wire.messages import Alive, Heartbeat
+from protocol.wire.statements import Stated
+
+MEGA = 1_000_000
+BACKENDS: dict[str, Backend] = {"cuda": "cuda", "rocm": "rocm", "metal": "metal"}
+
+
+def rfc3339(unix_s: float) -> str:
+    """UTC with milliseconds; years beyond what dates can say are clamped, because a clock may be wrong by any amount."""
+    return datetime.fromtimestamp(min(max(unix_s, 0.0), 253_402_300_799.0), UTC).isoformat(timespec="milliseconds").replace(
+        "+00:00", "Z"
+    )
+
+
+def compatible(alive: Alive) -> bool:
+    """Whether there is a protocol version that both speak."""
+    return alive.version_min <= PROTOCOL_VERSION and alive.version_max >= PROTOCOL_VERSION_MIN
+
+
+def gpu_of(heartbeat: Heartbeat | None, names: Sequence[tuple[str, str, int, str]]) -> Gpu:
+    """`names`: (name, driver, total VRAM in bytes, backend) of each device, from the profile."""
+    if not names:
+        return Gpu()
+    free = total = sum(device[2] for device in names)
+    if heartbeat is not None and heartbeat.vram_free_mb >= 0:
+        free = min(total, heartbeat.vram_free_mb * MEGA)
+    return Gpu(
+        available=True,
+        name=names[0][0],
+        driver=names[0][1],
+        vram=total,
+        vram_free=free,
+        effective_free_vram=free,
+        backend=BACKENDS.get(names[0][3], "cpu"),
+        temp_celsius=float(heartbeat.gpu_temp_c) if heartbeat is not None and heartbeat.gpu_temp_c > -128 else None,
+        utilization=heartbeat.gpu_busy_pm / 10 if heartbeat is not None and heartbeat.gpu_busy_pm >= 0 else None,
+    )
+
+
+def load_fields(heartbeat: Heartbeat, age_s: float) -> dict[str, object]:
+    """The fields of NodeInfo that come from a heartbeat."""
+    return {
+        "cpu_percent": heartbeat.cpu_pm / 10,
+        "ram_used": heartbeat.ram_used_mb * MEGA,
+        "storage_used": heartbeat.storage_used_mb * MEGA,
+        "uptime_seconds": int(heartbeat.uptime_s + age_s),
+        "load": heartbeat.load_c / 100,
+        "slots_free": heartbeat.slots_free,
+        "battery_percent": heartbeat.battery_pct if heartbeat.battery_pct >= 0 else None,
+        "on_battery": bool(heartbeat.flags & HeartbeatFlag.ON_BATTERY) if heartbeat.battery_pct >= 0 else None,
+        "age_seconds": round(age_s, 1),
+    }
+
+
+def addresses_text(addresses: Iterable[Address]) -> tuple[str, ...]:
+    """Addresses as people read them."""
+    return tuple(str(address) for address in addresses)
+
+
+def stated_addresses(stated: Stated | None) -> tuple[Address, ...]:
+    """The addresses that an Alive statement gives."""
+    return addresses_of(alive_of(stated)) if stated is not None else ()
+
+
+def peer_line(node: NodeInfo) -> PeerLine:
+    """The short form of a node."""
+    return PeerLine(
+        id=node.id,
+        name=node.name,
+        status=node.status,
+        role=node.role,
+        coordinator=node.coordinator,
+        address=node.address,
+        rtt_ms=node.rtt_ms,
+    )
+
+
+def find(nodes: Iterable[tuple[NodeId, str]], wanted: str) -> NodeId:
+    """The node that a person means: by id, by name, or by the beginning of its id. MeshError if none or several."""
+    listed = list(nodes)
+    for matches in (
+        [node for node, _ in listed if node == wanted],
+        [node for node, name in listed if name == wanted],
+        [node for node, name in listed if name.casefold() == wanted.casefold()],
+        [node for node, _ in listed if len(wanted) >= 4 and node.startswith(wanted)],
+    ):
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise MeshError(
+                ErrorCode.CONFLICT,
+                f"{len(matches)} nodes are called {wanted!r}; name one by its id: {', '.join(matches)}.",
+                detail={"candidates": list(matches)},
+            )
+    raise MeshError(ErrorCode.NOT_FOUND, f"No node of this mesh is called {wanted!r}. `meshnode nodes` lists them.")
+
+
+def quantile(ordered: Sequence[float], fraction: float) -> float:
+    """The nearest-rank quantile of sorted values; raises IndexError when there are none."""
+    return ordered[min(len(ordered) - 1, max(0, round(fraction * len(ordered) + 0.5) - 1))]
+
+
+def status_of(*, up: bool) -> NodeStatus:
+    """The two words that clients know."""
+    return "online" if up else "offline"
+
+
+def role_of(raw: str | None) -> Role:
+    """A role that the roster names; unknown ones have the fewest rights."""
+    return "admin" if raw == "admin" else "member"

@@ -1,0 +1,36 @@
+"""What the cluster answers to peers: pings, admissions, farewells, the root key."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from meshnode.cluster.service.pings import Echo, Pings
+from meshnode.cluster.service.trust import AdmitAnswer, AdmitRequest, Done, RootOffer, Trust
+from meshnode.kernel.links.contracts import PeerMethod
+from protocol.ids import NodeId
+
+
+def peer_methods(trust: Trust, pings: Pings) -> Mapping[str, PeerMethod[Any]]:
+    """The methods by name."""
+
+    async def ping(peer: NodeId, echo: Echo) -> Echo:
+        return await pings.answer(echo)
+
+    async def admit(peer: NodeId, request: AdmitRequest) -> AdmitAnswer:
+        return await trust.admit_for(peer, request)
+
+    async def leave(peer: NodeId, request: Done) -> Done:
+        return await trust.leave_for(peer)
+
+    async def bury(peer: NodeId, offer: RootOffer) -> Done:
+        return await trust.bury_for(peer, offer.sealed)
+
+    async def take_root(peer: NodeId, offer: RootOffer) -> Done:
+        return await trust.take_root(peer, offer)
+
+    return {
+        "cluster.ping": PeerMethod(Echo, ping),
+        "cluster.admit": PeerMethod(AdmitRequest, admit),
+        "cluster.leave": PeerMethod(Done, leave),
+        "cluster.bury": PeerMethod(RootOffer, bury),
+        "cluster.take_root": PeerMethod(RootOffer, take_root),
+    }

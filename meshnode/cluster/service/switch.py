@@ -1,0 +1,154 @@
+"""Going from one mesh to another without losing anything, whenever the machine stops in between.
+
+The new mesh's key and database are made complete in a folder of their own; a marker file then says so. From there on
+the change goes forward only: `finish` moves the old files to DATA/former/ and the new ones into their place, and does
+the rest of it when it is called again after a crash.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from meshnode.cluster.onboarding.joiner import JoinGrant
+from meshnode.cluster.store import Mesh, MeshStore
+from meshnode.kernel.database import KeyValue, Migration, open_database
+from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.identity import (
+    NODE_KEY_FILE,
+    ROOT_KEY_FILE,
+    NodeIdentity,
+    load_or_make_identity,
+    open_sealed_root,
+    store_root,
+)
+from protocol.effects import Persist
+from protocol.ids import pack_address
+from protocol.trust.keys import durable_keys
+
+DATABASE_FILE: Final = "meshnode.db"
+FILES: Final = (DATABASE_FILE, f"{DATABASE_FILE}-wal", f"{DATABASE_FILE}-shm", NODE_KEY_FILE, ROOT_KEY_FILE)
+STAGING: Final = "joining"
+FORMER: Final = "former"
+MARKER: Final = "complete"
+CONTACTS: Final = "contacts"  # the machine name under which address hints are kept
+
+
+class _Marker(msgspec.Struct, frozen=True):
+    former: str
+    staged: tuple[str, ...]
+
+
+def prepare_identity(data_dir: Path, *, keep: bool) -> NodeIdentity:
+    """An identity for the next mesh in the staging folder: this node's own (`keep`) or a new one. Old staging goes."""
+    staging = _fresh_staging(data_dir)
+    if keep and (data_dir / NODE_KEY_FILE).exists():
+        shutil.copy2(data_dir / NODE_KEY_FILE, staging / NODE_KEY_FILE)
+    return load_or_make_identity(staging)
+
+
+async def stage_join(
+    data_dir: Path,
+    identity: NodeIdentity,
+    grant: JoinGrant,
+    migrations: Sequence[Migration],
+    *,
+    former: str,
+    wall: float,
+) -> None:
+    """Write everything that the grant brought, then the marker. Until the marker, nothing has changed."""
+    staging = data_dir / STAGING
+    if grant.sealed_root:
+        store_root(staging, open_sealed_root(identity, grant.sealed_root, grant.mesh_id))
+    mesh = Mesh(
+        mesh_id=grant.mesh_id,
+        root_public_key=grant.root_public_key,
+        root_certificate=grant.root_certificate,
+        leaf=grant.leaf,
+        name=grant.name,
+        founder=False,
+        joined_at=wall,
+    )
+    keys = [Persist("keys", key, value) for key, value in durable_keys(grant.keys).items()]
+    contacts = [
+        Persist(CONTACTS, peer.node_id.encode("ascii"), pack_address(peer.addresses[0]))
+        for peer in grant.peers
+        if peer.addresses and peer.node_id != identity.node_id
+    ]
+    async with open_database(staging / DATABASE_FILE, migrations, wall=wall) as database:
+        await MeshStore(database).save(mesh, grant.statements)
+        await KeyValue(database).persist([*keys, *contacts])
+    _mark(data_dir, former)
+
+
+def stage_departure(data_dir: Path, *, former: str) -> None:
+    """Nothing new is staged: after `finish` the node has no mesh and no identity, and founds afresh at its start."""
+    _fresh_staging(data_dir)
+    _mark(data_dir, former)
+
+
+def finish(data_dir: Path) -> Path | None:
+    """Go over to what was staged completely. The folder where the former files are now, or None: nothing was staged.
+
+    Must run while no database is open. Raises MeshError STORAGE_FAILED; calling it again goes on where it stopped.
+    """
+    staging = data_dir / STAGING
+    try:
+        marker = msgspec.json.decode((staging / MARKER).read_bytes(), type=_Marker)
+    except FileNotFoundError:
+        return None
+    former = data_dir / FORMER / marker.former
+    try:
+        former.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in FILES:
+            if name in marker.staged and not (staging / name).exists():
+                continue  # went over before a crash
+            if (data_dir / name).exists():
+                os.replace(data_dir / name, former / name)
+            if name in marker.staged:
+                os.replace(staging / name, data_dir / name)
+        _sync(former)
+        _sync(data_dir)
+        (staging / MARKER).unlink()
+        shutil.rmtree(staging)
+    except OSError as error:
+        raise MeshError(
+            ErrorCode.STORAGE_FAILED,
+            f"Changing over to the new mesh stopped half-way in {data_dir}: {error}. Mend that and start the agent again: "
+            "it goes on where it stopped, and nothing is lost.",
+        ) from error
+    return former
+
+
+def _fresh_staging(data_dir: Path) -> Path:
+    staging = data_dir / STAGING
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(mode=0o700)
+    return staging
+
+
+def _mark(data_dir: Path, former: str) -> None:
+    staging = data_dir / STAGING
+    staged = tuple(name for name in FILES if (staging / name).exists())
+    draft = staging / f"{MARKER}.new"
+    with draft.open("wb") as file:
+        file.write(msgspec.json.encode(_Marker(former, staged)))
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(staging)
+    os.replace(draft, staging / MARKER)
+    _sync(staging)
+
+
+def _sync(folder: Path) -> None:
+    if os.name == "nt":
+        return  # Windows cannot open a folder; its file system orders renames itself
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

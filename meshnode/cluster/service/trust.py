@@ -1,0 +1,315 @@
+"""Changes of trust: admit, evict, promote, leave. Whoever holds the root key signs; everybody else asks such a node.
+
+Signed statements become records of the collection "trust", which carry them to every member; the roster follows from
+them. What an admission or eviction means is protocol.trust's.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+
+from meshnode.cluster.model import Role
+from meshnode.cluster.onboarding.issuer import Admitted
+from meshnode.cluster.service.nodes import Facts, Nodes
+from meshnode.kernel.driver import Driver
+from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.identity import (
+    NodeIdentity,
+    RootKey,
+    issue_leaf,
+    open_sealed_root,
+    public_key_of_csr,
+    seal_root,
+    store_root,
+)
+from meshnode.kernel.links.links import Links
+from meshnode.kernel.logs import Logger
+from protocol.election.events import ForgetLost
+from protocol.ids import NodeId
+from protocol.node import TRUST_COLLECTION
+from protocol.records.events import PutRecord
+from protocol.trust.statements import Admission, TrustStatement, admission, eviction, record_key, seal, succeeding_time
+from protocol.wire.crypto import SodiumSuite
+
+CALL_S: Final = 10.0
+
+T = TypeVar("T")
+
+
+class AdmitRequest(msgspec.Struct, frozen=True):
+    """A member asks an admin to admit a machine that redeemed its invitation."""
+
+    csr: bytes
+    name: str
+    role: Role
+    by: str
+    invitation: bytes
+
+
+class AdmitAnswer(msgspec.Struct, frozen=True):
+    """What the admin signed. `sealed_root` is for the new admin alone."""
+
+    leaf: bytes
+    admission: bytes
+    sealed_root: bytes = b""
+
+
+class RootOffer(msgspec.Struct, frozen=True):
+    """The mesh's root key, sealed to the identity key of the node that is to be an admin."""
+
+    sealed: bytes
+
+
+class Done(msgspec.Struct, frozen=True):
+    """Nothing more to say."""
+
+
+class Trust:
+    """The verbs that change who belongs. Implements the onboarding's Admitter."""
+
+    def __init__(
+        self,
+        *,
+        data_dir: Path,
+        identity: NodeIdentity,
+        root: RootKey | None,
+        driver: Driver,
+        links: Links,
+        nodes: Nodes,
+        facts: Facts,
+        members_may_invite: bool,
+        log: Logger,
+        new_root: Callable[[RootKey], None] = lambda root: None,
+    ) -> None:
+        self._data_dir = data_dir
+        self._identity = identity
+        self._root = root
+        self._driver = driver
+        self._links = links
+        self._nodes = nodes
+        self._facts = facts
+        self._members_may_invite = members_may_invite
+        self._log = log
+        self._new_root = new_root
+
+    @property
+    def is_admin(self) -> bool:
+        """Whether this node holds the root key."""
+        return self._root is not None
+
+    # ---- admitting ---------------------------------------------------------------------------------------------
+
+    async def admit(
+        self, *, csr: bytes, public_key: bytes, name: str, role: Role, by: NodeId, invitation: bytes
+    ) -> Admitted:
+        """Sign an admission, here or by asking an admin. Raises MeshError: FORBIDDEN, EVICTED, UNAVAILABLE."""
+        if self._root is not None:
+            return await self._sign_admission(self._root, public_key, name, role, by, invitation)
+        request = AdmitRequest(csr, name, role, by, invitation)
+        answer = await self._ask_admin("cluster.admit", request, AdmitAnswer, "admit a machine")
+        return Admitted(answer.leaf, answer.admission, answer.sealed_root)
+
+    async def admit_for(self, peer: NodeId, request: AdmitRequest) -> AdmitAnswer:
+        """A member asks this admin. Raises MeshError FORBIDDEN if the mesh does not let it, or NOT_ADMIN."""
+        root = self._require_root()
+        if not self._members_may_invite and self._driver.node.roster.role(peer) != "admin":
+            raise MeshError(ErrorCode.FORBIDDEN, "In this mesh only admins may invite (mesh.members_may_invite).")
+        if request.role == "admin" and self._driver.node.roster.role(peer) != "admin":
+            raise MeshError(ErrorCode.FORBIDDEN, "Only an admin may invite an admin. Invite a member, then promote it.")
+        public_key = public_key_of_csr(request.csr)
+        admitted = await self._sign_admission(root, public_key, request.name, request.role, peer, request.invitation)
+        return AdmitAnswer(admitted.leaf, admitted.admission, admitted.sealed_root)
+
+    async def _sign_admission(
+        self, root: RootKey, public_key: bytes, name: str, role: Role, by: NodeId, invitation: bytes
+    ) -> Admitted:
+        refusal = self._driver.node.roster.refusal(public_key)
+        if refusal is not None:
+            raise MeshError(ErrorCode.JOIN_REFUSED, refusal)
+        statement = admission(
+            public_key=public_key,
+            name=name,
+            role=role,
+            admitted_at=self._wall_ms(),
+            by=by,
+            invitation=invitation,
+        )
+        sealed = await self._publish(root, statement)
+        return Admitted(
+            leaf=issue_leaf(root, public_key),
+            admission=sealed,
+            sealed_root=seal_root(root, public_key) if role == "admin" else b"",
+        )
+
+    # ---- evicting ----------------------------------------------------------------------------------------------
+
+    async def evict(self, node: NodeId, *, lost: bool = False, reason: str = "") -> None:
+        """Evict a member for good. `lost`: it is gone and its vote must not be waited for.
+
+        Returns once the tombstone is durable here. Raises MeshError: BAD_REQUEST (this very node), NOT_ADMIN.
+        """
+        if node == self._nodes.me:
+            raise MeshError(
+                ErrorCode.BAD_REQUEST, "This is the node you are on. `meshnode leave` takes it out of the mesh."
+            )
+        root = self._require_root()
+        name = self._nodes.name_of(node)
+        await self._publish(root, eviction(node_id=node, evicted_at=self._wall_ms(), by=self._nodes.me, reason=reason))
+        self._log.info("node evicted", node=node, name=name)
+        if lost:
+            await self._driver.submit_durably(ForgetLost((node,)))
+
+    async def leave(self, *, force: bool) -> None:
+        """Have this node evicted at its own wish. The caller then takes the mesh's files away.
+
+        Raises MeshError CONFLICT if it is the last admin of a mesh with others (unless forced), UNAVAILABLE if no admin
+        answers (unless forced: the others will see it as offline until somebody evicts it).
+        """
+        others = [node for node in self._driver.node.roster.members() if node != self._nodes.me]
+        if not others or self._nodes.me not in self._driver.node.roster:
+            return
+        if self._root is not None:
+            if not force and all(node == self._nodes.me for node in self._nodes.admins()):
+                raise MeshError(
+                    ErrorCode.CONFLICT,
+                    "This is the only admin: without it nobody could be invited or evicted any more. Promote another "
+                    "node first (`meshnode promote NAME`), or leave all the same with --force.",
+                )
+            tombstone = eviction(
+                node_id=self._nodes.me, evicted_at=self._wall_ms(), by=self._nodes.me, reason="it left"
+            )
+            # Told to a peer before anything is given up here: the tombstone is what keeps the name of this node clean.
+            await self._hand_over(seal(tombstone, self._signer(self._root)), others, force=force)
+            return
+        for attempt in range(2):
+            try:
+                await self._ask_admin("cluster.leave", Done(), Done, "take this node out of the mesh")
+            except MeshError as error:
+                # As in _hand_over: the admin may cut the link before its answer is out.
+                if error.code is ErrorCode.EVICTED or force:
+                    return
+                if attempt:
+                    raise
+            else:
+                return
+
+    async def _hand_over(self, tombstone: bytes, others: list[NodeId], *, force: bool) -> None:
+        up = self._driver.node.membership.view.up
+        failures = []
+        # Twice each: the peer cuts the link as soon as it knows, and that may overtake its answer. To the second call it
+        # then says that this node is evicted, which is what was asked for.
+        for node in [node for node in others if node in up for _ in range(2)]:
+            try:
+                await self._links.call(node, "cluster.bury", RootOffer(tombstone), Done, timeout_s=CALL_S)
+            except MeshError as error:
+                if error.code is ErrorCode.EVICTED:
+                    return
+                failures.append(f"{self._nodes.name_of(node)}: {error.message}")
+            else:
+                return
+        if not force:
+            raise MeshError(
+                ErrorCode.UNAVAILABLE,
+                "No other node could be told that this one leaves"
+                + (f" ({'; '.join(failures)})" if failures else " (none is online)")
+                + ". Try again when one is online, or leave all the same with --force.",
+                retryable=True,
+            )
+
+    async def leave_for(self, peer: NodeId) -> Done:
+        """A member asks this admin to take it out."""
+        root = self._require_root()
+        await self._publish(
+            root, eviction(node_id=peer, evicted_at=self._wall_ms(), by=peer, reason="it left")
+        )
+        return Done()
+
+    async def bury_for(self, peer: NodeId, tombstone: bytes) -> Done:
+        """A leaving admin hands over its own tombstone, signed by the root."""
+        await self._put(peer, tombstone)
+        return Done()
+
+    # ---- promoting ---------------------------------------------------------------------------------------------
+
+    async def promote(self, node: NodeId) -> None:
+        """Make a member an admin: hand it the root key, sealed to it, then say so to all. Raises MeshError."""
+        root = self._require_root()
+        known = self._driver.node.roster.admission(node)
+        if known is None:
+            raise MeshError(ErrorCode.NOT_FOUND, f"{node} is no member of this mesh. `meshnode nodes` lists them.")
+        if known.role == "admin":
+            return
+        sealed = RootOffer(seal_root(root, known.public_key))
+        await self._links.call(node, "cluster.take_root", sealed, Done, timeout_s=CALL_S)
+        statement = admission(
+            public_key=known.public_key,
+            name=known.name,
+            role="admin",
+            admitted_at=succeeding_time(known, self._wall_ms()),
+            by=self._nodes.me,
+        )
+        await self._publish(root, statement)
+
+    async def take_root(self, peer: NodeId, offer: RootOffer) -> Done:
+        """An admin hands this node the root key. Raises MeshError FORBIDDEN if the sender is no admin."""
+        if self._driver.node.roster.role(peer) != "admin":
+            raise MeshError(ErrorCode.FORBIDDEN, "Only an admin hands out the root key.")
+        root = open_sealed_root(self._identity, offer.sealed, self._driver.node.mesh_id)
+        store_root(self._data_dir, root)
+        self._root = root
+        self._new_root(root)
+        self._log.info("this node is an admin now", by=peer)
+        return Done()
+
+    # ---- statements --------------------------------------------------------------------------------------------
+
+    async def _publish(self, root: RootKey, statement: TrustStatement) -> bytes:
+        """Sign, write the record, and wait until it is durable here."""
+        sealed = seal(statement, self._signer(root))
+        await self._put(statement.node_id, sealed)
+        if isinstance(statement, Admission) and statement.node_id not in self._driver.node.roster:
+            raise MeshError(
+                ErrorCode.JOIN_REFUSED,
+                "The admission was written but does not count: the node was evicted meanwhile. Join with a fresh identity.",
+            )
+        return sealed
+
+    async def _put(self, node: NodeId, statement: bytes) -> None:
+        await self._driver.submit_durably(PutRecord(TRUST_COLLECTION, record_key(node), statement))
+
+    def _signer(self, root: RootKey) -> SodiumSuite:
+        return SodiumSuite(root.seed, root.mesh_id)
+
+    def _wall_ms(self) -> int:
+        return int(self._facts.wall() * 1000)
+
+    def _require_root(self) -> RootKey:
+        if self._root is None:
+            names = ", ".join(self._nodes.name_of(node) for node in self._nodes.admins()) or "none known"
+            raise MeshError(
+                ErrorCode.NOT_ADMIN,
+                f"This node is a member, not an admin: it does not hold the mesh's root key. Do this on an admin ({names}).",
+                detail={"admins": self._nodes.admins()},
+            )
+        return self._root
+
+    async def _ask_admin(self, method: str, params: object, answer: type[T], what: str) -> T:
+        """Call the admins one after the other, those online first."""
+        failures = []
+        for admin in self._nodes.admins():
+            if admin == self._nodes.me:
+                continue
+            try:
+                return await self._links.call(admin, method, params, answer, timeout_s=CALL_S)
+            except MeshError as error:
+                if error.code not in (ErrorCode.UNREACHABLE, ErrorCode.TIMEOUT, ErrorCode.OVERLOADED, ErrorCode.NOT_ADMIN):
+                    raise
+                failures.append(f"{self._nodes.name_of(admin)}: {error.message}")
+        raise MeshError(
+            ErrorCode.UNAVAILABLE,
+            f"Only an admin can {what}, and none answers ({'; '.join(failures) or 'none is known'}). "
+            "Bring one online, then try again.",
+            retryable=True,
+        )

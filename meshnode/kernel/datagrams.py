@@ -1,0 +1,133 @@
+"""The UDP socket of the peers' port: receives in batches, sends without waiting.
+
+Its job: bytes in and out, fast enough that 50,000 junk datagrams a second do not delay a heartbeat. What they mean, and
+whether they are believed, is protocol.wire's.
+"""
+
+import errno
+import socket
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from meshnode.kernel.errors import ErrorCode, MeshError
+from protocol.ids import Address
+
+RECEIVE_BUFFER_BYTES: Final = 4 * 1024 * 1024
+DATAGRAM_READ_BYTES: Final = 1500  # more than the protocol allows, so that an oversized one is seen as such
+BATCH_MAX: Final = 64  # datagrams read before other tasks get their turn
+
+Receive = Callable[[bytes, Address], None]
+
+
+class DatagramSocket:
+    """One or two UDP sockets (IPv4, IPv6) on the same port. Sending never blocks: a full buffer is a lost datagram."""
+
+    def __init__(self, sockets: list[socket.socket]) -> None:
+        self._sockets = sockets
+        self._by_family = {bound.family: bound for bound in sockets}
+        self.received = 0
+        self.sent = 0
+        self.unsent = 0
+
+    @property
+    def port(self) -> int:
+        """The port bound."""
+        return int(self._sockets[0].getsockname()[1])
+
+    def send(self, address: Address, data: bytes) -> None:
+        """Hand one datagram to the kernel. Failures are counted: to the protocol they are loss like any other."""
+        bound = self._by_family.get(socket.AF_INET6 if ":" in address.host else socket.AF_INET)
+        if bound is None:
+            self.unsent += 1
+            return
+        try:
+            bound.sendto(data, (address.host, address.port))
+        except OSError:
+            # No route, interface down, buffer full, an address of a family that is gone: all of it mends itself or not.
+            self.unsent += 1
+        else:
+            self.sent += 1
+
+    async def run(self, receive: Receive) -> None:
+        """Give every datagram to `receive`, which must not block. Runs until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for bound in self._sockets:
+                nursery.start_soon(self._read, bound, receive)
+
+    async def _read(self, bound: socket.socket, receive: Receive) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(bound.fileno())
+            for _ in range(BATCH_MAX):
+                try:
+                    data, source = bound.recvfrom(DATAGRAM_READ_BYTES)
+                except BlockingIOError:
+                    break
+                except OSError:
+                    # An ICMP error of an earlier send; the next datagram is waiting behind it.
+                    continue
+                self.received += 1
+                receive(data, Address(_plain(source[0]), source[1]))
+            else:
+                await trio.lowlevel.checkpoint()
+
+    def close(self) -> None:
+        """Release the port."""
+        for bound in self._sockets:
+            bound.close()
+
+
+def _plain(host: str) -> str:
+    return host.partition("%")[0]
+
+
+def open_datagrams(host: str, port: int) -> DatagramSocket:
+    """Bind `host` (an IP literal; empty: all addresses of both families). MeshError(PORT_IN_USE) if it is taken."""
+    families = [socket.AF_INET, socket.AF_INET6] if not host else [socket.AF_INET6 if ":" in host else socket.AF_INET]
+    sockets: list[socket.socket] = []
+    try:
+        for family in families:
+            bound = _bind(family, host, port)
+            if bound is not None:
+                sockets.append(bound)
+                port = bound.getsockname()[1]
+    except BaseException:
+        for bound in sockets:
+            bound.close()
+        raise
+    if not sockets:
+        raise MeshError(
+            ErrorCode.UNAVAILABLE,
+            f"cannot open a UDP socket on {host or 'any address'}: this machine has neither IPv4 nor IPv6. "
+            "Bring a network interface up, or bind one with --peer-host 127.0.0.1.",
+        )
+    return DatagramSocket(sockets)
+
+
+def _bind(family: socket.AddressFamily, host: str, port: int) -> socket.socket | None:
+    try:
+        bound = socket.socket(family, socket.SOCK_DGRAM)
+    except OSError:
+        return None  # the kernel was built, or started, without this family
+    try:
+        bound.setblocking(False)
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        if error.errno == errno.EADDRINUSE:
+            raise MeshError(
+                ErrorCode.PORT_IN_USE,
+                f"UDP port {port} is taken by another program. Stop it, or choose another with --peer-port.",
+            ) from error
+        if not host:
+            return None  # one of the two families may be switched off
+        raise MeshError(
+            ErrorCode.UNAVAILABLE,
+            f"cannot bind {host} for peers: {error.strerror}. `ip addr` lists this machine's addresses; "
+            "choose one of them with --peer-host, or leave it out to use all.",
+        ) from error
+    return bound

@@ -1,0 +1,244 @@
+"""The driver: feeds the protocol's hub with what happens, and performs the effects that it returns, in order.
+
+Its job is the contract of protocol.effects: nothing happens before the Persist that it depends on, except datagrams
+marked `ahead`; a timer never fires after its cancel. It decides nothing.
+"""
+
+import heapq
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Final, Protocol
+
+import trio
+
+from meshnode.kernel.datagrams import DatagramSocket
+from meshnode.kernel.service import Policy
+from protocol.effects import (
+    CancelTimer,
+    CloseLink,
+    DatagramReceived,
+    Effect,
+    Persist,
+    Publish,
+    SendDatagram,
+    SendFrame,
+    SetTimer,
+    TimerFired,
+    TimerKey,
+)
+from protocol.ids import Address, NodeId
+from protocol.node import Input, Node
+
+CANCELLED_TIMERS_MAX: Final = 4096  # entries of replaced timers in the heap before it is rebuilt
+
+
+class FrameSender(Protocol):
+    """The part of the links that the driver uses."""
+
+    def send_frame(self, to: NodeId, data: bytes) -> None:
+        """Queue one machine frame, opening the link if need be; failure comes back as LinkLost."""
+        ...
+
+    def cut(self, node_id: NodeId, reason: str) -> None:
+        """Close every connection with this peer now."""
+        ...
+
+
+Store = Callable[[Iterable[Persist]], Awaitable[None]]
+"""Make the changes durable, in order and together; returns when they are."""
+
+Observer = Callable[[object], None]
+"""Is told every event that the machines publish, in order; must not block and must not raise."""
+
+
+def steady_s() -> float:
+    """Seconds that only rise and that go on while the machine is suspended, where the system has such a clock.
+
+    A lease must not outlive a suspend: the coordinator that slept for an hour would believe that it still holds it.
+    """
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
+
+
+class Timers:
+    """Keyed timers on one heap. Replacing or cancelling one leaves a stale entry that is skipped when it surfaces."""
+
+    def __init__(self) -> None:
+        self._due: dict[TimerKey, tuple[float, int]] = {}
+        self._heap: list[tuple[float, int, TimerKey]] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._due)
+
+    def set(self, key: TimerKey, at: float) -> None:
+        """Set or move a timer."""
+        self._count += 1
+        self._due[key] = (at, self._count)
+        heapq.heappush(self._heap, (at, self._count, key))
+        if len(self._heap) > 2 * len(self._due) + CANCELLED_TIMERS_MAX:
+            self._heap = [(at, count, key) for key, (at, count) in self._due.items()]
+            heapq.heapify(self._heap)
+
+    def cancel(self, key: TimerKey) -> None:
+        """Forget a timer."""
+        self._due.pop(key, None)
+
+    def next_at(self) -> float | None:
+        """When the earliest timer is due."""
+        heap = self._heap
+        while heap and self._due.get(heap[0][2]) != heap[0][:2]:
+            heapq.heappop(heap)
+        return heap[0][0] if heap else None
+
+    def take(self, now: float) -> TimerKey | None:
+        """The earliest timer that is due, removed; None if none is."""
+        at = self.next_at()
+        if at is None or at > now:
+            return None
+        key = heapq.heappop(self._heap)[2]
+        del self._due[key]
+        return key
+
+
+class Driver:
+    """Runs one hub. `submit` may be called from any task of the same trio run."""
+
+    name = "driver"
+    policy = Policy.FATAL
+
+    def __init__(
+        self,
+        *,
+        node: Node,
+        sockets: DatagramSocket,
+        links: FrameSender,
+        store: Store,
+        observers: Sequence[Observer],
+        now: Callable[[], float] = steady_s,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._node = node
+        self._sockets = sockets
+        self._links = links
+        self._store = store
+        self._observers = observers
+        self.now = now
+        self._wall = wall
+        self._timers = Timers()
+        self._timer_set = trio.Event()
+        self._held: deque[Effect | trio.Event] = deque()
+        self._work = trio.Event()
+        self._persisting = False
+
+    @property
+    def node(self) -> Node:
+        """The hub, for reading; inputs go through `submit`."""
+        return self._node
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Start the machines and serve until cancelled. Raises MeshError if their state can no longer be stored."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._commit_loop)
+            self._perform(self._node.start(self.now(), self._wall()))
+            nursery.start_soon(self._timer_loop)
+            nursery.start_soon(self._sockets.run, self._datagram)
+            task_status.started()
+
+    def submit(self, event: Input) -> None:
+        """Feed one input; what it causes happens now or, behind a Persist, soon."""
+        self._perform(self._node.handle(event, self.now(), self._wall()))
+
+    async def submit_durably(self, event: Input) -> None:
+        """Feed one input and return once everything it had to persist is durable and what follows was performed."""
+        self.submit(event)
+        await self.flushed()
+
+    async def flushed(self) -> None:
+        """Return once all effects up to now are performed."""
+        if self._held:
+            done = trio.Event()
+            self._held.append(done)
+            await done.wait()
+
+    # ---- inputs ------------------------------------------------------------------------------------------------
+
+    def _datagram(self, data: bytes, source: Address) -> None:
+        effects = self._node.handle(DatagramReceived(data, source), self.now(), self._wall())
+        if effects:
+            self._perform(effects)
+
+    async def _timer_loop(self) -> None:
+        while True:
+            key = self._timers.take(self.now())
+            if key is not None:
+                self.submit(TimerFired(key))
+                # One turn for the others after each timer: datagrams that wait may be the answer it would miss.
+                await trio.lowlevel.checkpoint()
+                continue
+            at = self._timers.next_at()
+            self._timer_set = trio.Event()
+            with trio.move_on_after(3600.0 if at is None else max(at - self.now(), 0.0)):
+                await self._timer_set.wait()
+
+    # ---- effects -----------------------------------------------------------------------------------------------
+
+    def _perform(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case SendDatagram(address, data, ahead) if ahead or not self._held:
+                    self._sockets.send(address, data)
+                case SetTimer(key, at):
+                    earliest = self._timers.next_at()
+                    self._timers.set(key, at)
+                    if earliest is None or at < earliest:
+                        self._timer_set.set()
+                case CancelTimer(key):
+                    self._timers.cancel(key)
+                case Persist():
+                    self._held.append(effect)
+                    self._work.set()
+                case _ if self._held:
+                    self._held.append(effect)
+                case _:
+                    self._release(effect)
+
+    def _release(self, effect: Effect | trio.Event) -> None:
+        match effect:
+            case SendDatagram(address, data):
+                self._sockets.send(address, data)
+            case SendFrame(to, data):
+                self._links.send_frame(to, data)
+            case CloseLink(to, reason):
+                self._links.cut(to, reason)
+            case Publish(event):
+                for observer in self._observers:
+                    observer(event)
+            case trio.Event():
+                effect.set()
+            case _:
+                raise TypeError(f"a driver cannot perform {effect!r}; protocol.node turns typed sends into bytes")
+
+    async def _commit_loop(self) -> None:
+        """Group commit: every Persist that waits goes into one transaction, then what stood behind it happens."""
+        while True:
+            await self._work.wait()
+            self._work = trio.Event()
+            while self._held:
+                batch = [effect for effect in self._held if isinstance(effect, Persist)]
+                if batch:
+                    await self._store(batch)
+                remaining = len(batch)
+                while self._held:
+                    effect = self._held[0]
+                    if isinstance(effect, Persist):
+                        if remaining == 0:
+                            break
+                        remaining -= 1
+                        self._held.popleft()
+                    else:
+                        # Released before it is removed from the queue: what it causes must stand behind the rest.
+                        self._held.popleft()
+                        self._release(effect)

@@ -1,0 +1,71 @@
+"""Ballots and electorates as values, and how they are written down.
+
+Which of them may replace which is the business of ledger (a follower's rule) and coordination (a coordinator's).
+"""
+
+from collections.abc import Collection
+from typing import Annotated
+
+import msgspec
+
+from protocol.election.messages import NOBODY, ElectorateOffer, Version
+from protocol.wire import limits
+
+
+class Ballot(msgspec.Struct, frozen=True, order=True, array_like=True, gc=False):
+    """A claim to coordinate. Ordered by term, then by the bytes of the leader's short id."""
+
+    term: int = 0
+    leader: bytes = NOBODY
+
+
+class Electorate(msgspec.Struct, frozen=True, array_like=True):
+    """Who votes, in which version. Voters are short ids."""
+
+    version: Version = Version()
+    voters: frozenset[Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]] = frozenset()
+
+    @property
+    def ballot(self) -> Ballot:
+        """Whose electorate it is."""
+        return Ballot(self.version.term, self.version.by)
+
+    @property
+    def need(self) -> int:
+        """How many voters are more than half."""
+        return len(self.voters) // 2 + 1
+
+    def restamped(self, ballot: Ballot) -> "Electorate":
+        """The same voters as the first electorate of a new coordinator."""
+        return Electorate(Version(ballot.term, ballot.leader, 0), self.voters)
+
+    def toggled(self, voter: bytes) -> "Electorate":
+        """The next of the same coordinator: with this voter if it was out, without it if it was in."""
+        version = Version(self.version.term, self.version.by, self.version.number + 1)
+        return Electorate(version, self.voters ^ {voter})
+
+    def offer(self) -> ElectorateOffer:
+        """As a link message."""
+        return ElectorateOffer(self.version, sorted(self.voters))
+
+
+NO_ELECTORATE = Electorate()
+FOUNDING_VERSION = Version(0, NOBODY, 1)
+
+
+def founded(voter: bytes) -> Electorate:
+    """The first electorate of a mesh: its founder."""
+    return Electorate(FOUNDING_VERSION, frozenset({voter}))
+
+
+def offered(offer: ElectorateOffer) -> Electorate:
+    """The electorate of a link message; a voter named twice counts once."""
+    return Electorate(offer.version, frozenset(offer.voters))
+
+
+def apply_toggle(held: Electorate, version: Version, base: Version, toggled: Collection[bytes]) -> Electorate | None:
+    """The electorate `version` that a beacon describes as a change of `base`, if that is what is held."""
+    if held.version != base or not held.voters:
+        return None
+    voters = held.voters.symmetric_difference(toggled)
+    return Electorate(version, voters) if 0 < len(voters) <= limits.ROSTER_MAX else None

@@ -1,0 +1,80 @@
+"""Commands that the election takes and events that it publishes."""
+
+from dataclasses import dataclass
+
+from protocol.ids import NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Input: how good a candidate this node is, as coarse small integers so that the order does not flap."""
+
+    node: NodeId
+    stability: int  # see candidates.stability_class
+    capability: int  # see candidates.capability_class
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetLost:
+    """Command of an operator: these evicted voters never come back; count without them.
+
+    Only a coordinator that is not quorate takes it, and only for evicted nodes. If they are in fact alive and form a
+    majority of the old electorate, work marked exclusive may run twice until they learn of their eviction.
+    """
+
+    voters: tuple[NodeId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetLostDone:
+    """Published: the electorate now counts without these."""
+
+    voters: tuple[NodeId, ...]
+    remaining: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetLostRefused:
+    """Published: nothing changed. `reason` says what to do instead."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorChanged:
+    """Published by every node when (term, leader) or the coordinator's quorum changes in its view.
+
+    A follower knows the quorum from beacons, so its `quorate` lags by up to a beat.
+    """
+
+    term: int
+    leader: str | None  # NodeId; None: none is known now
+    quorate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class QuorumChanged:
+    """Published by a coordinator: whether it is quorate, and why not. Repeated when the count changes meanwhile."""
+
+    quorate: bool
+    have: int  # voters whose lease and statement of the electorate count
+    need: int
+    voters: int
+    reason: str  # "3 of 7 voters answer", or which step is under way
+
+
+@dataclass(frozen=True, slots=True)
+class ElectorateChanged:
+    """Published by a coordinator: a majority took up this change."""
+
+    added: NodeId | None
+    removed: NodeId | None
+    voters: int
+
+
+@dataclass(frozen=True, slots=True)
+class ElectionCalled:
+    """Published by a claimant, for counters: this node claims `term`."""
+
+    term: int
+    reason: str

@@ -1,0 +1,11 @@
+"""The list of re-injectable bugs, by the part of the protocol that they are put into."""
+
+from simulations.bugs.bug import Bug
+from simulations.bugs.membership import membership_bugs
+from simulations.bugs.trust import trust_bugs
+from simulations.bugs.wire import wire_bugs
+
+
+def bugs() -> tuple[Bug, ...]:
+    """All of them; names are unique."""
+    return (*membership_bugs(), *wire_bugs(), *trust_bugs())

@@ -1,0 +1,30 @@
+"""All scenarios by name."""
+
+from collections.abc import Mapping
+
+from simulations.scenarios.churn import Churn
+from simulations.scenarios.degraded import Degraded
+from simulations.scenarios.join_storm import JoinStorm
+from simulations.scenarios.loss import Loss
+from simulations.scenarios.membership import Membership
+from simulations.scenarios.partition import Partition
+from simulations.scenarios.replay import Replay
+from simulations.scenarios.resources import Resources
+from simulations.scenarios.rotation import Rotation
+from simulations.scenarios.scenario import Scenario
+
+
+def scenarios() -> Mapping[str, Scenario]:
+    """In the order in which help lists them."""
+    known: tuple[Scenario, ...] = (
+        Membership(),
+        Partition(),
+        Loss(),
+        Degraded(),
+        JoinStorm(),
+        Resources(),
+        Replay(),
+        Rotation(),
+        Churn(),
+    )
+    return {scenario.name: scenario for scenario in known}

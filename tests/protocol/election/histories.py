@@ -1,0 +1,254 @@
+"""Random histories: a safety phase of faults, then everything is mended and the mesh must come to one coordinator."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from random import Random
+
+from protocol.election.electorate import FOUNDING_VERSION, Electorate
+from protocol.election.events import ForgetLost
+from protocol.election.ledger import MACHINE, Ledger
+from protocol.election.parameters import ElectionParameters
+from protocol.ids import NodeId
+from protocol.trust.events import RosterChanged
+from tests.protocol.election.rosters import SetRoster, node_ids
+from tests.protocol.election.world import Host, Violation, World
+
+FAULTS_S = 30.0
+SETTLE_S = 25.0
+CALM_S = 10.0
+
+
+@dataclass
+class Outcome:
+    """What one history showed, if no invariant broke."""
+
+    elections: int = 0
+    forgotten: bool = False
+    checks: int = 0
+    commands: int = 0
+    datagrams: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+
+
+def steady_world(seed: int, count: int, *, params: ElectionParameters | None = None, settle_s: float = 12.0) -> World:
+    """A mesh of `count` nodes that have all been voters for a while, and have just started."""
+    world = World(seed, params=params)
+    ids = node_ids(count)
+    voters = SetRoster(ids)
+    for index, node in enumerate(ids):
+        host = world.add(node, SetRoster(ids), founder=index == 0)
+        ledger = Ledger(host.short, {}, founder=False)
+        everybody = frozenset(bytes(voters.short(other)) for other in ids)
+        for write in ledger.hold(Electorate(FOUNDING_VERSION, everybody)):
+            host.disk.setdefault(MACHINE, {})[write.key] = write.value  # type: ignore[union-attr, assignment]  # a Persist
+    for host in world.hosts:
+        host.start()
+    world.refresh()
+    world.after(0.4, world.gossip)
+    world.after(0.5, world.command)
+    world.run(settle_s)
+    return world
+
+
+class History:
+    """One seed: a mesh of 3 to 9 nodes, faults at random moments, then peace."""
+
+    def __init__(self, seed: int, *, params: ElectionParameters | None = None) -> None:
+        self.rng = Random(f"history {seed}")
+        self.world = steady_world(seed, self.rng.randint(2, 8), params=params, settle_s=self.rng.choice([4.0, 9.0]))
+        self.spare = node_ids(4, f"spare {seed}")
+        self.outcome = Outcome()
+
+    def run(self) -> Outcome:
+        """Raises Violation if an invariant breaks in either phase."""
+        world, rng = self.world, self.rng
+        world.spike = rng.choice([0.0, 0.02, 0.1])
+        world.loss = rng.choice([0.0, 0.02, 0.15])
+        actions = [
+            self.partition, self.partition, self.one_way, self.heal, self.crash, self.crash_coordinator, self.restart,
+            self.restart, self.pause, self.pause_coordinator, self.sleep_coordinator, self.slander, self.join,
+            self.evict, self.jump, self.slow_disk, self.bounce,
+        ]  # fmt: skip
+        end = world.time + FAULTS_S
+        while world.time < end:
+            world.run(world.time + rng.choice([0.05, 0.5, 2.0, 5.0]) * rng.random() + 0.001)
+            action = rng.choice(actions)
+            self.outcome.faults[action.__name__] += 1
+            action()
+            world.refresh()
+        self.mend()
+        self.settle()
+        outcome = self.outcome
+        outcome.elections = len(world.elections)
+        outcome.checks, outcome.commands, outcome.datagrams = (
+            world.quorate_checks,
+            world.commands_obeyed,
+            world.datagrams,
+        )
+        return outcome
+
+    # ---- peace -----------------------------------------------------------------------------------------------------
+
+    def mend(self) -> None:
+        world = self.world
+        world.cut.clear()
+        world.spike, world.loss = 0.0, 0.01
+        for host in world.hosts:
+            host.commit_s = 0.002
+            host.resume()
+            if not host.running:
+                host.start()
+        world.refresh()
+
+    def settle(self) -> None:
+        world = self.world
+        world.run(world.time + SETTLE_S)
+        members = self.members()
+        leaders = {host.machine().coordinator for host in members}
+        if len(leaders) != 1 or None in leaders:
+            raise Violation(f"not one coordinator {SETTLE_S:.0f} s after all faults ended: {self._beliefs()}")
+        self.forget_lost(members)
+        quorate = [host for host in members if host.is_quorate()]
+        if len(quorate) != 1:
+            status = [h.machine().quorum(h.mono(), h.wall()).reason for h in members if h.machine().is_coordinator]
+            raise Violation(f"no quorum {SETTLE_S:.0f} s after all faults ended: {status}, {self._beliefs()}")
+        voters = quorate[0].machine().electorate.voters
+        if voters != {host.short for host in members}:
+            raise Violation(f"{len(voters)} voters, {len(members)} members")
+        before = len(world.elections)
+        world.run(world.time + CALM_S)
+        if before != len(world.elections):
+            raise Violation(f"elections without cause: {world.elections[before:]}")
+
+    def forget_lost(self, members: list[Host]) -> None:
+        """So many voters were evicted while they could not be counted out that only the operator's word helps."""
+        shorts = {host.short for host in members}
+        for host in members:
+            electorate = host.machine().electorate
+            stuck = host.machine().is_coordinator and not host.is_quorate()
+            if stuck and len(electorate.voters & shorts) < electorate.need and electorate.voters & shorts:
+                lost = [other.node for other in self.world.hosts if other.short in electorate.voters - shorts]
+                host.input(ForgetLost(tuple(lost)))
+                self.outcome.forgotten = True
+                self.world.run(self.world.time + 5.0)
+
+    def members(self) -> list[Host]:
+        evicted: set[NodeId] = set()
+        for host in self.world.hosts:
+            evicted |= host.roster.evicted
+        return [host for host in self.world.hosts if host.node not in evicted]
+
+    def _beliefs(self) -> str:
+        return "; ".join(
+            f"{host} term {host.machine().term} follows {self.world.by_node.get(host.machine().coordinator or NodeId(''))}"
+            for host in self.members()
+        )
+
+    # ---- faults ----------------------------------------------------------------------------------------------------
+
+    def any_host(self) -> Host:
+        return self.rng.choice(self.world.hosts)
+
+    def coordinator(self) -> Host:
+        coordinating = sorted(self.world.coordinating, key=lambda host: host.index)
+        return self.rng.choice(coordinating) if coordinating else self.any_host()
+
+    def partition(self) -> None:
+        hosts = self.world.hosts[:]
+        self.rng.shuffle(hosts)
+        split = self.rng.randint(1, len(hosts) - 1) if len(hosts) > 1 else 1
+        self.world.cut = {
+            pair for a in hosts[:split] for b in hosts[split:] for pair in ((a.index, b.index), (b.index, a.index))
+        }
+
+    def one_way(self) -> None:
+        a = self.any_host() if self.rng.random() < 0.5 else self.coordinator()
+        others = [host for host in self.world.hosts if host is not a and self.rng.random() < 0.7]
+        inbound = self.rng.random() < 0.5
+        self.world.cut |= {(b.index, a.index) if inbound else (a.index, b.index) for b in others}
+
+    def heal(self) -> None:
+        self.world.cut.clear()
+
+    def crash(self) -> None:
+        self.any_host().crash()
+
+    def crash_coordinator(self) -> None:
+        self.coordinator().crash()
+
+    def restart(self) -> None:
+        for host in self.world.hosts:
+            if not host.running:
+                host.start()
+                break
+
+    def bounce(self) -> None:
+        """kill -9 and a quick restart, often of the very node that matters."""
+        host = self.coordinator() if self.rng.random() < 0.3 else self.any_host()
+        host.crash()
+        self.world.after(self.rng.choice([0.01, 0.3, 2.0]), lambda: None if host.running else self._start(host))
+
+    def _start(self, host: Host) -> None:
+        host.start()
+        self.world.refresh()
+
+    def _stop(self, host: Host, duration: float, *, asleep: bool) -> None:
+        host.pause(asleep=asleep)
+        self.world.after(duration, self._go_on, host, host.boot)
+
+    def _go_on(self, host: Host, boot: int) -> None:
+        if host.boot == boot:
+            host.resume()
+            self.world.refresh()
+
+    def pause(self) -> None:
+        self._stop(self.any_host(), self.rng.choice([1.0, 5.0, 15.0]) * self.rng.random(), asleep=False)
+
+    def pause_coordinator(self) -> None:
+        self._stop(self.coordinator(), self.rng.uniform(2.0, 16.0), asleep=False)
+
+    def sleep_coordinator(self) -> None:
+        self._stop(self.coordinator(), self.rng.uniform(1.0, 20.0), asleep=True)
+
+    def slander(self) -> None:
+        self.world.slander(self.any_host(), self.coordinator())
+
+    def jump(self) -> None:
+        host = self.any_host()
+        # Set back by less than it sleeps while it sleeps: the one jump that LeaseClock says it cannot see.
+        back = [-3e7] if host.asleep_since is not None else [-3e7, -10.0]
+        host.wall_base += self.rng.choice([*back, 3.0, 3600.0, 3e7])
+
+    def slow_disk(self) -> None:
+        self.any_host().commit_s = self.rng.choice([0.002, 0.05, 0.5])
+
+    def join(self) -> None:
+        sponsors = [host for host in self.world.hosts if host.running and not host.paused]
+        sponsors = [host for host in sponsors if host.node in host.roster]
+        if not self.spare or not sponsors:
+            return
+        sponsor, node = self.rng.choice(sponsors), self.spare.pop()
+        sponsor.roster.merge(SetRoster([node]))
+        sponsor.input(RosterChanged())
+        host = self.world.add(node, sponsor.roster.copy())
+        # A newcomer stands on its sponsor's side of every cut.
+        self.world.cut |= {(host.index, b) for a, b in self.world.cut if a == sponsor.index}
+        self.world.cut |= {(a, host.index) for a, b in self.world.cut if b == sponsor.index}
+        host.start()
+
+    def evict(self) -> None:
+        admins = [host for host in self.world.hosts if host.running and not host.paused]
+        members = self.members()
+        if not admins or len(members) < 4 or self.rng.random() < 0.4:
+            return
+        admin, victim = self.rng.choice(admins), self.rng.choice(members)
+        admin.roster.merge(SetRoster([], [victim.node]))
+        admin.input(RosterChanged())
+
+
+def run_history(seed: int) -> Outcome:
+    """One history. Raises Violation with the seed in its message."""
+    try:
+        return History(seed).run()
+    except Violation as violation:
+        raise Violation(f"seed {seed}: {violation}") from violation
