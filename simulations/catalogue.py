@@ -4,10 +4,12 @@ from collections.abc import Mapping
 
 from simulations.scenarios.churn import Churn
 from simulations.scenarios.degraded import Degraded
+from simulations.scenarios.election import Election
 from simulations.scenarios.join_storm import JoinStorm
 from simulations.scenarios.loss import Loss
 from simulations.scenarios.membership import Membership
 from simulations.scenarios.partition import Partition
+from simulations.scenarios.records import Records
 from simulations.scenarios.replay import Replay
 from simulations.scenarios.resources import Resources
 from simulations.scenarios.rotation import Rotation
@@ -23,6 +25,8 @@ def scenarios() -> Mapping[str, Scenario]:
         Degraded(),
         JoinStorm(),
         Resources(),
+        Election(),
+        Records(),
         Replay(),
         Rotation(),
         Churn(),

@@ -65,6 +65,26 @@ class Program(Protocol):
         """Make these computers members before their first start: identities, roster, addresses of some peers."""
         ...
 
+    def is_quorate(self, computer: "Computer") -> bool:
+        """Whether the computer may run exclusive work at this instant, by its own clocks."""
+        ...
+
+    def coordinating(self, computer: "Computer") -> int | None:
+        """The term in which the computer coordinates, quorate or not; None if it does not."""
+        ...
+
+    def knows(self, computer: "Computer", peer: NodeId) -> bool:
+        """Whether the computer takes the peer for a member."""
+        ...
+
+    def believed_up(self, computer: "Computer") -> "Sequence[NodeId]":
+        """Whom the machine itself lists as up."""
+        ...
+
+    def digest(self, computer: "Computer") -> bytes:
+        """Sums up the records that the computer holds."""
+        ...
+
     def observe(self, computer: "Computer", event: object) -> None:
         """A machine published an event that the driver may have to answer."""
         ...
@@ -93,6 +113,7 @@ class Computer:
         "cut_in",
         "cut_out",
         "disk",
+        "evicted",
         "index",
         "link_received_bytes",
         "link_sent_bytes",
@@ -132,6 +153,7 @@ class Computer:
         self.machine: Machine | None = None
         self.state = DOWN
         self.paused = False
+        self.evicted = False  # what it does is no longer the mesh's business
         self.run = 0  # counts processes: what was meant for an earlier one is dropped
         self.started_at = 0.0
         self.links: dict[int, object] = {}

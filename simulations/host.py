@@ -128,6 +128,29 @@ class MeshProgram:
             ("gossip keys", len(node.keyring.keys()), 8),
         )
 
+    def is_quorate(self, computer: Computer) -> bool:
+        """Asked as a service would ask right before exclusive work."""
+        node = cast(Node | None, computer.machine)
+        return node is not None and node.election.is_quorate(computer.now(), computer.wall())
+
+    def coordinating(self, computer: Computer) -> int | None:
+        """The term in which it coordinates."""
+        node = cast(Node | None, computer.machine)
+        return node.election.term if node is not None and node.election.is_coordinator else None
+
+    def knows(self, computer: Computer, peer: NodeId) -> bool:
+        """Its roster."""
+        return peer in cast(Node, computer.machine).roster
+
+    def believed_up(self, computer: Computer) -> Sequence[NodeId]:
+        """Its membership view."""
+        return cast(Node, computer.machine).membership.view.peers
+
+    def digest(self, computer: Computer) -> bytes:
+        """Trust and the shared collection."""
+        records = cast(Node, computer.machine).records
+        return records.digest(TRUST_COLLECTION) + records.digest(SHARED_COLLECTION)
+
     def observe(self, computer: Computer, event: object) -> None:
         """Answer what the hub asks of its driver."""
         if type(event) is RotationDue:
@@ -145,6 +168,11 @@ class MeshProgram:
         others = [other.node_id for other in self._world.up() if other is not computer]
         ages = [now - latest[other][1] for other in others if other in latest]
         return ages, len(others) - len(ages)
+
+    def value(self, computer: Computer, key: bytes) -> bytes | None:
+        """What the node reads under a key of the shared collection."""
+        record = cast(Node, computer.machine).records.get(SHARED_COLLECTION, key)
+        return None if record is None else record.value
 
     # ---- what an attacker with a member's keys does -----------------------------------------------------------------
 
@@ -193,6 +221,7 @@ class MeshProgram:
 
     def evict(self, victim: Computer, by: Computer) -> None:
         """The root evicts a member; the records carry the statement. Needs rosters of their own for all nodes."""
+        victim.evicted = True
         statement = eviction(node_id=victim.node_id, evicted_at=self._wall_ms(), by=by.node_id)
         by.input(PutRecord(TRUST_COLLECTION, record_key(victim.node_id), self._seal(statement)))
 

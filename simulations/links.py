@@ -4,6 +4,7 @@ It stands for TCP, TLS and the agent's link pool: one link per pair, made when t
 path stays cut for too long, when a process dies, or when a side closes it. Frames already on the way may be lost with it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -26,10 +27,10 @@ GONE: Final = 2
 class LinkParams:
     """Times in seconds."""
 
-    connect_timeout_s: float = 5.0
+    connect_timeout_s: float = 12.0
     handshake_s: float = 0.004
-    broken_after_s: float = 10.0  # unacknowledged for so long (TCP_USER_TIMEOUT), or keep-alives unanswered
-    idle_s: float = 60.0
+    broken_after_s: float = 12.0  # pings every 5 s stay unanswered
+    idle_s: float = 120.0
     retry_s: float = 0.2  # first retransmission; doubles
 
 
@@ -56,13 +57,22 @@ class Link:
 class Links:
     """All control links of one world."""
 
-    __slots__ = ("_links", "_params", "_world", "opened")
+    __slots__ = ("_links", "_params", "_taps", "_world", "opened")
 
     def __init__(self, world: "World", params: LinkParams) -> None:
         self._world = world
         self._params = params
         self._links: dict[tuple[int, int], Link] = {}
+        self._taps: list[Callable[[Computer, bytes], None]] = []
         self.opened = 0
+
+    def tap(self, tap: Callable[[Computer, bytes], None]) -> None:
+        """Call `tap(source, data)` for every frame that leaves."""
+        self._taps.append(tap)
+
+    def untap(self, tap: Callable[[Computer, bytes], None]) -> None:
+        """Undo one `tap`."""
+        self._taps.remove(tap)
 
     def __len__(self) -> int:
         return len(self._links)
@@ -173,6 +183,8 @@ class Links:
         for data in waiting:
             size = len(data) + FRAME_OVERHEAD_BYTES
             source.link_sent_bytes += size
+            for tap in self._taps:
+                tap(source, data)
             delay = world.network.delay() + size * 8e-9  # a gigabit a second
             loss = world.network.params.loss + source.loss + target.loss
             if loss and source.rng.random() < loss:

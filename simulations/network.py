@@ -83,6 +83,10 @@ class Network:
         """Call `tap(source, target, address, data)` for every datagram sent, arriving or not: for captures and accounts."""
         self._taps.append(tap)
 
+    def untap(self, tap: Tap) -> None:
+        """Undo one `tap`."""
+        self._taps.remove(tap)
+
     # ---- cuts -----------------------------------------------------------------------------------------------------
 
     def block(self, sources: Set[int], targets: Set[int]) -> Block:

@@ -35,6 +35,7 @@ class Views(Checker):
         self._rows: list[bytearray] = []
         self._row_wrong: list[int] = []
         self._exists: list[bool] = []  # the truth: its process exists and it did not say goodbye
+        self._outlaws: set[int] = set()
         self._watching: list[bool] = []  # its process exists, so that its view counts
 
     def attached(self, world: World) -> None:
@@ -46,8 +47,10 @@ class Views(Checker):
         """A process begins with an empty view, and from now on everybody should see it."""
         self._grow()
         index = computer.index
-        self._set_truth(index, True)
         self._rows[index] = bytearray(len(self._rows))
+        if index in self._outlaws:
+            return
+        self._set_truth(index, True)
         self._watching[index] = True
         self._row_wrong[index] = sum(self._exists) - 1
         self.wrong += self._row_wrong[index]
@@ -63,6 +66,15 @@ class Views(Checker):
     def left(self, computer: Computer) -> None:
         """The computer's owner asked it to leave: from now on nobody should list it, though its process still runs."""
         self._set_truth(computer.index, False)
+
+    def evicted(self, computer: Computer) -> None:
+        """The computer is no member any more: nobody should list it, and what it believes does not count."""
+        index = computer.index
+        self._outlaws.add(index)
+        self._watching[index] = False
+        self.wrong -= self._row_wrong[index]
+        self._row_wrong[index] = 0
+        self._set_truth(index, False)
 
     def _set_truth(self, index: int, exists: bool) -> None:
         if self._exists[index] == exists:

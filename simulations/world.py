@@ -131,6 +131,10 @@ class World:
         """Computers whose process exists, frozen ones included."""
         return [computer for computer in self.computers if computer.state != DOWN]
 
+    def members_up(self) -> list[Computer]:
+        """Those of them that were not evicted."""
+        return [computer for computer in self.computers if computer.state != DOWN and not computer.evicted]
+
     # ---- time -----------------------------------------------------------------------------------------------------
 
     def push(self, at: float, call: Callable[..., None], a: object, b: object) -> None:

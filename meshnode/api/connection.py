@@ -20,7 +20,7 @@ from hypercorn.typing import AppWrapper, ConnectionState
 
 from meshnode.api.limits import ApiLimits
 from meshnode.api.peer import Peer
-from meshnode.api.protocols import Http2, Protocol
+from meshnode.api.protocols import Http1, Http2, Protocol
 
 receive_bytes_max = 64 * 1024
 
@@ -61,6 +61,7 @@ class Connection:
         self._busy = False
         self._in_header = False
         self._answered_last = False
+        self._deaf = False
         self._deadline = math.inf
 
     async def run(self) -> None:
@@ -125,12 +126,20 @@ class Connection:
                 self._in_header = True
                 self._deadline = trio.current_time() + self._limits.header_deadline_s
             await self._protocol.handle(RawData(data=data))
+            if self._deaf:
+                await trio.sleep_forever()
 
     async def _protocol_send(self, event: Event) -> None:
         if isinstance(event, RawData):
             async with self._send_lock:
                 await self._send(event.data)
         elif isinstance(event, Closed):
+            protocol = cast(Protocol, self._protocol).protocol
+            if isinstance(protocol, Http1) and protocol.answering:
+                # What came behind the request is no request. Read no more, but let the answer out first: its end
+                # is announced here again.
+                self._deaf = True
+                return
             # The state machines are done. Reading, or waiting for a handler that reads no more, ends here.
             self._answered_last = True
             self._handling.cancel()

@@ -21,7 +21,7 @@ from hypercorn.protocol.events import Body, EndBody, Request, Response
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import STREAM_ID, H2CProtocolRequiredError, H2ProtocolAssumedError, H11Protocol
-from hypercorn.protocol.http_stream import HTTPStream
+from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup, WorkerContext
 
@@ -32,6 +32,11 @@ class Http1(H11Protocol):
     """HTTP/1.1 where an upgrade to WebSocket is an ordinary request, which the guard refuses like any other."""
 
     _held: bytes = b""
+
+    @property
+    def answering(self) -> bool:
+        """Whether an answer has begun and not ended."""
+        return isinstance(self.stream, HTTPStream) and self.stream.state is not ASGIHTTPState.REQUEST
 
     async def stream_send(self, event: StreamEvent) -> None:
         # An ASGI answer always has a body event after its head: hold the head back for it and send once.

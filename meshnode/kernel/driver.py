@@ -36,7 +36,7 @@ CANCELLED_TIMERS_MAX: Final = 4096  # entries of replaced timers in the heap bef
 class FrameSender(Protocol):
     """The part of the links that the driver uses."""
 
-    def send_frame(self, to: NodeId, data: bytes) -> None:
+    def send(self, node_id: NodeId, payload: bytes) -> None:
         """Queue one machine frame, opening the link if need be; failure comes back as LinkLost."""
         ...
 
@@ -210,7 +210,7 @@ class Driver:
             case SendDatagram(address, data):
                 self._sockets.send(address, data)
             case SendFrame(to, data):
-                self._links.send_frame(to, data)
+                self._links.send(to, data)
             case CloseLink(to, reason):
                 self._links.cut(to, reason)
             case Publish(event):

@@ -19,7 +19,8 @@ class ForgetLost:
     """Command of an operator: these evicted voters never come back; count without them.
 
     Only a coordinator that is not quorate takes it, and only for evicted nodes. If they are in fact alive and form a
-    majority of the old electorate, work marked exclusive may run twice until they learn of their eviction.
+    majority of the old electorate, work marked exclusive may run twice until they learn of their eviction. If all
+    voters are lost, the coordinator itself becomes the electorate.
     """
 
     voters: tuple[NodeId, ...]

@@ -19,10 +19,10 @@ class LeaseClock:
     """A clock that runs at least as fast as real time, also while the machine sleeps.
 
     The monotonic clock of some systems stands still in suspend, and a lease counted on it would outlive the promise. So
-    each step takes the larger of what the monotonic and the wall clock say has passed. A wall clock that was set forward
-    ends leases early, and so does one that was set back: it might hide a sleep. Either costs one beat. What stays
-    hidden is a wall clock that is set back, while the machine sleeps, by less than it sleeps; where `now` counts sleep
-    (CLOCK_BOOTTIME), not even that.
+    each step takes the larger of what the monotonic and the wall clock say has passed. A wall clock that was set
+    forward ends leases early, and so does one that was set back: it might hide a sleep. Either costs one beat. What
+    stays hidden is a wall clock that is set back, while the machine sleeps, by less than it sleeps; where `now` counts
+    sleep (CLOCK_BOOTTIME), not even that.
     """
 
     def __init__(self, now: float, wall: float) -> None:

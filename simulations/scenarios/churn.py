@@ -9,15 +9,17 @@ from dataclasses import replace
 from random import Random
 
 from protocol.ids import Address
+from simulations.checkers.agreement import Agreement
 from simulations.checkers.convergence import Convergence
+from simulations.checkers.obedience import Obedience
 from simulations.checkers.untouched import Untouched
-from simulations.computer import RUNNING, Computer
+from simulations.computer import DOWN, RUNNING, Computer
 from simulations.faults import Faults, draw
 from simulations.network import NetworkParams
 from simulations.scenarios.scenario import Figure, Mesh, Options, Samples, mesh
 
 FAULTS_S = 90.0
-LIVENESS_S = 40.0
+LIVENESS_S = 65.0
 FOUND_WITHIN_S = 30.0
 BEGIN_S = 8.0
 
@@ -38,8 +40,9 @@ class Churn:
         world = made.world
         faults = Faults(world)
         convergence = Convergence(made.views)
-        world.watch(Untouched(faults))
-        world.watch(convergence)
+        agreement = Agreement()
+        for checker in (Untouched(faults), convergence, agreement, Obedience()):
+            world.watch(checker)
         world.spawn(nodes, within_s=rng.choice((0.1, 1.0, 5.0)))
         end = BEGIN_S + (options.duration_s or FAULTS_S)
         plan = draw(rng, nodes, BEGIN_S, end, per_minute=rng.choice((4.0, 8.0, 16.0)), kinds=options.pattern)
@@ -47,6 +50,7 @@ class Churn:
         self._commands(made, rng, end)
         world.run_to(end)
         convergence.healed(end)
+        agreement.healed(end)
         world.run(LIVENESS_S)
         self._final(made, rng, convergence, samples)
         samples.add("faults", float(len(plan)))
@@ -66,6 +70,11 @@ class Churn:
         for _ in range(rng.randrange(4)):
             at, computer = rng.uniform(BEGIN_S, end), rng.choice(world.computers)
             world.at(at, program.rotate, computer)
+        for number in range(rng.randrange(12)):
+            world.at(rng.uniform(BEGIN_S, end), self._put, made, rng.choice(world.computers), number % 5)
+        if len(world.computers) > 3 and rng.random() < 0.3:
+            victim, by = rng.sample(world.computers, 2)
+            world.at(rng.uniform(BEGIN_S, end - 20.0), self._evict, made, victim, by)
         if rng.random() < 0.3:
             address = Address(f"10.9.0.{rng.randrange(1, 250)}", 4893)
             world.at(rng.uniform(BEGIN_S, end), program.move, rng.choice(world.computers), address)
@@ -73,15 +82,26 @@ class Churn:
             at, computer = rng.uniform(BEGIN_S, end - 10.0), rng.choice(world.computers)
             world.at(at, self._leave_and_return, made, computer, rng.uniform(2.0, 8.0))
 
+    def _put(self, made: Mesh, computer: Computer, number: int) -> None:
+        if computer.state != DOWN and not computer.evicted:
+            made.program.put(computer, b"key/%d" % number, b"%f" % made.world.now)
+
+    def _evict(self, made: Mesh, victim: Computer, by: Computer) -> None:
+        # An admin that is frozen or has a full disk takes no command; that history then has no eviction.
+        if by.state == RUNNING and not by.disk.full:
+            made.world.tell_fault(f"{by} evicts {victim}")
+            made.program.evict(victim, by)
+            made.views.evicted(victim)
+
     def _leave_and_return(self, made: Mesh, computer: Computer, away_s: float) -> None:
-        if computer.state == RUNNING and not computer.cut_out and not computer.cut_in:
+        if computer.state == RUNNING and not (computer.cut_out or computer.cut_in or computer.evicted):
             made.views.left(computer)
             made.program.leave(computer)
             made.world.after(away_s, computer.start)
 
     def _final(self, made: Mesh, rng: Random, convergence: Convergence, samples: Samples) -> None:
         """A clean kill after the storm is still found: nothing was left behind that blinds the mesh."""
-        up = made.world.up()
+        up = made.world.members_up()
         if len(up) < 3:
             return
         rng.choice(up).crash()

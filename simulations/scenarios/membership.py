@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from simulations.accounts import ELECTION, MEMBERSHIP, RECORDS, Accounts
 from simulations.checkers.untouched import Untouched
 from simulations.computer import DOWN, Computer
 from simulations.faults import Faults
@@ -44,7 +45,11 @@ class Membership:
 
     def _steady(self, made: Mesh, samples: Samples) -> None:
         meter = Meter(made.world)
-        made.world.run(STEADY_S)
+        with Accounts(made.world) as accounts:
+            made.world.run(STEADY_S)
+            for machine in (MEMBERSHIP, ELECTION, RECORDS):
+                samples.add(f"payload_{machine}", accounts.per_node_second(machine))
+                samples.add(f"links_{machine}", accounts.links_per_node_second(machine))
         payload, with_headers, links = meter.per_node_second()
         samples.add("payload", payload)
         samples.add("with_headers", with_headers)
@@ -87,8 +92,12 @@ class Membership:
             Figure("first_to_last_p99", quantile(samples.of("spread_s"), 0.99), "s", spread),
             Figure("wrong_views_after_40s", sum(samples.of("wrong_views")), "", 0.0),
             Figure("false_deaths_when_quiet", sum(samples.of("quiet_verdicts")), "", 0.0),
-            Figure("payload_per_node", mean(samples.of("payload")), "B/s", 320.0),
-            Figure("payload_per_node_with_ip_udp", mean(samples.of("with_headers")), "B/s"),
-            Figure("links_per_node", mean(samples.of("links")), "B/s"),
+            Figure("membership_payload_per_node", mean(samples.of("payload_membership")), "B/s", 320.0),
+            Figure("election_payload_per_node", mean(samples.of("payload_election")), "B/s"),
+            Figure("all_payload_per_node", mean(samples.of("payload")), "B/s"),
+            Figure("all_payload_per_node_with_ip_udp", mean(samples.of("with_headers")), "B/s"),
+            Figure("membership_links_per_node", mean(samples.of("links_membership")), "B/s"),
+            Figure("records_links_per_node", mean(samples.of("links_records")), "B/s"),
+            Figure("all_links_per_node", mean(samples.of("links")), "B/s"),
             Figure("full_views_after_start", worst(samples.of("start_s")), "s"),
         )

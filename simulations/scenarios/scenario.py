@@ -13,7 +13,10 @@ from protocol.node import NodeParameters
 from simulations.checkers.bounded import Bounded
 from simulations.checkers.checker import Checker, Violation
 from simulations.checkers.death_witnesses import DeathWitnesses
+from simulations.checkers.eviction import EvictedStayOut
+from simulations.checkers.quorate import Quorate
 from simulations.checkers.rising import Rising
+from simulations.checkers.terms import Terms
 from simulations.computer import Computer
 from simulations.host import MeshProgram
 from simulations.narrator import Narrator
@@ -145,7 +148,10 @@ def mesh(
     world = World(options.seed, network=network)
     program = MeshProgram(world, params=params, own_rosters=own_rosters, sample_s=sample_s)
     world.use(program)
-    for checker in (views, DeathWitnesses(), Rising(), Bounded(), *checkers):
+    safety: tuple[Checker, ...] = (DeathWitnesses(), Rising(), Bounded(), Quorate(), Terms())
+    if own_rosters:
+        safety += (EvictedStayOut(),)
+    for checker in (views, *safety, *checkers):
         world.watch(checker)
     if options.tell:
         world.watch(Narrator())

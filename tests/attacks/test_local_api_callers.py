@@ -6,6 +6,7 @@ Each attack is run twice, with its defence and with it taken away.
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import trio
@@ -80,8 +81,10 @@ async def write_blindly() -> list[str]:
     """
     async with running_api() as running:
         request = f"DELETE /api/things/all HTTP/1.1|Host: 127.0.0.1:{running.port}|Content-Length: 0||"
-        # Run to its end without giving the server a turn: it accepts a connection that was closed already.
+        # Run to its end without giving the server a turn: it accepts a connection that was closed already, and whose
+        # closing the kernel has acknowledged (after at most 40 ms), from when on nothing of its owner is left.
         subprocess.run(intruder_command(running.port, "close", request), check=True)  # noqa: ASYNC221 -- on purpose
+        time.sleep(0.2)  # noqa: ASYNC251 -- on purpose
         with trio.move_on_after(0.5):
             while not running.trial.changes:  # noqa: ASYNC110 -- nothing tells of a request that does nothing
                 await trio.sleep(0.01)

@@ -82,6 +82,21 @@ class EchoProgram:
     def admit(self, computers: Sequence[Computer]) -> None:
         """Nothing to prepare."""
 
+    def is_quorate(self, computer: Computer) -> bool:
+        return False
+
+    def coordinating(self, computer: Computer) -> int | None:
+        return None
+
+    def knows(self, computer: Computer, peer: NodeId) -> bool:
+        return peer not in self.outlaws
+
+    def believed_up(self, computer: Computer) -> Sequence[NodeId]:
+        return []
+
+    def digest(self, computer: Computer) -> bytes:
+        return b""
+
     def observe(self, computer: Computer, event: object) -> None:
         """Nothing to answer."""
 

@@ -115,8 +115,8 @@ class Issuer:
         self._log = log
         self._entropy = entropy
 
-    async def serve(self, frames: JoinFrames, *, source: str, limited: bool) -> bool:
-        """One handshake. True: somebody was admitted. False: it was refused, and told why.
+    async def serve(self, frames: JoinFrames, *, source: str, limited: bool) -> ErrorCode | None:
+        """One handshake. None: somebody was admitted; otherwise why not, which the joiner was told.
 
         `limited`: this source was refused too often lately; it is told so, whatever it brings. Raises MeshError if the
         stream breaks or the other side speaks no join protocol.
@@ -135,8 +135,8 @@ class Issuer:
                 raise
             self._log.info("a join was refused", source=source, code=error.code.value)
             await frames.send(Refused(error.code.value, error.message[:512]))
-            return False
-        return True
+            return error.code
+        return None
 
     async def _admit(self, frames: JoinFrames, begin: Begin) -> None:
         if not JOIN_VERSION_MIN <= begin.version <= JOIN_VERSION:

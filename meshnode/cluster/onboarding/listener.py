@@ -26,6 +26,11 @@ from protocol.trust.join import JOIN_REQUEST_BYTES_MAX
 
 _TLS_HANDSHAKE: Final = 0x16
 
+# What somebody who guesses meets. Coming late with a good URL is no offence, however many do.
+_SUSPICIOUS: Final = frozenset(
+    {ErrorCode.TOKEN_INVALID, ErrorCode.BAD_REQUEST, ErrorCode.PROTOCOL_VIOLATION, ErrorCode.JOIN_REFUSED}
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ListenerLimits:
@@ -181,14 +186,14 @@ class OnboardingListener:
             with trio.move_on_after(self._limits.http_s):
                 await self._serve_page(stream, limited=limited)
             return
-        admitted = True
+        refusal: ErrorCode | None = None
         with trio.move_on_after(self._limits.join_s):
             tls = trio.SSLStream(stream, self._context, server_side=True, https_compatible=True)
             frames = JoinFrames(tls, frame_bytes_max=JOIN_REQUEST_BYTES_MAX)
-            admitted = await self._issuer.serve(frames, source=source, limited=limited)
+            refusal = await self._issuer.serve(frames, source=source, limited=limited)
             # Told to the other side, so that it can read what was sent last before the socket closes.
             await tls.aclose()
-        if not admitted:
+        if refusal in _SUSPICIOUS:
             self._refusals.take(source)
 
     async def _serve_page(self, stream: trio.SocketStream, *, limited: bool) -> None:

@@ -111,6 +111,11 @@ class Onboarding:
         """The onboarding port if it is open now."""
         return self._listener.port
 
+    @property
+    def store(self) -> Invitations:
+        """The invitations of this node."""
+        return self._invitations
+
     async def invite(self, *, role: Role = "member", ttl_s: float | None = None, by: NodeId | None = None) -> Invite:
         """Make an invitation and wait until the port is open for it. `by`: who asked, if not this node.
 

@@ -21,7 +21,7 @@ from meshnode.kernel.identity import NodeIdentity, certificate_public_key
 from protocol.ids import NodeId, node_id_of
 
 CONTROL_CHUNK_BYTES: Final = 64 * 1024
-BULK_CHUNK_BYTES: Final = 1024 * 1024
+BULK_CHUNK_BYTES: Final = 256 * 1024
 _RECORD_BYTES: Final = 16 * 1024
 linger_bytes_max: Final = 256 * 1024
 linger_s: Final = 0.5

@@ -1,5 +1,6 @@
 """How links open, survive, are replaced and end: between real nodes over loopback."""
 
+import contextlib
 import random
 from pathlib import Path
 
@@ -8,11 +9,11 @@ import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import IDLE, PeerMethod
-from meshnode.kernel.links.connection import Connection
+from meshnode.kernel.links.tls import StreamBroken
 from protocol.effects import FrameReceived, LinkLost, LinkOpened
 from protocol.ids import Address, NodeId
-from protocol.wire.frames import FRAME_PAYLOAD_BYTES_MAX, Versions
-from tests.kernel.links.world import LOOPBACK, Node, Text, introduce, mesh, quick, settle
+from protocol.wire.frames import FRAME_PAYLOAD_BYTES_MAX, Ping, Versions, encode_link_message
+from tests.kernel.links.world import LOOPBACK, Node, Text, introduce, mesh, quick, raw_member, settle
 
 
 async def test_frames_arrive_whole_and_in_order_between_opened_and_lost(tmp_path: Path) -> None:
@@ -174,18 +175,30 @@ async def test_a_link_in_use_by_a_call_is_not_idle(tmp_path: Path) -> None:
 
 
 async def test_a_peer_that_goes_silent_is_noticed(tmp_path: Path) -> None:
-    settings = quick(ping_interval_s=0.05, missed_pings_max=2)
     async with mesh(tmp_path) as m:
-        a, b = await m.add(settings), await m.add(settings)
-        a.links.send(b.node_id, b"x")
-        await b.until(FrameReceived)
-        connection = next(iter(b.links._pool._peers.values())).connection
-        assert isinstance(connection, Connection)
-        # b's machine is frozen as far as this link goes: nothing is read, nothing is written.
-        connection._scope.cancel()
-        with trio.fail_after(5):
-            lost = await a.until(LinkLost, b)
+        a = await m.add(quick(ping_interval_s=0.05, missed_pings_max=2))
+        _, stream = await raw_member(m, a)
+        lost = await a.until(LinkLost)
         assert isinstance(lost, LinkLost)
+        assert "silent" in lost.reason
+        assert a.kinds() == ["opened", "lost"]
+        stream.cut("done")
+
+
+async def test_an_offer_to_hang_up_that_is_never_answered_ends_the_link(tmp_path: Path) -> None:
+    async with mesh(tmp_path) as m:
+        a = await m.add(quick(ping_interval_s=0.02, missed_pings_max=2, link_idle_s=0.05))
+        _, stream = await raw_member(m, a)
+
+        async def answer_pings_only() -> None:
+            with contextlib.suppress(StreamBroken):
+                while True:
+                    await stream.send_all(encode_link_message(Ping(1)))
+                    await trio.sleep(0.01)
+
+        m.nursery.start_soon(answer_pings_only)
+        await a.until(LinkLost)
+        assert not a.links.facts()
 
 
 async def test_probing_keeps_a_quiet_link_up(tmp_path: Path) -> None:

@@ -20,8 +20,12 @@ from meshnode.kernel.identity import (
     root_certificate,
 )
 from meshnode.kernel.links import LinkEvent, Links, LinkSettings, PeerMethod, make_contexts
+from meshnode.kernel.links.greeting import greet
+from meshnode.kernel.links.tls import TlsStream
 from protocol.effects import FrameReceived, LinkLost, LinkOpened
-from protocol.ids import Address, NodeId
+from protocol.ids import Address, NodeId, node_id_bytes
+from protocol.wire.frames import Hello, HelloOk
+from protocol.wire.limits import PROTOCOL_VERSION, PROTOCOL_VERSION_MIN
 
 LOOPBACK = "127.0.0.1"
 
@@ -148,6 +152,7 @@ class Mesh:
         self.nursery = nursery
         self.root: RootKey = found_root()
         self.nodes: list[Node] = []
+        self.raw: list[TlsStream] = []
         self._made = 0
 
     def make_identity(self) -> NodeIdentity:
@@ -224,7 +229,11 @@ async def mesh(folder: Path) -> AsyncIterator[Mesh]:
     """A mesh whose nodes are stopped at the end."""
     async with trio.open_nursery() as nursery:
         made = Mesh(folder, nursery)
-        yield made
+        try:
+            yield made
+        finally:
+            for stream in made.raw:
+                stream.cut("the test is over")
         nursery.cancel_scope.cancel()
 
 
@@ -233,3 +242,42 @@ async def settle(condition: Any, *, within_s: float = 5.0) -> None:
     with trio.fail_after(within_s):
         while not condition():
             await trio.sleep(0.005)
+
+
+async def raw_connect(address: Address, context: ssl.SSLContext) -> TlsStream:
+    """TCP and TLS and nothing else: what an attacker, or a peer of the tests' own, begins with."""
+    sock = trio.socket.socket()
+    await sock.connect(tuple(address))
+    stream = TlsStream(sock, context, server_side=False)
+    try:
+        await stream.handshake()
+    except BaseException:
+        stream.cut("the handshake failed")
+        raise
+    return stream
+
+
+def raw_hello(identity: NodeIdentity, **changes: Any) -> Hello:
+    """A HELLO that is in order, but for the changes."""
+    fields: dict[str, Any] = {
+        "version_min": PROTOCOL_VERSION_MIN,
+        "version_max": PROTOCOL_VERSION,
+        "features": [],
+        "node_id": node_id_bytes(identity.node_id),
+        "boot": 1,
+        "attempt": 1,
+        "agent": "raw/1",
+        "kind": 0,
+    }
+    return Hello(**(fields | changes))
+
+
+async def raw_member(m: Mesh, target: Node, **changes: Any) -> tuple[NodeIdentity, TlsStream]:
+    """A member of the tests' own whose control link with `target` stands; it does nothing by itself."""
+    identity = m.make_identity()
+    target.gate.members[identity.node_id] = identity.public_key
+    stream = await raw_connect(target.address, m.client_context(identity))
+    answer = await greet(stream, raw_hello(identity, **changes))
+    assert isinstance(answer, HelloOk), answer
+    m.raw.append(stream)
+    return identity, stream

@@ -4,14 +4,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
 
+from protocol.effects import Persist
 from protocol.election.electorate import FOUNDING_VERSION, Electorate
 from protocol.election.events import ForgetLost
-from protocol.election.ledger import MACHINE, Ledger
+from protocol.election.ledger import Ledger
 from protocol.election.parameters import ElectionParameters
 from protocol.ids import NodeId
 from protocol.trust.events import RosterChanged
 from tests.protocol.election.rosters import SetRoster, node_ids
-from tests.protocol.election.world import Host, Violation, World
+from tests.protocol.election.world import Host, InvariantError, World
 
 FAULTS_S = 30.0
 SETTLE_S = 25.0
@@ -40,7 +41,8 @@ def steady_world(seed: int, count: int, *, params: ElectionParameters | None = N
         ledger = Ledger(host.short, {}, founder=False)
         everybody = frozenset(bytes(voters.short(other)) for other in ids)
         for write in ledger.hold(Electorate(FOUNDING_VERSION, everybody)):
-            host.disk.setdefault(MACHINE, {})[write.key] = write.value  # type: ignore[union-attr, assignment]  # a Persist
+            assert isinstance(write, Persist)
+            host.write(write)
     for host in world.hosts:
         host.start()
     world.refresh()
@@ -60,7 +62,7 @@ class History:
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
-        """Raises Violation if an invariant breaks in either phase."""
+        """Raises InvariantError if an invariant breaks in either phase."""
         world, rng = self.world, self.rng
         world.spike = rng.choice([0.0, 0.02, 0.1])
         world.loss = rng.choice([0.0, 0.02, 0.15])
@@ -106,19 +108,19 @@ class History:
         members = self.members()
         leaders = {host.machine().coordinator for host in members}
         if len(leaders) != 1 or None in leaders:
-            raise Violation(f"not one coordinator {SETTLE_S:.0f} s after all faults ended: {self._beliefs()}")
+            raise InvariantError(f"not one coordinator {SETTLE_S:.0f} s after all faults ended: {self._beliefs()}")
         self.forget_lost(members)
         quorate = [host for host in members if host.is_quorate()]
         if len(quorate) != 1:
             status = [h.machine().quorum(h.mono(), h.wall()).reason for h in members if h.machine().is_coordinator]
-            raise Violation(f"no quorum {SETTLE_S:.0f} s after all faults ended: {status}, {self._beliefs()}")
+            raise InvariantError(f"no quorum {SETTLE_S:.0f} s after all faults ended: {status}, {self._beliefs()}")
         voters = quorate[0].machine().electorate.voters
         if voters != {host.short for host in members}:
-            raise Violation(f"{len(voters)} voters, {len(members)} members")
+            raise InvariantError(f"{len(voters)} voters, {len(members)} members")
         before = len(world.elections)
         world.run(world.time + CALM_S)
         if before != len(world.elections):
-            raise Violation(f"elections without cause: {world.elections[before:]}")
+            raise InvariantError(f"elections without cause: {world.elections[before:]}")
 
     def forget_lost(self, members: list[Host]) -> None:
         """So many voters were evicted while they could not be counted out that only the operator's word helps."""
@@ -126,7 +128,7 @@ class History:
         for host in members:
             electorate = host.machine().electorate
             stuck = host.machine().is_coordinator and not host.is_quorate()
-            if stuck and len(electorate.voters & shorts) < electorate.need and electorate.voters & shorts:
+            if stuck and len(electorate.voters & shorts) < electorate.need:
                 lost = [other.node for other in self.world.hosts if other.short in electorate.voters - shorts]
                 host.input(ForgetLost(tuple(lost)))
                 self.outcome.forgotten = True
@@ -139,9 +141,9 @@ class History:
         return [host for host in self.world.hosts if host.node not in evicted]
 
     def _beliefs(self) -> str:
+        views = [(host, host.machine().term, host.machine().coordinator) for host in self.members()]
         return "; ".join(
-            f"{host} term {host.machine().term} follows {self.world.by_node.get(host.machine().coordinator or NodeId(''))}"
-            for host in self.members()
+            f"{host} term {term} follows {leader and self.world.by_node[leader]}" for host, term, leader in views
         )
 
     # ---- faults ----------------------------------------------------------------------------------------------------
@@ -247,8 +249,8 @@ class History:
 
 
 def run_history(seed: int) -> Outcome:
-    """One history. Raises Violation with the seed in its message."""
+    """One history. Raises InvariantError with the seed in its message."""
     try:
         return History(seed).run()
-    except Violation as violation:
-        raise Violation(f"seed {seed}: {violation}") from violation
+    except InvariantError as violation:
+        raise InvariantError(f"seed {seed}: {violation}") from violation

@@ -40,7 +40,7 @@ NOWHERE = Address("127.0.0.1", 1)
 INBOX_MAX = 256
 
 
-class Violation(AssertionError):
+class InvariantError(AssertionError):
     """An invariant does not hold; the message says which, when and where."""
 
 
@@ -94,7 +94,7 @@ class Host:
 
     def machine(self) -> Election:
         if self.election is None:
-            raise Violation(f"{self} does not run")
+            raise InvariantError(f"{self} does not run")
         return self.election
 
     # ---- life ----------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ class Host:
         if not self.running:
             return
         if self.committing is not None and self.world.rng.random() < 0.5:
-            self._write(self.committing)  # it was on the disk, only nobody was told
+            self.write(self.committing)  # it was on the disk, only nobody was told
         self.running = self.paused = False
         self.asleep_since = None
         self.election, self.committing = None, None
@@ -220,7 +220,7 @@ class Host:
                 case _ if callable(effect):
                     effect()
 
-    def _write(self, write: Persist) -> None:
+    def write(self, write: Persist) -> None:
         table = self.disk.setdefault(write.machine, {})
         if write.value is None:
             table.pop(write.key, None)
@@ -229,7 +229,7 @@ class Host:
 
     def _committed(self, boot: int, write: Persist) -> None:
         if boot == self.boot and self.committing is write:
-            self._write(write)
+            self.write(write)
             self.committing = None
             self.drain()
 
@@ -252,7 +252,7 @@ class Host:
     def _obey(self, ballot: Ballot, effects: list[Effect]) -> None:
         self.fence.persisted(effects)
         if ballot < self.obeyed:
-            raise Violation(f"{self.world.time:.3f} {self} obeys {ballot} after {self.obeyed}")
+            raise InvariantError(f"{self.world.time:.3f} {self} obeys {ballot} after {self.obeyed}")
         self.obeyed = ballot
         self.world.commands_obeyed += 1
 
@@ -334,7 +334,7 @@ class World:
         if isinstance(message, Follow):
             ballot = Ballot(message.term, message.leader)
             if ballot < sender.stated:
-                raise Violation(f"{self.time:.3f} {sender} states {ballot} after {sender.stated}")
+                raise InvariantError(f"{self.time:.3f} {sender} states {ballot} after {sender.stated}")
             sender.stated = ballot
         receiver = self.by_node[to]
         rng = self.rng
@@ -436,7 +436,7 @@ class World:
             quorate = [other for other in self.coordinating if other.is_quorate()]
             if len(quorate) > 1:
                 details = ", ".join(f"{other} in term {other.machine().term}" for other in quorate)
-                raise Violation(f"{self.time:.3f} two quorate coordinators: {details}")
+                raise InvariantError(f"{self.time:.3f} two quorate coordinators: {details}")
 
     def published(self, host: Host, event: object) -> None:
         self.log.append((self.time, host, event))

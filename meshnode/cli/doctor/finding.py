@@ -1,0 +1,45 @@
+"""What a check of the doctor is given and what it returns."""
+
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from pathlib import Path
+
+import msgspec
+
+from meshnode.cli.doctor.system import System
+
+
+class Result(StrEnum):
+    """ok: nothing to do. warn: the node works, but something is missing or slow. fail: the node will not work."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+class Finding(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one check found. `mend` is the exact command for this system; beside an `ok` it is an offer."""
+
+    name: str
+    result: Result
+    found: str
+    mend: str = ""
+
+
+class Patient(msgspec.Struct, frozen=True):
+    """The machine and the settings that are looked at. `root` is where the system's files are read."""
+
+    data_dir: Path
+    system: System
+    environment: Mapping[str, str]
+    peer_host: str = ""
+    api_port: int = 4892
+    peer_port: int = 4893
+    onboarding_port: int = 4894
+    discovery_port: int = 4895
+    multicast_group: str = "239.255.48.93"
+    root: Path = Path("/")
+
+
+Check = Callable[[Patient], Finding]
+"""Looks at one thing, in a thread, in at most 2 s; changes nothing. What it raises as OSError becomes a warning."""

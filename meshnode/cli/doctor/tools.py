@@ -1,0 +1,109 @@
+"""The doctor's checks of what the agent can use if it is there: the engine for models, GPUs, the sandbox."""
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Final
+
+from meshnode.cli.doctor.finding import Finding, Patient, Result
+from meshnode.cli.doctor.system import run_program
+from meshnode.kernel.resources.gpu import GpuUnavailable
+from meshnode.kernel.resources.nvidia import NvidiaSource, driver_is_present
+
+ENGINE: Final = "llama-cpp-python>=0.3.36,<0.4"
+NVML: Final = "nvidia-ml-py>=13,<14"
+
+_VENDOR_NVIDIA: Final = "0x10de"
+_DISPLAY_CLASS: Final = "0x03"
+
+
+def check_engine(patient: Patient) -> Finding:
+    """llama.cpp is there, or could be built. Without it the node is a full member that holds no layers of a model."""
+    if importlib.util.find_spec("llama_cpp") is not None:
+        return Finding("engine", Result.OK, "llama-cpp-python is installed")
+    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    mend = add_package(ENGINE)
+    if compiler is None:
+        build = patient.system.install(
+            {"apt": "build-essential", "dnf": "gcc-c++", "pacman": "base-devel", "apk": "build-base", "": "gcc-c++"}
+        )
+        if sys.platform == "darwin":
+            build = "xcode-select --install"
+        found = "no engine for models, and no C++ compiler to build it"
+        return Finding("engine", Result.WARN, found, f"{build} && {mend}")
+    return Finding("engine", Result.WARN, f"no engine for models; {compiler} can build it in some minutes", mend)
+
+
+def add_package(requirement: str) -> str:
+    """The command that adds a Python package to where this agent is installed."""
+    if "pipx" in Path(sys.prefix).parts:
+        return f"pipx inject meshnode '{requirement}'"
+    return f"{sys.executable} -m pip install '{requirement}'"
+
+
+def check_gpu(patient: Patient) -> Finding:
+    """An NVIDIA device has its driver, and the library that asks the driver is installed and agrees with it."""
+    has_card = _has_nvidia_card(patient.root)
+    if not driver_is_present(patient.root):
+        if not has_card:
+            return Finding("gpu", Result.OK, "no NVIDIA device in this machine")
+        mend = patient.system.install(
+            {"apt": "nvidia-driver", "dnf": "akmod-nvidia", "pacman": "nvidia", "": "the NVIDIA driver"}
+        )
+        return Finding("gpu", Result.WARN, "an NVIDIA device without its driver", mend)
+    if importlib.util.find_spec("pynvml") is None:
+        return Finding("gpu", Result.WARN, "the library nvidia-ml-py is missing", add_package(NVML))
+    try:
+        devices = NvidiaSource().read()
+    except GpuUnavailable as unavailable:
+        # The usual reason is a driver that was updated under a running kernel module.
+        found = f"the driver does not answer: {unavailable.reason}"
+        return Finding("gpu", Result.WARN, found, patient.system.sudo("reboot"))
+    named = ", ".join(f"{device.name} with {device.total_vram / (1 << 30):.0f} GiB" for device in devices)
+    return Finding("gpu", Result.OK, f"{named}, driver {devices[0].driver}")
+
+
+def _has_nvidia_card(root: Path) -> bool:
+    for device in (root / "sys/bus/pci/devices").glob("*"):
+        try:
+            vendor = (device / "vendor").read_text(encoding="ascii", errors="replace").strip()
+            kind = (device / "class").read_text(encoding="ascii", errors="replace").strip()
+        except OSError:
+            continue
+        if vendor == _VENDOR_NVIDIA and kind.startswith(_DISPLAY_CLASS):
+            return True
+    return False
+
+
+def check_sandbox(patient: Patient) -> Finding:
+    """bubblewrap works here, so that tasks of others run apart from the user's files."""
+    if sys.platform != "linux":
+        return Finding("sandbox", Result.WARN, "tasks run without a sandbox on this system", "")
+    program = shutil.which("bwrap", path=patient.environment.get("PATH", os.defpath))
+    if program is None:
+        mend = patient.system.install({"": "bubblewrap"})
+        return Finding("sandbox", Result.WARN, "bubblewrap is missing: tasks of others would run unprotected", mend)
+    tried = run_program([program, "--ro-bind", "/", "/", "--unshare-all", "--die-with-parent", "--", "/bin/true"])
+    if tried is not None and tried.status == 0:
+        return Finding("sandbox", Result.OK, "bubblewrap works")
+    why = "it does not end" if tried is None else tried.text.splitlines()[0] if tried.text else f"status {tried.status}"
+    return Finding("sandbox", Result.WARN, f"bubblewrap does not work: {why}", _unlock_namespaces(patient))
+
+
+def _unlock_namespaces(patient: Patient) -> str:
+    """The setting that keeps an ordinary user from making namespaces, by the name it has on this system."""
+    settings = patient.root / "proc/sys"
+    for name, locked, unlocked in (
+        ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
+        ("kernel/unprivileged_userns_clone", "0", "1"),
+        ("user/max_user_namespaces", "0", "15000"),
+    ):
+        try:
+            value = (settings / name).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if value == locked:
+            return patient.system.sudo(f"sysctl -w {name.replace('/', '.')}={unlocked}")
+    return "bwrap --ro-bind / / --unshare-all -- /bin/true"

@@ -1,0 +1,230 @@
+"""Bugs put back on purpose: each breaks one step of the safety argument, and the histories must show it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from protocol.effects import Effect, Persist
+from protocol.election.coordination import Coordination, Moment
+from protocol.election.electorate import Ballot, Electorate
+from protocol.election.fence import Fence
+from protocol.election.ledger import Ledger
+from protocol.election.messages import Follow, Version
+from protocol.election.parameters import ElectionParameters
+from protocol.election.tally import LeaseClock, Tally
+from protocol.ids import NodeId, short_id
+from tests.protocol.election.world import Host
+
+Apply = Callable[[pytest.MonkeyPatch], None]
+
+
+def lease_counted_from_receipt(patch: pytest.MonkeyPatch) -> None:
+    """The coordinator counts a promise from the moment at which the answer came, not from the sending of the beat."""
+    answered = Coordination.answered
+
+    def late(self: Coordination, sender: NodeId, short: bytes, follow: Follow, at: Moment) -> list[Effect]:
+        self._tally.sent(follow.beat, self._params.lease_for(len(self._roster)), at.time)
+        return answered(self, sender, short, follow, at)
+
+    patch.setattr(Coordination, "answered", late)
+
+
+def no_drift_margin(patch: pytest.MonkeyPatch) -> None:
+    """The coordinator counts the whole lease, as if all clocks ran alike."""
+    patch.setattr(Tally.__init__, "__defaults__", None)
+    original = Tally.__init__
+
+    def careless(self: Tally, drift_max: float) -> None:
+        original(self, 0.0)
+
+    patch.setattr(Tally, "__init__", careless)
+
+
+def _unpersisted(patch: pytest.MonkeyPatch, method: str) -> None:
+    original = getattr(Ledger, method)
+
+    def forgetful(self: Ledger, *args: Any) -> list[Effect]:
+        return [effect for effect in original(self, *args) if not isinstance(effect, Persist)]
+
+    patch.setattr(Ledger, method, forgetful)
+
+
+def ballot_not_persisted(patch: pytest.MonkeyPatch) -> None:
+    """Whom a node follows, and in which term, is forgotten at a restart."""
+    _unpersisted(patch, "follow")
+
+
+def promise_not_persisted(patch: pytest.MonkeyPatch) -> None:
+    """To whom a lease was promised is forgotten at a restart."""
+    _unpersisted(patch, "promise_lease")
+
+
+def electorate_not_persisted(patch: pytest.MonkeyPatch) -> None:
+    """An electorate that was stated to the coordinator is forgotten at a restart."""
+    _unpersisted(patch, "hold")
+
+
+def restart_forgets_promise(patch: pytest.MonkeyPatch) -> None:
+    """A restarted node does not wait out the lease that it had promised."""
+    start = Ledger.start
+
+    def hasty(self: Ledger, now: float) -> list[Effect]:
+        effects = start(self, now)
+        self.promised_until = 0.0
+        return effects
+
+    patch.setattr(Ledger, "start", hasty)
+
+
+def promise_to_two(patch: pytest.MonkeyPatch) -> None:
+    """A follower promises its new leader a lease while the one to the old leader still runs."""
+    patch.setattr(Ledger, "free", lambda self, now: True)
+
+
+def old_ballots_followed(patch: pytest.MonkeyPatch) -> None:
+    """A follower goes back to a lower ballot."""
+
+    def follow(self: Ledger, ballot: Ballot) -> list[Effect]:
+        self.ballot = ballot
+        return []
+
+    patch.setattr(Ledger, "follow", follow)
+
+
+def majority_of_own_roster(patch: pytest.MonkeyPatch) -> None:
+    """The counter-example of the decision page: every coordinator counts by the members that it knows."""
+
+    def quorate(self: Coordination, time: float) -> bool:
+        voters = frozenset(bytes(short_id(node)) for node in self._roster.members())
+        return self._tally.until(Electorate(Version(), voters)) > time
+
+    patch.setattr(Coordination, "quorate", quorate)
+
+
+def restamped_unread(patch: pytest.MonkeyPatch) -> None:
+    """A new coordinator makes the electorate that it happens to hold its own, without asking a majority."""
+
+    def read(self: Coordination, at: Moment) -> list[Effect]:
+        held = self._ledger.held
+        if not held.voters:
+            return []
+        self._base, self._toggled = held.version, ()
+        return self._ledger.hold(held.restamped(self.ballot)) + self._push(at)
+
+    patch.setattr(Coordination, "_read", read)
+
+
+def not_restamped(patch: pytest.MonkeyPatch) -> None:
+    """A new coordinator counts by the electorate of its predecessor and carries on with its numbers."""
+
+    def advance(self: Coordination, at: Moment) -> list[Effect]:
+        effects: list[Effect] = []
+        held = self._ledger.held
+        highest = max(self._tally.voices.values(), key=lambda voice: voice.stated)
+        if highest.stated > held.version:
+            return self._read(at)
+        if held.voters and self._tally.until(held) > at.time:
+            self._committed = held
+            change = self._next_change(at)
+            if change is not None:
+                effects += self._change(change, at)
+        return effects
+
+    patch.setattr(Coordination, "advance", advance)
+
+
+def changed_before_taken_up(patch: pytest.MonkeyPatch) -> None:
+    """The next voter is added or removed before a majority took up the last change."""
+    until = Tally.until
+
+    def eager(self: Tally, electorate: Electorate) -> float:
+        version = electorate.version
+        return until(self, Electorate(Version(version.term, version.by, 0), electorate.voters))
+
+    patch.setattr(Tally, "until", eager)
+
+
+def suspend_not_counted(patch: pytest.MonkeyPatch) -> None:
+    """The coordinator trusts a monotonic clock that stands still while the machine sleeps."""
+
+    def peek(self: LeaseClock, now: float, wall: float) -> float:
+        return self._time + max(now - self._now, 0.0)
+
+    patch.setattr(LeaseClock, "peek", peek)
+
+
+def sent_before_durable(patch: pytest.MonkeyPatch) -> None:
+    """The driver lets datagrams pass writes that are not durable yet."""
+    drain = Host.drain
+
+    def eager(self: Host) -> None:
+        kept = [effect for effect in self.held if isinstance(effect, Persist)]
+        ahead = [effect for effect in self.held if not isinstance(effect, Persist)]
+        committing, self.committing = self.committing, None
+        self.held.clear()
+        self.held.extend(ahead)
+        drain(self)
+        self.held.extend(kept)
+        self.committing = committing
+        drain(self)
+
+    patch.setattr(Host, "drain", eager)
+
+
+def fence_not_persisted(patch: pytest.MonkeyPatch) -> None:
+    """An executor forgets at a restart whom it obeyed."""
+    admit = Fence.admit
+
+    def forgetful(self: Fence, term: int, leader: NodeId) -> tuple[bool, list[Effect]]:
+        admitted, _ = admit(self, term, leader)
+        return admitted, []
+
+    patch.setattr(Fence, "admit", forgetful)
+
+
+def fence_open(patch: pytest.MonkeyPatch) -> None:
+    """An executor obeys whoever commands."""
+    patch.setattr(Fence, "admit", lambda self, term, leader: (True, []))
+
+
+def coordinator_resumes_ballot(patch: pytest.MonkeyPatch) -> None:
+    """A restarted coordinator goes on in the term that it held, and its beats begin again at one."""
+    follow = Ledger.follow
+
+    def same(self: Ledger, ballot: Ballot) -> list[Effect]:
+        return follow(self, max(ballot, self.ballot))
+
+    patch.setattr(Ledger, "follow", same)
+
+
+def released_before_stepping_down(patch: pytest.MonkeyPatch) -> None:
+    """A follower takes a leader that membership calls dead for dead, and breaks its promise."""
+    lease_runs = Ledger.free
+
+    def free(self: Ledger, now: float) -> bool:
+        return lease_runs(self, now) or now >= self.promised_until - 3.0
+
+    patch.setattr(Ledger, "free", free)
+
+
+UNUSED = ElectionParameters
+MUTATIONS: tuple[Apply, ...] = (
+    lease_counted_from_receipt,
+    no_drift_margin,
+    ballot_not_persisted,
+    promise_not_persisted,
+    electorate_not_persisted,
+    restart_forgets_promise,
+    promise_to_two,
+    old_ballots_followed,
+    majority_of_own_roster,
+    restamped_unread,
+    not_restamped,
+    changed_before_taken_up,
+    suspend_not_counted,
+    sent_before_durable,
+    fence_not_persisted,
+    fence_open,
+    released_before_stepping_down,
+)
