@@ -84,7 +84,11 @@ class Connection:
         self._scope.cancel()
 
     async def _serve(self) -> None:
-        theirs, ours = self._stream.socket.getpeername(), self._stream.socket.getsockname()
+        try:
+            theirs, ours = self._stream.socket.getpeername(), self._stream.socket.getsockname()
+        except OSError:
+            # The client reset the connection before its turn came.
+            return
         async with trio.open_nursery() as nursery:
             tasks = TaskGroup()
             tasks._nursery = nursery

@@ -45,7 +45,6 @@ class ApiLimits:
     heartbeat_s: float = 15.0
     """A comment line on an event stream that has been silent this long."""
     stream_buffer_bytes_max: int = 256 * 1024
-    stream_events_max: int = 256
     login_code_ttl_s: float = 60.0
     session_ttl_s: float = 12 * 3600.0
     sessions_max: int = 64

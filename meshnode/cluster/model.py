@@ -1,7 +1,7 @@
-"""What the cluster subsystem speaks of: nodes, the mesh's summary, the coordinator, invitations, pings, and its events.
+"""What the cluster speaks of: nodes, the mesh's summary, the coordinator, invitations, pings, and its events.
 
-Field names are those that clients of the local API know. Sizes are bytes, percentages 0 to 100, durations seconds unless
-the name says else. A field that is None is left out of answers.
+Field names are those that clients of the local API know. Sizes are bytes, percentages 0 to 100, durations seconds
+unless the name says else. A field that is None is left out of answers.
 """
 
 from typing import Literal

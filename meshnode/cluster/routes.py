@@ -169,7 +169,7 @@ class ClusterRoutes:
 
     async def leave(self, request: Request) -> Left:
         await self._moves.leave(force=request.body.force)
-        return Left("success", "This machine leaves its mesh; its former files are kept in the data folder, in former/.")
+        return Left("success", "This machine leaves its mesh; its former files are kept in DATA/former/.")
 
     async def landing(self, request: Request) -> Content:
         return self._landing(request.params["token"])

@@ -1,4 +1,4 @@
-"""Builds the cluster subsystem: what to run, what to mount, what to answer to peers, whom to tell of protocol events."""
+"""Builds the cluster subsystem: what to run, to mount, to answer to peers, and to tell of protocol events."""
 
 import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence

@@ -127,8 +127,9 @@ class Logs:
         self._wrapper = self._structlog.make_filtering_bound_logger(logging.getLevelName(settings.level.upper()))
         root = logging.getLogger()
         root.addHandler(self._bridge)
-        # Libraries speak up only when something is wrong, unless somebody is looking for a fault.
-        root.setLevel(logging.DEBUG if settings.level == "debug" else logging.WARNING)
+        # Libraries speak up only when something is wrong; even for somebody looking for a fault, their debug records
+        # (each byte of each header) are too many, and hold what callers send in confidence.
+        root.setLevel(logging.INFO if settings.level == "debug" else logging.WARNING)
 
     @property
     def lost_records(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final
 
 REDACTED: Final = "[redacted]"
-known_secrets_max: Final = 512
+known_secrets_max: Final = 256
 secret_length_min: Final = 8
 redaction_depth_max: Final = 8
 
@@ -87,7 +87,7 @@ class SecretSet:
 
     def __init__(self) -> None:
         self._known: OrderedDict[str, None] = OrderedDict()
-        self._pattern: re.Pattern[str] | None = None
+        self._longest_first: tuple[str, ...] = ()
 
     def hide(self, secret: str) -> None:
         """Cut `secret` out of every text from now on. Too short a secret would cut up ordinary words: ignored."""
@@ -96,13 +96,14 @@ class SecretSet:
         self._known[secret] = None
         while len(self._known) > known_secrets_max:
             self._known.popitem(last=False)
-        longest_first = sorted(self._known, key=len, reverse=True)
-        self._pattern = re.compile("|".join(re.escape(known) for known in longest_first))
+        # A secret that holds another must go first, or a part of it would be left.
+        self._longest_first = tuple(sorted(self._known, key=len, reverse=True))
 
     def redact(self, text: str) -> str:
         """`text` without the known secrets and without what looks like a secret."""
-        if self._pattern is not None:
-            text = self._pattern.sub(REDACTED, text)
+        for secret in self._longest_first:
+            if secret in text:
+                text = text.replace(secret, REDACTED)
         for pattern, replacement in _SECRET_PATTERNS:
             text = pattern.sub(replacement, text)
         return text

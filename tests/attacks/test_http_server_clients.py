@@ -14,6 +14,7 @@ from typing import Any
 import h11
 import pytest
 import trio
+import trio.testing
 from hypercorn.config import Config
 from hypercorn.events import RawData
 from hypercorn.protocol.h11 import H11Protocol
@@ -267,12 +268,16 @@ def held(running: Running) -> tuple[int, int, int, int]:
     )
 
 
-async def abort_streams(count: int, patience_s: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
+async def abort_streams(
+    count: int, patience_s: float, disarm: Callable[[], None] = lambda: None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Open and abort event streams, half of them by a reset; what was held before, and `patience_s` later at most."""
     async with running_api() as running:
         await fetch(running.port, "GET", "/healthz")
         await until(lambda: running.server.connection_count == 0)
+        await trio.testing.wait_all_tasks_blocked()
         before = held(running)
+        disarm()
 
         async def abort(number: int) -> None:
             async with ApiClient(running.port) as client:
@@ -305,10 +310,12 @@ async def test_case_25_without_the_defence(monkeypatch: pytest.MonkeyPatch) -> N
         if self._busy:
             await trio.sleep_forever()
 
-    monkeypatch.setattr(Connection, "_read", read_on)
-    # Nor one that a failing send tells of it.
-    monkeypatch.setattr(Connection, "_send", _send_to_nobody)
-    before, after = await abort_streams(100, 1)
+    def disarm() -> None:
+        monkeypatch.setattr(Connection, "_read", read_on)
+        # Nor one that a failing send tells of it.
+        monkeypatch.setattr(Connection, "_send", _send_to_nobody)
+
+    before, after = await abort_streams(100, 1, disarm)
     assert after[0] > before[0] + 100
     assert after[2] == before[2] + 100
 

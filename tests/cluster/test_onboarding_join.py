@@ -157,7 +157,7 @@ async def test_an_evicted_machine_is_told_why(data_dir: Path) -> None:
 async def test_an_absent_admin_is_told_and_the_url_still_counts(data_dir: Path) -> None:
     async with open_mesh(data_dir) as mesh:
         invite, me = await mesh.invite(), mesh.machine()
-        mesh.admin.refuse = MeshError(ErrorCode.UNAVAILABLE, "No admin is online. Start one, then join again.")
+        mesh.admin.refuse = MeshError(ErrorCode.UNREACHABLE, "No admin is online. Start one, then join again.")
         error = await refused(mesh.join(invite.url, identity=me))
         assert error.code is ErrorCode.JOIN_REFUSED
         assert "No admin is online" in error.message

@@ -59,7 +59,7 @@ def test_heat_rises_at_once_and_falls_only_when_it_is_over(
 
 def test_the_summary_has_the_known_names_and_sums() -> None:
     info = gpu_info([device(), device(free=3 * GIB)], thermal=WARNING, reserved={0: 5 * GIB, 1: 4 * GIB})
-    assert msgspec.to_builtins(info) == {
+    assert msgspec.json.decode(msgspec.json.encode(info)) == {
         "available": True,
         "name": "A",
         "driver": "580.1",

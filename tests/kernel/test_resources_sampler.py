@@ -138,7 +138,7 @@ async def test_one_sample_a_second(data_dir: Path, autojump_clock: MockClock) ->
     assert (await made.profile()).gpus[0].total_vram == 24 << 30
 
 
-async def test_beats_missed_in_a_suspend_are_not_made_up_for(data_dir: Path, mock_clock: MockClock) -> None:
+async def test_beats_missed_in_a_stop_are_not_made_up_for(data_dir: Path, mock_clock: MockClock) -> None:
     delivered: list[Sample] = []
     async with trio.open_nursery() as nursery:
         await nursery.start(sampler(data_dir, delivered, RecordingLog(), Host()).run)

@@ -107,6 +107,11 @@ class RootAtHand:
         refusal = self.roster.refusal(public_key)
         if refusal is not None:
             raise MeshError(ErrorCode.EVICTED, refusal)
+        known = self.roster.admission(node_id_of(public_key))
+        if known is not None:
+            held = self.roster.statement(known.node_id)
+            assert held is not None
+            return Admitted(issue_leaf(self.root, public_key), held)
         self.admitted.append(node_id_of(public_key))
         sealed = self._admit(public_key, name, role, by, invitation)
         sealed_root = seal_root(self.root, public_key) if role == "admin" else b""

@@ -11,8 +11,17 @@ from protocol.trust.join import JOIN_FRAME_HEADER_BYTES, FromIssuer, FromJoiner,
 _RECEIVE_BYTES = 16 * 1024
 
 
+class JoinStreamError(MeshError):
+    """The stream ended or broke: there is nobody left to answer."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            ErrorCode.UNREACHABLE, "the connection was closed before the join was complete", retryable=True
+        )
+
+
 class JoinFrames:
-    """Reads and writes whole frames. A stream that ends or breaks raises MeshError(UNREACHABLE)."""
+    """Reads and writes whole frames. A stream that ends or breaks raises JoinStreamError."""
 
     def __init__(self, stream: trio.abc.Stream, *, frame_bytes_max: int) -> None:
         self._stream = stream
@@ -24,7 +33,7 @@ class JoinFrames:
         try:
             await self._stream.send_all(encode_frame(message))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise _closed() from error
+            raise JoinStreamError from error
 
     async def receive(self) -> bytes:
         """The body of the next frame. Raises MeshError(FRAME_TOO_LARGE) by its length alone."""
@@ -42,14 +51,10 @@ class JoinFrames:
             try:
                 received = await self._stream.receive_some(_RECEIVE_BYTES)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise _closed() from error
+                raise JoinStreamError from error
             if not received:
-                raise _closed()
+                raise JoinStreamError
             self._buffer += received
         taken = bytes(self._buffer[:size])
         del self._buffer[:size]
         return taken
-
-
-def _closed() -> MeshError:
-    return MeshError(ErrorCode.UNREACHABLE, "the connection was closed before the join was complete", retryable=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from meshnode.cluster.onboarding.frames import JoinFrames
+from meshnode.cluster.onboarding.frames import JoinFrames, JoinStreamError
 from meshnode.cluster.onboarding.invitations import Invitation, Invitations
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import public_key_of_csr
@@ -59,10 +59,13 @@ class Admitter(Protocol):
     async def admit(
         self, *, csr: bytes, public_key: bytes, name: str, role: Role, by: NodeId, invitation: bytes
     ) -> Admitted:
-        """Admit a key whose holder redeemed an invitation; again for the same key: the same or a newer admission.
+        """Admit a key whose holder redeemed an invitation.
 
-        Raises MeshError if it may not be (evicted, short id taken) or no admin can be reached; its message is told to
-        the joiner.
+        A key that is a member already keeps its admission as it is, role and all, and only gets a leaf again: the
+        answer to its first attempt may have been lost, and no invitation may turn an admin into a member.
+
+        Raises MeshError if it may not be admitted (evicted, short id taken) or no admin can be reached; its message is
+        told to the joiner.
         """
         ...
 
@@ -118,8 +121,8 @@ class Issuer:
     async def serve(self, frames: JoinFrames, *, source: str, limited: bool) -> ErrorCode | None:
         """One handshake. None: somebody was admitted; otherwise why not, which the joiner was told.
 
-        `limited`: this source was refused too often lately; it is told so, whatever it brings. Raises MeshError if the
-        stream breaks or the other side speaks no join protocol.
+        `limited`: this source was refused too often lately; it is told so, whatever it brings. Raises JoinStreamError
+        if the stream breaks.
         """
         me = self._me
         await frames.send(Offer(JOIN_VERSION_MIN, JOIN_VERSION, me.root_certificate, me.leaf))
@@ -130,9 +133,9 @@ class Issuer:
                     ErrorCode.RATE_LIMITED, "Too many failed attempts from this address. Try again in a minute."
                 )
             await self._admit(frames, begin)
+        except JoinStreamError:
+            raise
         except MeshError as error:
-            if error.code in (ErrorCode.UNREACHABLE, ErrorCode.FRAME_TOO_LARGE):
-                raise
             self._log.info("a join was refused", source=source, code=error.code.value)
             await frames.send(Refused(error.code.value, error.message[:512]))
             return error.code

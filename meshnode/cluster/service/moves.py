@@ -48,8 +48,8 @@ class Moves:
         if others > 0 and self._hub.me in self._hub.roster and not leave_first:
             raise MeshError(
                 ErrorCode.ALREADY_MEMBER,
-                f"This machine belongs to a mesh with {others} other node{'s' if others > 1 else ''}. To leave that one "
-                "and join the other, add --leave-first; nothing on disk is deleted.",
+                f"This machine belongs to a mesh with {others} other node{'s' if others > 1 else ''}. To leave that "
+                "one and join the other, add --leave-first; nothing on disk is deleted.",
                 detail={"mesh_id": self._hub.mesh_id, "others": others},
             )
         with self._alone():

@@ -4,7 +4,7 @@ Everything is answered from this node's own copy, so it is the same from every m
 decides nothing about membership; it watches what the protocol publishes.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -29,7 +29,7 @@ from meshnode.kernel.metrics import Metrics
 from meshnode.kernel.resources.profile import Profile
 from protocol.election.events import CoordinatorChanged, QuorumChanged
 from protocol.heartbeats.events import HeartbeatHeard
-from protocol.ids import Address, NodeId
+from protocol.ids import NodeId
 from protocol.membership.events import (
     IdentityInUse,
     PeerCleared,
@@ -160,7 +160,9 @@ class Nodes:
         infos = [self._info(member) for member in self._hub.roster.members()]
         online = [info for info in infos if info.status == "online"]
         with_gpu = [info.gpu for info in online if info.gpu.available]
-        others = sorted((info for info in infos if not info.this_node), key=lambda info: (info.status, info.name, info.id))
+        others = sorted(
+            (info for info in infos if not info.this_node), key=lambda info: (info.status, info.name, info.id)
+        )
         me = self._hub.me
         return Summary(
             node_count=len(online),
@@ -235,7 +237,8 @@ class Nodes:
             coordinator=hub.election.coordinator == node,
             suspect=node in hub.membership.suspects(),
             left=node in view.left,
-            incompatible=node in hub.datagrams.version_seen or (stated is not None and not core.compatible(alive_of(stated))),
+            incompatible=node in hub.datagrams.version_seen
+            or (stated is not None and not core.compatible(alive_of(stated))),
             this_node=node == hub.me,
             address=str(addresses[0]) if up and addresses and node != hub.me else None,
             rtt_ms=round(rtt * 1000, 3) if rtt is not None and up else None,
@@ -243,6 +246,12 @@ class Nodes:
             boot=alive_of(stated).boot if stated is not None else None,
             **fields,  # type: ignore[arg-type]  # the two functions above name fields of NodeInfo
         )
+
+    def _incompatible(self, node: NodeId) -> bool:
+        """Whether it says, or its datagrams show, that it speaks no protocol version of ours."""
+        stated = self._hub.membership.view.known.get(node)
+        spoken = stated is None or core.compatible(alive_of(stated))
+        return not spoken or node in self._hub.datagrams.version_seen
 
     def _profile(self, node: NodeId) -> Profile | None:
         known = self._profiles.get(node)

@@ -117,8 +117,8 @@ def finish(data_dir: Path) -> Path | None:
     except OSError as error:
         raise MeshError(
             ErrorCode.STORAGE_FAILED,
-            f"Changing over to the new mesh stopped half-way in {data_dir}: {error}. Mend that and start the agent again: "
-            "it goes on where it stopped, and nothing is lost.",
+            f"Changing over to the new mesh stopped half-way in {data_dir}: {error}. Mend that and start the agent "
+            "again: it goes on where it stopped, and nothing is lost.",
         ) from error
     return former
 

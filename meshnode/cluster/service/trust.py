@@ -26,7 +26,7 @@ from meshnode.kernel.identity import (
 )
 from meshnode.kernel.links.links import Links
 from meshnode.kernel.logs import Logger
-from protocol.election.events import ForgetLost
+from protocol.election.events import ForgetLost, QuorumChanged
 from protocol.ids import NodeId
 from protocol.node import TRUST_COLLECTION
 from protocol.records.events import PutRecord
@@ -34,6 +34,7 @@ from protocol.trust.statements import Admission, TrustStatement, admission, evic
 from protocol.wire.crypto import SodiumSuite
 
 CALL_S: Final = 10.0
+ASK_ANOTHER: Final = (ErrorCode.UNREACHABLE, ErrorCode.TIMEOUT, ErrorCode.OVERLOADED, ErrorCode.NOT_ADMIN)
 
 T = TypeVar("T")
 
@@ -198,8 +199,8 @@ class Trust:
     async def _hand_over(self, tombstone: bytes, others: list[NodeId], *, force: bool) -> None:
         up = self._driver.node.membership.view.up
         failures = []
-        # Twice each: the peer cuts the link as soon as it knows, and that may overtake its answer. To the second call it
-        # then says that this node is evicted, which is what was asked for.
+        # Twice each: the peer cuts the link as soon as it knows, and that may overtake its answer. To the second call
+        # it then says that this node is evicted, which is what was asked for.
         for node in [node for node in others if node in up for _ in range(2)]:
             try:
                 await self._links.call(node, "cluster.bury", RootOffer(tombstone), Done, timeout_s=CALL_S)
@@ -221,9 +222,7 @@ class Trust:
     async def leave_for(self, peer: NodeId) -> Done:
         """A member asks this admin to take it out."""
         root = self._require_root()
-        await self._publish(
-            root, eviction(node_id=peer, evicted_at=self._wall_ms(), by=peer, reason="it left")
-        )
+        await self._publish(root, eviction(node_id=peer, evicted_at=self._wall_ms(), by=peer, reason="it left"))
         return Done()
 
     async def bury_for(self, peer: NodeId, tombstone: bytes) -> Done:
@@ -263,6 +262,22 @@ class Trust:
         self._log.info("this node is an admin now", by=peer)
         return Done()
 
+    # ---- the coordinator's electorate -------------------------------------------------------------------------
+
+    def observe(self, event: object) -> None:
+        """A coordinator without a majority does not wait for nodes that left by their own wish."""
+        if not isinstance(event, QuorumChanged) or event.quorate:
+            return
+        hub = self._driver.node
+        voters = set(hub.election.electorate.voters)
+        gone = [
+            tombstone.node_id
+            for tombstone in hub.roster.evictions()
+            if tombstone.by == tombstone.node_id and bytes(hub.roster.short(tombstone.node_id)) in voters
+        ]
+        if gone:
+            self._driver.submit(ForgetLost(tuple(gone)))
+
     # ---- statements --------------------------------------------------------------------------------------------
 
     async def _publish(self, root: RootKey, statement: TrustStatement) -> bytes:
@@ -272,7 +287,7 @@ class Trust:
         if isinstance(statement, Admission) and statement.node_id not in self._driver.node.roster:
             raise MeshError(
                 ErrorCode.JOIN_REFUSED,
-                "The admission was written but does not count: the node was evicted meanwhile. Join with a fresh identity.",
+                "The admission was written but does not count: the node was evicted meanwhile. Join once more.",
             )
         return sealed
 
@@ -290,7 +305,8 @@ class Trust:
             names = ", ".join(self._nodes.name_of(node) for node in self._nodes.admins()) or "none known"
             raise MeshError(
                 ErrorCode.NOT_ADMIN,
-                f"This node is a member, not an admin: it does not hold the mesh's root key. Do this on an admin ({names}).",
+                "This node is a member, not an admin: it does not hold the mesh's root key. Do this on an admin "
+                f"({names}).",
                 detail={"admins": self._nodes.admins()},
             )
         return self._root
@@ -304,7 +320,7 @@ class Trust:
             try:
                 return await self._links.call(admin, method, params, answer, timeout_s=CALL_S)
             except MeshError as error:
-                if error.code not in (ErrorCode.UNREACHABLE, ErrorCode.TIMEOUT, ErrorCode.OVERLOADED, ErrorCode.NOT_ADMIN):
+                if error.code not in ASK_ANOTHER:
                     raise
                 failures.append(f"{self._nodes.name_of(admin)}: {error.message}")
         raise MeshError(

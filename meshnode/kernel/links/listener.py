@@ -109,10 +109,11 @@ class Listener:
                 self.refused["limit"] += 1
                 sock.close()
                 continue
+            # Counted here and not in the task, which may start only after the next connection was let in.
+            self._greeting[host] += 1
             nursery.start_soon(self._greet, sock, Address(host, port))
 
     async def _greet(self, sock: trio.socket.SocketType, address: Address) -> None:
-        self._greeting[address.host] += 1
         stream = TlsStream(sock, self._context, server_side=True)
         taken, why, linger = False, "timeout", False
         try:

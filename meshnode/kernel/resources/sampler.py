@@ -181,8 +181,10 @@ class ResourceSampler:
             task_status.started()
             due = self._clock.monotonic()
             while True:
-                # After a suspend, or on a machine too busy to keep up, the beats that were missed are not made up for.
-                due = max(due + self._interval_s, self._clock.monotonic())
+                due += self._interval_s
+                if due <= self._clock.monotonic():
+                    # After a stop, or on a machine too busy to keep up, the beats that were missed are not made up for.
+                    due = self._clock.monotonic() + self._interval_s
                 await trio.sleep_until(due)
                 await self._sample_and_deliver()
 

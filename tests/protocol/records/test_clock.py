@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.effects import LinkReceived
+from protocol.effects import LinkReceived, SendLink
 from protocol.records.clock import HybridClock, hlc_at, wall_of
 from protocol.records.collection import Collection
 from protocol.records.events import ClockContradicted, DeleteRecord, RecordChanged, RecordHeld, RecordsParams
-from protocol.records.messages import RecordPush
-from protocol.records.record import Record
+from protocol.records.messages import RecordGrant, RecordPush, RecordTransfer
+from protocol.records.record import Record, key_hasher, pack_hash
 from tests.protocol.records.test_judge import record
-from tests.protocol.records.world import WALL, Machine, World
+from tests.protocol.records.world import MESH, WALL, Machine, World
 
 YEARS = 14 * 365 * 86_400.0
 
@@ -188,3 +188,16 @@ def test_a_machine_whose_clock_is_behind_catches_up_when_it_is_set() -> None:
     world[0].offset = 0.0
     assert world.run(30, world.agree)
     assert value(world[0]) == b"1"
+
+
+def test_what_a_wrong_clock_wrote_is_not_handed_out_even_when_asked_for() -> None:
+    world = World([Collection("things")])
+    world[0].offset = YEARS
+    world.put(world[0], b"k", b"from 2040")
+    world[0].offset = 0.0
+    wanted = {"things": pack_hash(key_hasher(MESH)("things", b"k", b""))}
+    effects = world[0].records.handle(
+        LinkReceived(world[1].id, RecordTransfer(1, [], wanted)), 0.0, world.wall(world[0])
+    )
+    (grant,) = [effect.message for effect in effects if isinstance(effect, SendLink)]
+    assert grant == RecordGrant(1, [], 1, 0)

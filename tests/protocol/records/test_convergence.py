@@ -158,3 +158,16 @@ def test_a_scan_goes_on_behind_its_cursor_while_records_come_and_go() -> None:
         world[0].records.scan("things", b"", b"short", 10)
     with pytest.raises(KeyError):
         world[0].records.scan("nowhere")
+
+
+def test_a_page_is_full_although_the_disk_still_holds_what_was_deleted() -> None:
+    world = World([Collection("things")], count=1)
+    for n in range(10):
+        world.put(world[0], b"%d" % n, b"v")
+    records = world[0].records
+    for n in range(4):
+        # The effects are not performed: the store does not know yet.
+        records.handle(DeleteRecord("things", b"%d" % n), 0.0, world.wall(world[0]))
+    page = records.scan("things", b"", None, 5)
+    assert [record.key for record in page.records] == [b"4", b"5", b"6", b"7", b"8"]
+    assert [record.key for record in records.scan("things", b"", page.cursor, 5).records] == [b"9"]

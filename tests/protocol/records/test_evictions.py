@@ -1,8 +1,9 @@
 """What becomes of the records of machines that were evicted, and of those that joined a moment ago."""
 
-from protocol.effects import LinkReceived
+from protocol.effects import LinkReceived, SetTimer
 from protocol.records.collection import Collection, only_admins
 from protocol.records.events import RecordWithdrawn
+from protocol.records.machine import REPAIR
 from protocol.records.messages import RecordPush
 from tests.protocol.records.test_judge import record
 from tests.protocol.records.world import WALL, Machine, World, roster_of
@@ -126,5 +127,6 @@ def test_records_of_a_machine_not_yet_admitted_here_come_with_the_admission() ->
     assert world[0].records.counters["stranger"] > 0
     changed = world[0].roster.apply(newcomer.admission)
     assert changed is not None
-    world.feed(world[0], changed)
+    effects = world.feed(world[0], changed)
+    assert [e.at <= world.now + 0.2 for e in effects if isinstance(e, SetTimer) and e.key == REPAIR] == [True]
     assert world.run(2, lambda: value(world[0], b"k") == b"v")

@@ -195,7 +195,7 @@ def test_golden_vectors() -> None:
             case["public_key"],
         ]
         assert fields[3] == case["hlc"]
-        assert blob[:64] == UNSIGNED or is_signed(open_record(blob), ALICE.suite)  # type: ignore[arg-type]  # it opened
+        assert blob[:64] == UNSIGNED or is_signed(open_record(blob), ALICE.suite)
 
 
 if __name__ == "__main__":

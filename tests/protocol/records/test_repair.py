@@ -159,7 +159,7 @@ def begun(world: World, machine: Machine) -> RecordRoot:
     peer = world[1] if machine is world[0] else world[0]
     machine.records.handle(PeerUp(peer.id, 1, (), 1, 1), world.now, world.wall(machine))
     effects = machine.records.handle(TimerFired(REPAIR), world.now, world.wall(machine))
-    return asked(effects)  # type: ignore[no-any-return]  # a root opens every repair
+    return asked(effects)
 
 
 def asked(effects: list[Effect]) -> Any:
@@ -218,16 +218,19 @@ def test_a_peer_that_asks_without_end_gets_its_share_and_no_more() -> None:
 def to_leaves(world: World) -> RecordBuckets:
     """Walk a repair down to where the partner is to list buckets."""
     root = begun(world, world[0])
-    return asked(answer(world, RecordTops(root.session, {"things": b"\xaa" * 512}, [])))  # type: ignore[no-any-return]
+    return asked(answer(world, RecordTops(root.session, {"things": b"\xaa" * 512}, [])))
 
 
 def test_an_answer_to_nothing_is_stray() -> None:
-    world = World([Collection("things")])
+    world = World([Collection("things")], count=3)
     for message in (RecordTops(1, {}, []), RecordGrant(1, [], 0, 0), RecordBusy(1, 5)):
         answer(world, message)
-    begun(world, world[0])
-    answer(world, RecordTops(1, {}, []))
-    assert world[0].records.counters["stray_answers"] == 4
+    root = begun(world, world[0])
+    answer(world, RecordTops(root.session ^ 1, {}, []))
+    third = LinkReceived(world[2].id, RecordTops(root.session, {}, []))
+    world[0].records.handle(third, 0.0, world.wall(world[0]))
+    assert world[0].records.counters["stray_answers"] == 5
+    assert world[0].records.freshness.peers == {}
 
 
 UNSOUND: list[Any] = [

@@ -1,7 +1,6 @@
 """The call machine: tables of what it does, and a random walk against a model of what must hold."""
 
 import random
-from dataclasses import replace
 
 import msgspec
 import pytest
@@ -362,4 +361,3 @@ def test_two_thousand_hostile_frames_close_the_link_or_do_nothing_worse() -> Non
 def test_a_message_that_is_none_is_one_kind_of_error() -> None:
     with pytest.raises(RemoteProtocolError):
         decode_rpc(b"\x93\x03\x01\xa1x")
-    assert replace(RpcParams(), pending_max=1).pending_max == 1

@@ -1,0 +1,75 @@
+"""Which node a person means: by name, by id, or by the beginning of its id."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+from urllib.parse import quote
+
+import click
+from click.shell_completion import CompletionItem
+
+from meshnode.cli.client import AgentClient
+from meshnode.cli.session import Session
+from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.redaction import printable
+
+_CANDIDATES_MAX: Final = 10
+_COMPLETION_TIMEOUT_S: Final = 1.0
+
+
+def find_node(client: AgentClient, name: str) -> Any:
+    """The one node of the mesh that `name` means. Raises MeshError: UNKNOWN_NODE, or CONFLICT with the candidates."""
+    return choose(client.pages("/api/nodes"), name)
+
+
+def choose(nodes: Sequence[Any], name: str) -> Any:
+    """An exact id wins, then an exact name, then a name in other case, then the beginning of an id."""
+    wanted = name.strip()
+    rules = (
+        [node for node in nodes if node["id"] == wanted],
+        [node for node in nodes if node["name"] == wanted],
+        [node for node in nodes if node["name"].casefold() == wanted.casefold()],
+        [node for node in nodes if wanted and node["id"].startswith(wanted.lower())],
+    )
+    found = next((matches for matches in rules if matches), [])
+    if len(found) == 1:
+        return found[0]
+    shown = printable(wanted)
+    if not found:
+        raise MeshError(
+            ErrorCode.UNKNOWN_NODE, f"No node of this mesh is called {shown!r}. `meshnode nodes` lists them all."
+        )
+    lines = [f"  {node['id']}  {printable(node['name'])}  {node['status']}" for node in found[:_CANDIDATES_MAX]]
+    if len(found) > _CANDIDATES_MAX:
+        lines.append(f"  and {len(found) - _CANDIDATES_MAX} more")
+    raise MeshError(
+        ErrorCode.CONFLICT,
+        f"{shown!r} could be any of these {len(found)} nodes; give more of the id:\n" + "\n".join(lines),
+        detail={"candidates": [node["id"] for node in found[:_CANDIDATES_MAX]]},
+    )
+
+
+def node_path(node: Any, verb: str = "") -> str:
+    """The API's path of a node."""
+    return f"/api/nodes/{quote(node['id'], safe='')}{verb}"
+
+
+class NodeName(click.ParamType):
+    """An argument that names a node; the shell completes it by asking the agent."""
+
+    name = "name"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Names that begin so, or nothing when no agent answers at once."""
+        told = {name: ctx.params.get(name) for name in ("api_port", "data_dir", "config")}
+        try:
+            with Session(**told).agent() as client:
+                nodes = client.pages("/api/nodes", timeout_s=_COMPLETION_TIMEOUT_S)
+        except MeshError:
+            return []
+        return [
+            CompletionItem(node["name"], help=f"{node['status']}, {node['id'][:8]}")
+            for node in nodes
+            if node["name"].startswith(incomplete) and printable(node["name"]) == node["name"]
+        ]

@@ -1,0 +1,160 @@
+"""What every command is told (--json, --api-port, --data-dir, --config), and where the agent is that it asks.
+
+Its job: these options, the settings in force, and finding the port of the agent that uses a data folder. It leaves
+talking to the agent to `client` and starting one to the command `up`.
+"""
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
+
+import click
+
+from meshnode.kernel.errors import ErrorCode, MeshError
+
+if TYPE_CHECKING:
+    # At run time they are imported where they are used: `meshnode version` needs neither.
+    from meshnode.cli.client import AgentClient
+    from meshnode.settings import ResolvedSettings
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+DEFAULT_API_PORT: Final = 4892
+TOKEN_FILE: Final = "api-token"
+RUNNING_FILE: Final = "running.json"
+"""In the data folder while an agent runs: the port of its API, so that --data-dir alone finds it."""
+_RUNNING_BYTES_MAX: Final = 4_096
+
+
+class Session:
+    """What one run of the command was told, and what follows from it."""
+
+    def __init__(
+        self,
+        *,
+        as_json: bool = False,
+        api_port: int | None = None,
+        data_dir: Path | None = None,
+        config: Path | None = None,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        self.as_json = as_json
+        self.api_port = api_port
+        self.config = config
+        self._named_data_dir = data_dir
+        self._environ = environ
+
+    @cached_property
+    def resolved(self) -> "ResolvedSettings":
+        """The settings in force. Raises MeshError(BAD_SETTING)."""
+        return self.resolve({})
+
+    def resolve(self, flags: Mapping[str, Any]) -> "ResolvedSettings":
+        """The settings in force with more flags. Raises MeshError(BAD_SETTING)."""
+        from meshnode.settings import load_settings
+
+        own = {
+            "api.port": self.api_port,
+            "node.data_dir": None if self._named_data_dir is None else str(self._named_data_dir),
+        }
+        return load_settings(config=self.config, environ=self._environ, flags={**own, **flags})
+
+    @cached_property
+    def data_dir(self) -> Path:
+        """The agent's data folder, absolute. It need not exist."""
+        configured = self.resolved.settings.node.data_dir
+        if configured:
+            return Path(configured).expanduser().absolute()
+        import platformdirs
+
+        # The same as kernel.datafolder.default_data_dir, which would bring trio and SQLite with it.
+        return platformdirs.user_data_path("meshnode", appauthor=False).absolute()
+
+    @cached_property
+    def port(self) -> int:
+        """The port of the agent's API: the flag; else, for a folder named by --data-dir, that of the agent that runs on
+        it; else the setting; else what the usual data folder says; else the default.
+        """
+        if self.api_port:
+            return self.api_port
+        running = running_port(self.data_dir)
+        if self._named_data_dir is not None and running:
+            return running
+        configured = self.resolved.settings.api.port
+        if configured and "api.port" in self.resolved.origins:
+            return configured
+        return running or configured or DEFAULT_API_PORT
+
+    def client(self) -> "AgentClient":
+        """A client of the agent. Nothing is sent yet."""
+        from meshnode.cli.client import AgentClient
+
+        start = "`meshnode up`"
+        if self._named_data_dir is not None:
+            start = f"`meshnode up --data-dir {self._named_data_dir}`"
+        return AgentClient(self.port, token_path=self.data_dir / TOKEN_FILE, how_to_start=start)
+
+    @contextlib.contextmanager
+    def agent(self) -> Iterator["AgentClient"]:
+        """The same, closed at the end."""
+        client = self.client()
+        try:
+            yield client
+        finally:
+            client.close()
+
+
+def running_port(data_dir: Path) -> int | None:
+    """What the agent that runs on this folder wrote down, if it did."""
+    try:
+        with (data_dir / RUNNING_FILE).open("rb") as file:
+            said = json.loads(file.read(_RUNNING_BYTES_MAX))
+    except (OSError, ValueError):
+        return None
+    port = said.get("api_port") if isinstance(said, dict) else None
+    return port if isinstance(port, int) and 0 < port < 65_536 else None
+
+
+def write_running(data_dir: Path, *, api_port: int, pid: int) -> None:
+    """Write down where the agent listens. What cannot be written is let go: it only saves typing a port."""
+    target = data_dir / RUNNING_FILE
+    draft = target.with_name(f".{RUNNING_FILE}.{pid}")
+    with contextlib.suppress(OSError):
+        draft.write_text(json.dumps({"api_port": api_port, "pid": pid}) + "\n", encoding="ascii")
+        os.replace(draft, target)
+
+
+def with_session(function: Callable[Concatenate[Session, P], R]) -> Callable[P, R]:
+    """Give a command the options that all have, and the session they make as its first argument."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+    @click.option("--api-port", type=click.IntRange(0, 65_535), help="Port of the agent's local API.")
+    @click.option(
+        "--data-dir", type=click.Path(path_type=Path, file_okay=False), help="Data folder of the agent that is meant."
+    )
+    @click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="Settings file to read.")
+    @functools.wraps(function)
+    def command(
+        *arguments: P.args,
+        **named: P.kwargs,
+    ) -> R:
+        told: dict[str, Any] = {name: named.pop(name) for name in ("as_json", "api_port", "data_dir", "config")}
+        return function(Session(**told), *arguments, **named)
+
+    return command
+
+
+def example(*lines: str) -> str:
+    """The examples below a command's help, kept as they are."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def not_found(message: str) -> MeshError:
+    """Something on this machine that a command needs and that is not there."""
+    return MeshError(ErrorCode.NOT_FOUND, message)

@@ -1,0 +1,103 @@
+"""The life of the agent's process: hold the data folder, and run one runtime after the other.
+
+Joining another mesh or leaving ends a runtime; the files change over, and a new runtime starts in the same process.
+"""
+
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+
+from meshnode.cluster.onboarding.joiner import Joiner
+from meshnode.cluster.service.moves import former_name, parse
+from meshnode.cluster.service.switch import DATABASE_FILE, finish, prepare_identity, stage_join
+from meshnode.cluster.store import MeshStore
+from meshnode.kernel.database import open_database
+from meshnode.kernel.datafolder import DataFolder, open_data_folder
+from meshnode.kernel.driver import steady_s
+from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.logs import Logger, LogSettings, open_logs
+from meshnode.kernel.redaction import SecretSet
+from meshnode.node.runtime import ReadyInfo, Runtime, all_migrations
+from meshnode.node.services import notify_service_manager
+from meshnode.settings import ResolvedSettings, Settings, node_name
+from protocol.ids import root_pin
+
+
+def run_agent(
+    resolved: ResolvedSettings,
+    *,
+    join_url: str | None = None,
+    on_ready: Callable[[ReadyInfo], None] = lambda info: None,
+    system_service: bool = False,
+) -> None:
+    """Run the agent in the foreground until SIGTERM or SIGINT. Raises MeshError with what to do."""
+    settings = resolved.settings
+    data_dir = Path(settings.node.data_dir) if settings.node.data_dir else None
+    # Without this a peer that vanishes in the middle of a write would end the process on some systems.
+    with open_data_folder(data_dir, system_service=system_service) as folder:
+        folder.check_free()
+        agent = Agent(settings, folder, on_ready)
+        trio.run(agent.run, join_url)
+
+
+class Agent:
+    """One data folder, one process; a runtime at a time."""
+
+    def __init__(self, settings: Settings, folder: DataFolder, on_ready: Callable[[ReadyInfo], None]) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._on_ready = on_ready
+        self._secrets = SecretSet()
+        self._started_at = steady_s()
+        self._announced = False
+
+    async def run(self, join_url: str | None) -> None:
+        """Runtime after runtime, until one ends by a signal or an error."""
+        log = self._settings.log
+        form = LogSettings(
+            level=log.level, form=log.format, file_bytes_max=log.file_bytes_max, files_kept=log.files_kept
+        )
+        with open_logs(form, data_dir=self._folder.path, secrets=self._secrets) as logs:
+            logger = logs.logger("agent")
+            finish(self._folder.path)
+            if join_url is not None:
+                await self._join_at_start(join_url, logger)
+            while True:
+                runtime = Runtime(
+                    self._settings, self._folder, self._secrets, logs.logger, self._started_at, self._tell_ready
+                )
+                restart = await runtime.run()
+                if not restart:
+                    return
+                former = finish(self._folder.path)
+                logger.info("changed over to another mesh", former_files=str(former))
+
+    def _tell_ready(self, info: ReadyInfo) -> None:
+        if not self._announced:
+            self._announced = True
+            self._on_ready(info)
+        notify_service_manager("READY=1")
+
+    async def _join_at_start(self, url: str, logger: Logger) -> None:
+        """`up --join`: go into the mesh of the URL before anything runs, unless this node is in it already."""
+        parsed = parse(url)
+        data_dir = self._folder.path
+        async with open_database(data_dir / DATABASE_FILE, all_migrations(), wall=time.time()) as database:
+            mesh = MeshStore(database).load()
+        if mesh is not None:
+            if root_pin(mesh.root_public_key) == parsed.pin:
+                logger.info("this node is in the mesh of the join URL already")
+                return
+            raise MeshError(
+                ErrorCode.ALREADY_MEMBER,
+                f"{data_dir} belongs to another mesh already. Start the agent without --join, then "
+                "`meshnode join --leave-first URL`; or choose another --data-dir.",
+            )
+        identity = prepare_identity(data_dir, keep=True)
+        grant = await Joiner(identity=identity).join(parsed, node_name(self._settings.node.name, socket.gethostname()))
+        former = former_name(grant.mesh_id, time.time())
+        await stage_join(data_dir, identity, grant, all_migrations(), former=f"empty-{former}", wall=time.time())
+        finish(data_dir)

@@ -1,0 +1,56 @@
+"""docs/api.md says what the code says: errors, limits, figures, and the paths that need no credentials."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from meshnode.api.limits import ApiLimits
+from meshnode.kernel.errors import ErrorCode, exit_code, http_status
+from meshnode.kernel.metrics import KERNEL_METRICS
+from tests.support.api_client import fetch
+from tests.support.api_server import running_api
+from tests.support.open_routes import public_routes
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "api.md"
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, list[str]]:
+    """The rows of every table that begin with a name in backticks."""
+    found: dict[str, list[str]] = {}
+    for line in DOCUMENT.read_text("utf-8").splitlines():
+        if match := re.match(r"\| `([a-z0-9_]+)` \| (.*) \|$", line):
+            assert match[1] not in found or match[1] == "timeout", f"{match[1]} is in two tables"
+            found[match[1]] = [cell.strip() for cell in match[2].split("|")]
+    return found
+
+
+def test_every_error_is_documented_with_its_status_and_exit_code(rows: dict[str, list[str]]) -> None:
+    for code in ErrorCode:
+        assert rows[code.value][:2] == [str(http_status(code)), str(exit_code(code))], code
+        assert rows[code.value][2].endswith(".")
+
+
+def test_every_limit_is_documented_with_its_default(rows: dict[str, list[str]]) -> None:
+    for limit in dataclasses.fields(ApiLimits):
+        assert float(rows[limit.name][0]) == limit.default, limit.name
+
+
+def test_every_figure_is_documented(rows: dict[str, list[str]]) -> None:
+    for spec in KERNEL_METRICS:
+        assert rows[spec.name] == [spec.kind.value, ", ".join(spec.labels), spec.help]
+
+
+def test_nothing_else_is_documented(rows: dict[str, list[str]]) -> None:
+    known = {code.value for code in ErrorCode} | {limit.name for limit in dataclasses.fields(ApiLimits)}
+    assert set(rows) == known | {spec.name for spec in KERNEL_METRICS}
+
+
+async def test_the_paths_without_credentials_are_documented() -> None:
+    async with running_api() as running:
+        document = (await fetch(running.port, "GET", "/openapi.json")).json
+    text = DOCUMENT.read_text("utf-8").partition("These paths need no credentials:")[2].partition("\n\n")[0]
+    named = {name if " " in name else f"GET {name}" for name in re.findall(r"`([^`]+)`", text)}
+    assert named == public_routes(document)
