@@ -35,6 +35,7 @@ QUEUEING: Final = 2  # frozen, or busy with what came before: inputs wait their 
 
 # Linux gives a UDP socket 212,992 bytes by default and books about 800 for a small datagram.
 SOCKET_DATAGRAMS_MAX: Final = 256
+TIMER_LATENESS_S: Final = 1e-6
 CATCH_UP_S: Final = 0.00005  # what one waiting input costs a process that has just been thawed
 
 
@@ -191,6 +192,10 @@ class Computer:
     def wall(self) -> float:
         """The local wall clock, in Unix seconds."""
         return self._wall_base + self.world.now * self._clock_rate
+
+    def wall_error(self) -> float:
+        """By how many seconds the wall clock is ahead of the truth."""
+        return self.wall() - self.world.epoch - self.world.now
 
     def set_drift(self, rate: float) -> None:
         """Let both clocks run at `rate` seconds per second from now on."""
@@ -364,9 +369,13 @@ class Computer:
         if timers and (not inputs or self.rng.random() < 0.5):
             key, token = timers.popleft()
             timer = self._timers.get(key)
-            if timer is not None and timer[1] == token and timer[0] <= self.now():
-                del self._timers[key]
-                self._handle(TimerFired(key))
+            if timer is None or timer[1] != token:
+                return
+            if timer[0] > self.now():
+                self._schedule(key, timer, timer[0])  # it was moved while it waited here
+                return
+            del self._timers[key]
+            self._handle(TimerFired(key))
         else:
             event = inputs.popleft()
             if type(event) is DatagramReceived:
@@ -461,4 +470,6 @@ class Computer:
         token = timer[1] = world.next_sequence()
         timer[2] = at
         due = (at - self._clock_base) / self._clock_rate
-        world.push(due if due > world.now else world.now, self.fire, key, token)
+        # No clock stands still between setting a timer and its firing, and a machine may rely on that.
+        earliest = world.now + TIMER_LATENESS_S
+        world.push(due if due > earliest else earliest, self.fire, key, token)

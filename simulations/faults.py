@@ -51,7 +51,7 @@ SHAPES: Final[tuple[Shape, ...]] = (
     Shape("flap", 1.5, (10.0, 40.0), amount=(0.3, 4.0)),
     Shape("split", 2.5, (2.0, 45.0), share=(0.1, 0.5)),
     Shape("split-one-way", 1.5, (2.0, 30.0), share=(0.1, 0.5)),
-    Shape("wall-jump", 1.5, (0.0, 0.0), amount=(-7200.0, 7200.0)),
+    Shape("wall-jump", 1.5, (5.0, 40.0), amount=(-7200.0, 7200.0)),
     Shape("wall-far", 0.5, (10.0, 30.0), amount=(3e8, 5e8)),
     Shape("drift", 1.0, (10.0, 60.0), amount=(0.98, 1.02)),
     Shape("disk-full", 1.0, (1.0, 20.0)),
@@ -175,8 +175,7 @@ class Faults:
     def _wall(self, computers: list[Computer], fault: Fault) -> None:
         for computer in computers:
             computer.jump_wall(fault.amount)
-            if fault.kind == "wall-far":
-                self._world.after(fault.lasts_s, computer.jump_wall, -fault.amount)
+            self._world.after(fault.lasts_s, computer.jump_wall, -fault.amount)
 
     def _drift(self, computers: list[Computer], fault: Fault) -> None:
         for computer in computers:

@@ -142,6 +142,11 @@ class World:
         self._sequence = sequence = self._sequence + 1
         heapq.heappush(self._heap, (at, sequence, call, a, b))
 
+    @property
+    def pushed(self) -> int:
+        """How many events were ever put on the heap."""
+        return self._sequence
+
     def next_sequence(self) -> int:
         """A number that was never used before, in the order of the heap."""
         self._sequence += 1

@@ -252,7 +252,8 @@ class Contest:
             reason = "this node is not the coordinator; give the command there"
         elif coordination.quorate(at.time):
             reason = "the coordinator is quorate; evicted voters leave the electorate by themselves"
-        elif not gone or not gone <= held.voters:
+        elif not gone or (held.voters and not gone <= held.voters):
+            # Where no electorate is known at all, every node that held one is gone: any evicted node names them.
             reason = "name voters of the present electorate"
         elif any(node in self._roster for node in lost):
             reason = "evict these nodes first"

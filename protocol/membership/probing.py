@@ -128,7 +128,7 @@ class Probing:
         s = self._s
         self._drop(number)
         others = len(s.view.peers) - 1
-        if s.heard_since(probe.asked_at, probe.target) >= min(2, others):
+        if s.heard_since(probe.asked_at, probe.target, 2) >= min(2, others):
             self._accuse(probe.target)
         else:
             s.suffer()

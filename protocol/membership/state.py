@@ -110,9 +110,15 @@ class State:
         self.last_heard = self.now
         self._heard.append((self.now, peer))
 
-    def heard_since(self, since: float, without: NodeId) -> int:
-        """How many distinct peers, the given one aside, were heard after a point in time."""
-        return len({peer for at, peer in self._heard if at > since and peer != without})
+    def heard_since(self, since: float, without: NodeId, enough: int) -> int:
+        """How many distinct peers, the given one aside, were heard after a point in time; counted up to `enough`."""
+        found: set[NodeId] = set()
+        for at, peer in reversed(self._heard):
+            if at <= since or len(found) >= enough:
+                break
+            if peer != without:
+                found.add(peer)
+        return len(found)
 
     def witnesses_needed(self, target: NodeId) -> int:
         """How many distinct accusers a verdict on the target takes: 1 at two nodes, else 2 or more.
@@ -123,8 +129,9 @@ class State:
         others = len(self.view.peers) - (1 if target in self.view.up else 0)
         if others == 0:
             return 1
-        reach = self.heard_since(self.now - self.params.reach_window_s, target)
-        return min(max(2, reach + 1), self.params.witnesses_max)
+        most = self.params.witnesses_max
+        reach = self.heard_since(self.now - self.params.reach_window_s, target, most)
+        return min(max(2, reach + 1), most)
 
     def suffer(self) -> None:
         """This node's own network or scheduling looks bad: be slower to accuse."""

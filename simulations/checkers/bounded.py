@@ -12,6 +12,7 @@ from simulations.world import World
 TIMERS_PER_MEMBER_MAX = 8
 TIMERS_MAX = 1024
 HELD_EFFECTS_MAX = 20_000
+EVENTS_PER_COMPUTER_SWEEP_MAX = 100_000
 
 
 class Bounded(Checker):
@@ -21,6 +22,7 @@ class Bounded(Checker):
 
     def attached(self, world: World) -> None:
         self._world = world
+        self._pushed = world.pushed
 
     def sent(self, source: Computer, target: Computer | None, address: Address, data: bytes) -> None:
         """A datagram fits an unfragmented packet."""
@@ -28,7 +30,11 @@ class Bounded(Checker):
             self._object(f"{source} sent a datagram of {len(data)} bytes")
 
     def swept(self, world: World) -> None:
-        """Count what each process holds."""
+        """Count what each process holds, and how busy all of them are."""
+        pushed = world.pushed - self._pushed
+        self._pushed = world.pushed
+        if pushed > EVENTS_PER_COMPUTER_SWEEP_MAX * max(len(world.computers), 1):
+            self._object(f"{pushed} events since the last look: somebody runs in circles")
         timers_max = TIMERS_MAX + TIMERS_PER_MEMBER_MAX * len(world.computers)
         for computer in world.computers:
             timers, held = computer.pending()

@@ -44,10 +44,10 @@ class Rising(Checker):
         if rank == highest + 1:
             self._highest[source.index] = rank
         elif rank > highest:
-            if rank >> 48 == highest >> 48:
-                self._gaps.setdefault(source.index, set()).update(range(highest + 1, min(rank, highest + 4096)))
-            else:
+            if rank >> 48 != highest >> 48:
+                highest = boot << 48
                 self._gaps.pop(source.index, None)
+            self._gaps.setdefault(source.index, set()).update(range(highest + 1, min(rank, highest + 4096)))
             self._highest[source.index] = rank
         else:
             gaps = self._gaps.get(source.index)

@@ -27,7 +27,7 @@ class Untouched(Checker):
         if not isinstance(event, PeerDown):
             return
         target = self._world.find(event.peer)
-        if target is None or target.machine is None:
+        if target is None or target.machine is None or computer.evicted or target.evicted:
             return
         faults = self._faults
         if faults is not None and (faults.weather or {computer.index, target.index} & faults.touched):

@@ -44,11 +44,18 @@ async def test_exactly_one_of_fifty_becomes_a_member(data_dir: Path) -> None:
 
 async def test_without_the_defence_many_do(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Look first, write later, as CVE-2026-1035 did: the same fifty, and more than one is let in."""
+    second_looked = trio.Event()
+    looked: list[NodeId] = []
 
     async def look_then_write(self: Invitations, token_id: bytes, node_id: NodeId, name: str) -> Role:
         found = self.find(token_id)
         if found is None or found.state != "open":
             raise self.refusal(token_id, node_id)
+        looked.append(node_id)
+        if len(looked) == 2:
+            second_looked.set()
+        # The moment between looking and writing, made long enough that a second always falls into it.
+        await second_looked.wait()
         await self._database.write(
             lambda connection: (
                 connection.execute(

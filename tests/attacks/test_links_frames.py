@@ -1,10 +1,13 @@
-"""Case 7, and hostile frames: an oversized frame is refused before it is kept; nothing a member sends stops the node."""
+"""Case 7, and hostile frames: too large a frame is refused before it is kept; nothing sent by a member stops a node."""
 
+import contextlib
+import itertools
 import os
 import random
 import tracemalloc
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 import trio.lowlevel
@@ -81,12 +84,8 @@ async def test_before_hello_even_less_is_kept(tmp_path: Path) -> None:
         node.gate.members[member.node_id] = member.public_key
         stream = await raw_connect(node.address, m.client_context(member))
         await stream.send_all((HELLO_FRAME_BYTES_MAX + 1).to_bytes(4, "big"))
-        with pytest.raises(StreamBroken), trio.fail_after(5):
-            while await stream.receive_some(1000):
-                pass
-            raise StreamBroken("it was closed properly")
+        await settle(lambda: node.links.refused == {"protocol": 1})
         stream.cut("done")
-        assert node.links.refused == {"protocol": 1}
         assert not node.events
 
 
@@ -103,10 +102,8 @@ async def test_a_peer_that_asks_without_reading_the_answers_fills_nothing(tmp_pa
         body = b"\x93\xa0\x00\xc5\xff\xff" + bytes(65535)
         tracemalloc.start()
         try:
-            number = 0
-            with pytest.raises(StreamBroken), trio.fail_after(20):
-                while True:
-                    number += 1
+            with contextlib.suppress(StreamBroken), trio.fail_after(20):
+                for number in itertools.count(1):
                     request = encode_frame(Channel.RPC, encode_rpc(Request(number, "echo", 60_000, _text(body))))
                     await stream.send_all(flood * 20 + request)
             peak = tracemalloc.get_traced_memory()[1]
@@ -119,8 +116,6 @@ async def test_a_peer_that_asks_without_reading_the_answers_fills_nothing(tmp_pa
 
 
 def _text(data: bytes) -> bytes:
-    import msgspec
-
     return msgspec.msgpack.encode(Text(data=data))
 
 
@@ -163,10 +158,8 @@ async def test_two_thousand_hostile_frames_neither_stop_the_node_nor_leak(tmp_pa
         for attempt in range(400):
             stream = await raw_connect(node.address, context)
             try:
-                if rng.random() < 0.8:
-                    hello = encode_link_message(raw_hello(identity, attempt=attempt, boot=5))
-                else:
-                    hello = bytearray(encode_link_message(raw_hello(identity, attempt=attempt, boot=5)))
+                hello = bytearray(encode_link_message(raw_hello(identity, attempt=attempt, boot=5)))
+                if rng.random() < 0.2:
                     hello[rng.randrange(len(hello))] = rng.randrange(256)
                 await stream.send_all(hello + b"".join(hostile(rng) for _ in range(5)))
                 sent += 5

@@ -3,21 +3,26 @@
 Each attack is run against the node as it is, and once more with its one defence taken away, where it must succeed.
 """
 
+import contextlib
 import ssl
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.kernel.identity import NodeIdentity, found_root, issue_leaf, root_certificate
+from meshnode.kernel.identity import NodeIdentity, found_root, issue_leaf, root_certificate, root_from_seed
 from meshnode.kernel.links import PeerMethod, make_contexts
 from meshnode.kernel.links import dial as dial_module
 from meshnode.kernel.links.greeting import greet
 from meshnode.kernel.links.tls import StreamBroken, TlsStream
 from protocol.effects import LinkOpened
-from protocol.ids import NodeId, node_id_of
+from protocol.ids import Address, NodeId, node_id_of
 from protocol.wire.frames import Channel, HelloOk, Refused, encode_frame, encode_link_message
 from tests.kernel.links.world import Mesh, Node, Text, mesh, quick, raw_connect, raw_hello, settle
 
@@ -31,7 +36,7 @@ async def believed(node: Node, context: ssl.SSLContext, identity: NodeIdentity, 
         hellos.append(args[3])
         return await original(*args)
 
-    node.links._listener._reception.receive = note  # type: ignore[method-assign] # counts the HELLOs that count
+    node.links._listener._reception.receive = note  # type: ignore[method-assign,assignment] # counts the HELLOs that count
     refused = sum(node.links.refused.values())
     stream: TlsStream | None = None
     try:
@@ -108,7 +113,7 @@ async def test_a_certificate_of_this_root_whose_key_is_on_no_roster(tmp_path: Pa
     async with mesh(tmp_path) as m:
         node, stranger = await m.add(), m.make_identity()
         if not defended:
-            node.gate.admit = lambda _node_id, _key: None  # type: ignore[method-assign] # the defence taken away
+            node.gate.admit = lambda node_id, public_key: None  # type: ignore[method-assign] # the defence taken away
         context = m.client_context(stranger)
         assert await believed(node, context, stranger) is not defended
         if defended:
@@ -136,8 +141,6 @@ async def test_a_leaf_cannot_sign_another_leaf(tmp_path: Path) -> None:
         node, member = await m.add(), await m.add()
         stranger = m.make_identity()
         node.gate.members[stranger.node_id] = stranger.public_key
-        from meshnode.kernel.identity import root_from_seed
-
         forged = issue_leaf(root_from_seed(member.identity.seed), stranger.public_key)
         context = m.client_context(stranger, forged)
         chain = tmp_path / "chain.pem"
@@ -205,8 +208,6 @@ async def test_a_client_believes_nothing_before_hello_ok(tmp_path: Path) -> None
 
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         m.nursery.start_soon(trio.serve_listeners, answer, listeners)
-        from protocol.ids import Address
-
         caller.book.known[liar.node_id] = [Address("127.0.0.1", listeners[0].socket.getsockname()[1])]
         with pytest.raises(MeshError) as caught:
             await caller.links.call(liar.node_id, "x", Text(), Text, timeout_s=5)
@@ -229,10 +230,8 @@ async def test_connections_that_never_speak_are_bounded_and_closed(tmp_path: Pat
             mute.append(sock)
         with trio.fail_after(5):
             for sock in mute:
-                try:
+                with contextlib.suppress(ConnectionResetError):
                     assert await sock.recv(1) == b""
-                except ConnectionResetError:
-                    pass
                 sock.close()
         assert node.links.refused["limit"] == 32
         assert node.links.refused["timeout"] == 8
@@ -256,11 +255,6 @@ async def test_a_reused_name_inherits_nothing(tmp_path: Path) -> None:
     """Case 17, as far as links go: whatever a certificate calls its holder, the key decides who it is."""
     async with mesh(tmp_path) as m:
         node, member, stranger = await m.add(), await m.add(), m.make_identity()
-        from cryptography import x509
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-        from cryptography.hazmat.primitives.serialization import Encoding
-        from cryptography.x509.oid import NameOID
-
         template = x509.load_der_x509_certificate(issue_leaf(m.root, stranger.public_key))
         builder = (
             x509.CertificateBuilder()

@@ -43,7 +43,10 @@ OK, WARN, FAIL = Result
 def patient(data_dir: Path, root: Path = Path("/"), **changes: Any) -> Patient:
     """This machine, unless `root` is a folder with another one's files; `changes` replaces fields."""
     made = Patient(
-        data_dir=data_dir, system=System("apt", False), environment={"PATH": os.environ["PATH"], "HOME": "/x"}, root=root
+        data_dir=data_dir,
+        system=System("apt", False),
+        environment={"PATH": os.environ["PATH"], "HOME": "/x"},
+        root=root,
     )
     return msgspec.structs.replace(made, **changes)
 
@@ -142,12 +145,9 @@ def test_a_running_agent_is_seen_by_its_lock(data_dir: Path) -> None:
 
 def test_the_lock_file_is_the_one_that_agents_write(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psutil.Process.cmdline", lambda _: ["python", "-m", "meshnode", "up"])
-    folder = open_data_folder(data_dir / "mesh")
-    try:
+    with open_data_folder(data_dir / "mesh"):
         assert lock_holder(data_dir / "mesh") == os.getpid()
         assert str(os.getpid()) in check_agent(patient(data_dir / "mesh")).found
-    finally:
-        folder.close()
 
 
 def free_port() -> int:
@@ -157,8 +157,8 @@ def free_port() -> int:
 
 
 def with_ports(data_dir: Path, **ports: int) -> Patient:
-    fields = {"api_port": free_port(), "peer_port": free_port(), "onboarding_port": free_port()} | ports
-    return patient(data_dir, peer_host="127.0.0.1", **fields)
+    fields: dict[str, Any] = {"api_port": free_port(), "peer_port": free_port(), "onboarding_port": free_port()}
+    return patient(data_dir, peer_host="127.0.0.1", **(fields | ports))
 
 
 def test_free_ports_are_fine(data_dir: Path) -> None:

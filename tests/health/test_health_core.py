@@ -77,7 +77,8 @@ def test_the_event_loop(lag: float, expected: Status) -> None:
 
 
 @pytest.mark.parametrize(
-    ("others", "up", "expected"), [(0, 0, HEALTHY), (3, 3, HEALTHY), (3, 1, HEALTHY), (3, 0, DEGRADED), (1, 0, DEGRADED)]
+    ("others", "up", "expected"),
+    [(0, 0, HEALTHY), (3, 3, HEALTHY), (3, 1, HEALTHY), (3, 0, DEGRADED), (1, 0, DEGRADED)],
 )
 def test_the_mesh(others: int, up: int, expected: Status) -> None:
     assert judge_mesh(MeshContact(others, up)).status is expected

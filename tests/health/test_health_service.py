@@ -1,5 +1,6 @@
 """Health as a whole: a real database, checks that fail and hang, the report over HTTP, readiness."""
 
+import itertools
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ ALWAYS = {"database", "storage", "memory", "wal", "services", "p2p_network", "cl
 class World:
     """What surrounds the health subsystem, set by each test."""
 
-    mesh: MeshContact = MeshContact(0, 0)
+    mesh: MeshContact = field(default_factory=lambda: MeshContact(0, 0))
     state: State = State.RUNNING
     told: list[HealthChanged] = field(default_factory=list)
     log: RecordingLog = field(default_factory=RecordingLog)
@@ -147,7 +148,7 @@ async def test_checks_run_every_half_minute_and_changes_are_told_once(
         verdict = Verdict(Status.DEGRADED, "slow")
         await trio.sleep(60)
         nursery.cancel_scope.cancel()
-    pauses = [later - sooner for sooner, later in zip(rounds, rounds[1:], strict=False)]
+    pauses = [later - sooner for sooner, later in itertools.pairwise(rounds)]
     assert len(pauses) == 5
     assert pauses == pytest.approx([30.0] * 5)
     assert world.told == [

@@ -1,5 +1,6 @@
 """Discovery: real multicast on loopback, and networks of the test's own where multicast fails, floods or lies."""
 
+import itertools
 import random
 import socket
 from collections.abc import Callable
@@ -94,7 +95,7 @@ async def test_announced_at_once_and_then_every_half_minute_on_every_card(autoju
     for card in ("eth0", "wlan0"):
         times = [at for at, name, _ in air.sent if name == card]
         assert times[0] <= 1.0
-        pauses = [later - sooner for sooner, later in zip(times, times[1:], strict=False)]
+        pauses = [later - sooner for sooner, later in itertools.pairwise(times)]
         assert len(pauses) >= 8
         assert all(30 * (1 - JITTER) <= pause <= 30 * (1 + JITTER) for pause in pauses)
         assert len({round(pause, 3) for pause in pauses}) > 1

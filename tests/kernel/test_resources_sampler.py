@@ -1,7 +1,10 @@
-"""The sampler: figures within the heartbeat's bounds, a beat a second, failures that are said once, and what it costs."""
+"""The sampler: figures within the heartbeat's bounds, a beat a second, failures said once, and what it costs."""
 
+import dataclasses
+import itertools
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -67,20 +70,23 @@ def reading(**changes: object) -> Reading:
 
 def as_heartbeat(sample: Sample) -> Heartbeat:
     """The sample as a peer decodes it, bounds checked."""
-    body = Heartbeat(
-        bytes(8),
-        1,
-        1,
-        40,
-        *(getattr(sample, name) for name in Sample.__dataclass_fields__),
-        follows=bytes(8),
-        term=0,
-    )
+    around: dict[str, Any] = {
+        "signer": bytes(8),
+        "boot": 1,
+        "number": 1,
+        "period_ds": 40,
+        "follows": bytes(8),
+        "term": 0,
+    }
+    body = Heartbeat(**around, period_ds=40, term=0, **dataclasses.asdict(sample))
     return msgspec.msgpack.decode(msgspec.msgpack.encode(body), type=Heartbeat)
 
 
 def test_a_reading_becomes_a_sample() -> None:
-    gpus = (GpuDevice("A", "cuda", "1", 24 << 30, 3 << 30, 60.0, 20.0), GpuDevice("B", "cuda", "1", 8 << 30, 1 << 30, 71.4))
+    gpus = (
+        GpuDevice("A", "cuda", "1", 24 << 30, 3 << 30, 60.0, 20.0),
+        GpuDevice("B", "cuda", "1", 8 << 30, 1 << 30, 71.4),
+    )
     sample = to_sample(
         reading(
             cpu_percent=12.34,
@@ -129,7 +135,8 @@ async def test_one_sample_a_second(data_dir: Path, autojump_clock: MockClock) ->
         await trio.sleep(9.5)
         nursery.cancel_scope.cancel()
     assert len(delivered) == 10
-    assert [later - sooner for sooner, later in zip(host.reads, host.reads[1:], strict=False)] == pytest.approx([1.0] * 9)
+    pauses = [later - sooner for sooner, later in itertools.pairwise(host.reads)]
+    assert pauses == pytest.approx([1.0] * 9)
     last = delivered[-1]
     assert (last.cpu_pm, last.gpu_temp_c, last.vram_free_mb, last.slots_free, last.uptime_s) == (250, 88, 10_240, 4, 9)
     assert HeartbeatFlag(last.flags) == HeartbeatFlag.ON_BATTERY | HeartbeatFlag.THROTTLED | HeartbeatFlag.GPU

@@ -60,6 +60,7 @@ async def race(
             reached.append(Reached(stream, address))
             nursery.cancel_scope.cancel()
 
+    settled = False
     try:
         async with trio.open_nursery() as nursery:
             for address in addresses:
@@ -67,10 +68,11 @@ async def race(
                 nursery.start_soon(attempt, address, failed)
                 with trio.move_on_after(stagger_s):
                     await failed.wait()
-    except BaseException:
-        for winner in reached:
-            winner.stream.cut("the dial was given up")
-        raise
+        settled = True
+    finally:
+        if not settled:
+            for winner in reached:
+                winner.stream.cut("the dial was given up")
     if reached:
         return reached[0]
     return [tried[address] for address in dict.fromkeys(addresses)]
@@ -146,13 +148,14 @@ class Dialler:
         sock: trio.socket.SocketType | None = None
         with trio.move_on_after(handshake_s) as patience:
             sock = await _open_socket(address)
-            stream = TlsStream(sock, self._context, server_side=False)
+            stream, proven = TlsStream(sock, self._context, server_side=False), False
             try:
                 await stream.handshake()
                 _check_peer(stream, expected, self._gate)
-            except BaseException:
-                stream.cut("the dial was given up")
-                raise
+                proven = True
+            finally:
+                if not proven:
+                    stream.cut("the dial was given up")
         if not patience.cancelled_caught:
             return stream
         what = "no answer" if sock is None else "it accepts connections but does not speak TLS"
@@ -181,14 +184,15 @@ async def _open_socket(address: Address) -> trio.socket.SocketType:
         sock = trio.socket.socket(family, kind, protocol)
     except OSError as error:
         raise StreamBroken(explain_os_error(error)) from error
+    connected = False
     try:
         await sock.connect(target)
+        connected = True
     except OSError as error:
-        sock.close()
         raise StreamBroken(explain_os_error(error)) from error
-    except BaseException:
-        sock.close()
-        raise
+    finally:
+        if not connected:
+            sock.close()
     return sock
 
 

@@ -4,6 +4,7 @@ It composes the parts of this folder and hands events between them. It decides n
 addresses are the address book's, and what frames mean is the driver's.
 """
 
+import contextlib
 import secrets
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from meshnode.kernel.links.pool import Pool
 from meshnode.kernel.links.settings import LinkSettings
 from meshnode.kernel.links.tls import TlsContexts, TlsStream
 from meshnode.kernel.logs import Logger
+from protocol.effects import LinkLost
 from protocol.ids import Address, NodeId, node_id_bytes
 from protocol.wire.frames import DUPLICATE, Hello, HelloOk, Refused, Standing, Verdict, encode_link_message
 
@@ -57,6 +59,7 @@ class Links:
         self._boot = boot
         self._agent = agent[:64]
         self._settings = settings
+        self._events = events
         self._log = logger
         self._nursery: trio.Nursery | None = None
         self._port: int | None = None
@@ -138,6 +141,11 @@ class Links:
         If that fails, if the link breaks, or if the queue overflows, LinkLost comes; what was sent since LinkOpened may
         or may not have arrived. Raises ValueError if the payload exceeds FRAME_PAYLOAD_BYTES_MAX.
         """
+        if self._nursery is None:
+            # Before the start and after the end there is nobody to open a link, nor to wait for room in the channel.
+            with contextlib.suppress(trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+                self._events.send_nowait(LinkLost(node_id, "the links of this node are not running"))
+            return
         self._pool.send(node_id, payload)
 
     def cut(self, node_id: NodeId, reason: str) -> None:
@@ -274,12 +282,13 @@ class Links:
                 "That transfer was not granted to you, is expired or was opened already. Ask for it again.",
                 retryable=True,
             )
-        bulk = self._open_stream(node_id, hello.purpose, stream)
+        bulk, welcomed = self._open_stream(node_id, hello.purpose, stream), False
         try:
             await stream.send_all(encode_link_message(welcome))
-        except BaseException:
-            bulk.cut("it did not wait for the answer")
-            grant.revoke()
-            raise
+            welcomed = True
+        finally:
+            if not welcomed:
+                bulk.cut("it did not wait for the answer")
+                grant.revoke()
         grant.hand_over(bulk)
         return True

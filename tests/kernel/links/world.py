@@ -1,7 +1,7 @@
 """Real links nodes on loopback, in one process: what the tests of links and of their attacks are made of."""
 
 import ssl
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,7 +221,8 @@ def introduce(a: Node, b: Node) -> None:
 
 def quick(**changes: Any) -> LinkSettings:
     """Settings for loopback on any free port."""
-    return LinkSettings(**({"host": LOOPBACK, "port": 0} | changes))
+    fields: dict[str, Any] = {"host": LOOPBACK, "port": 0}
+    return LinkSettings(**(fields | changes))
 
 
 @asynccontextmanager
@@ -237,10 +238,10 @@ async def mesh(folder: Path) -> AsyncIterator[Mesh]:
         nursery.cancel_scope.cancel()
 
 
-async def settle(condition: Any, *, within_s: float = 5.0) -> None:
+async def settle(condition: Callable[[], object], *, within_s: float = 5.0) -> None:
     """Wait until a condition holds that no event announces; fail if it does not in time."""
     with trio.fail_after(within_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 -- for what no event announces
             await trio.sleep(0.005)
 
 

@@ -58,7 +58,7 @@ class History:
     def __init__(self, seed: int, *, params: ElectionParameters | None = None) -> None:
         self.rng = Random(f"history {seed}")
         self.world = steady_world(seed, self.rng.randint(2, 8), params=params, settle_s=self.rng.choice([4.0, 9.0]))
-        self.spare = node_ids(4, f"spare {seed}")
+        self.spare = node_ids(10, f"spare {seed}")
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -71,9 +71,19 @@ class History:
             self.restart, self.pause, self.pause_coordinator, self.sleep_coordinator, self.slander, self.join,
             self.evict, self.jump, self.slow_disk, self.bounce,
         ]  # fmt: skip
+        pauses = [0.05, 0.5, 2.0, 5.0]
+        if rng.random() < 0.4:
+            # Electorates that change in the middle of partitions, with everything happening faster than leases end.
+            actions = [
+                self.partition, self.partition, self.join_beyond_cut, self.join_beyond_cut, self.evict, self.evict,
+                self.join, self.heal, self.bounce, self.crash, self.restart, self.restart,
+            ]  # fmt: skip
+            pauses = [0.5, 2.0, 4.0]
+        # Safety may not depend on how fast membership is.
+        world.detection_s = rng.choice([(3.5, 4.8), (3.5, 4.8), (0.8, 2.0), (0.1, 0.5)])
         end = world.time + FAULTS_S
         while world.time < end:
-            world.run(world.time + rng.choice([0.05, 0.5, 2.0, 5.0]) * rng.random() + 0.001)
+            world.run(world.time + rng.choice(pauses) * rng.random() + 0.001)
             action = rng.choice(actions)
             self.outcome.faults[action.__name__] += 1
             action()
@@ -94,7 +104,7 @@ class History:
     def mend(self) -> None:
         world = self.world
         world.cut.clear()
-        world.spike, world.loss = 0.0, 0.01
+        world.spike, world.loss, world.detection_s = 0.0, 0.01, (3.5, 4.8)
         for host in world.hosts:
             host.commit_s = 0.002
             host.resume()
@@ -129,7 +139,8 @@ class History:
             electorate = host.machine().electorate
             stuck = host.machine().is_coordinator and not host.is_quorate()
             if stuck and len(electorate.voters & shorts) < electorate.need:
-                lost = [other.node for other in self.world.hosts if other.short in electorate.voters - shorts]
+                gone = [other for other in self.world.hosts if other not in members]
+                lost = [other.node for other in gone if other.short in electorate.voters or not electorate.voters]
                 host.input(ForgetLost(tuple(lost)))
                 self.outcome.forgotten = True
                 self.world.run(self.world.time + 5.0)
@@ -159,9 +170,11 @@ class History:
         hosts = self.world.hosts[:]
         self.rng.shuffle(hosts)
         split = self.rng.randint(1, len(hosts) - 1) if len(hosts) > 1 else 1
-        self.world.cut = {
-            pair for a in hosts[:split] for b in hosts[split:] for pair in ((a.index, b.index), (b.index, a.index))
-        }
+        self.cut_off(set(hosts[:split]))
+
+    def cut_off(self, side: set[Host]) -> None:
+        pairs = [(a.index, b.index) for a in side for b in self.world.hosts if b not in side]
+        self.world.cut = {*pairs, *((b, a) for a, b in pairs)}
 
     def one_way(self) -> None:
         a = self.any_host() if self.rng.random() < 0.5 else self.coordinator()
@@ -227,9 +240,23 @@ class History:
     def join(self) -> None:
         sponsors = [host for host in self.world.hosts if host.running and not host.paused]
         sponsors = [host for host in sponsors if host.node in host.roster]
-        if not self.spare or not sponsors:
+        if sponsors:
+            self.join_at(self.rng.choice(sponsors))
+
+    def join_beyond_cut(self) -> None:
+        """Some nodes are cut off together with a coordinator, and newcomers join on its side."""
+        host = self.coordinator()
+        if not host.running or host.paused or host.node not in host.roster:
             return
-        sponsor, node = self.rng.choice(sponsors), self.spare.pop()
+        side = {host, *self.rng.sample(self.world.hosts, self.rng.randint(0, len(self.world.hosts) // 2))}
+        self.cut_off(side)
+        for _ in range(self.rng.randint(1, 3)):
+            self.join_at(host)
+
+    def join_at(self, sponsor: Host) -> None:
+        if not self.spare or len(self.world.hosts) >= 14:
+            return
+        node = self.spare.pop()
         sponsor.roster.merge(SetRoster([node]))
         sponsor.input(RosterChanged())
         host = self.world.add(node, sponsor.roster.copy())

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 
-from protocol.effects import Effect, Persist
-from protocol.election.coordination import Coordination, Moment
+from protocol.effects import Effect, Persist, SetTimer
+from protocol.election.coordination import LAPSE, Coordination, Moment
 from protocol.election.electorate import Ballot, Electorate
 from protocol.election.fence import Fence
 from protocol.election.ledger import Ledger
 from protocol.election.messages import Follow, Version
-from protocol.election.parameters import ElectionParameters
 from protocol.election.tally import LeaseClock, Tally
 from protocol.ids import NodeId, short_id
 from tests.protocol.election.world import Host
@@ -32,7 +31,6 @@ def lease_counted_from_receipt(patch: pytest.MonkeyPatch) -> None:
 
 def no_drift_margin(patch: pytest.MonkeyPatch) -> None:
     """The coordinator counts the whole lease, as if all clocks ran alike."""
-    patch.setattr(Tally.__init__, "__defaults__", None)
     original = Tally.__init__
 
     def careless(self: Tally, drift_max: float) -> None:
@@ -71,7 +69,7 @@ def restart_forgets_promise(patch: pytest.MonkeyPatch) -> None:
 
     def hasty(self: Ledger, now: float) -> list[Effect]:
         effects = start(self, now)
-        self.promised_until = 0.0
+        self.promised_until = now
         return effects
 
     patch.setattr(Ledger, "start", hasty)
@@ -97,9 +95,13 @@ def majority_of_own_roster(patch: pytest.MonkeyPatch) -> None:
 
     def quorate(self: Coordination, time: float) -> bool:
         voters = frozenset(bytes(short_id(node)) for node in self._roster.members())
-        return self._tally.until(Electorate(Version(), voters)) > time
+        ends = [voice.until for short, voice in self._tally.voices.items() if short in voters]
+        return sum(end > time for end in ends) > len(voters) // 2
 
     patch.setattr(Coordination, "quorate", quorate)
+    patch.setattr(Coordination, "advance", lambda self, at: [])
+    patch.setattr(Coordination, "lapse", lambda self, at: [])
+    patch.setattr(Coordination, "_watch", lambda self, at: SetTimer(LAPSE, at.now + 0.5))
 
 
 def restamped_unread(patch: pytest.MonkeyPatch) -> None:
@@ -208,7 +210,6 @@ def released_before_stepping_down(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Ledger, "free", free)
 
 
-UNUSED = ElectionParameters
 MUTATIONS: tuple[Apply, ...] = (
     lease_counted_from_receipt,
     no_drift_margin,

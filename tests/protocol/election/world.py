@@ -271,6 +271,7 @@ class World:
         self.delay_max_s = 0.02
         self.spike = 0.0  # chance of a delay of seconds
         self.duplicate = 0.02
+        self.detection_s = (3.5, 4.8)
         self.coordinating: set[Host] = set()
         self.elections: list[tuple[float, Host, str]] = []
         self.log: list[tuple[float, Host, object]] = []
@@ -397,7 +398,7 @@ class World:
                 if reaches and up != b.boot:
                     delay = self.rng.uniform(0.02, 0.6)
                 elif not reaches and up is not None:
-                    noticed.setdefault(b.index, self.rng.uniform(3.5, 4.8))
+                    noticed.setdefault(b.index, self.rng.uniform(*self.detection_s))
                     delay = noticed[b.index] + self.rng.uniform(0.0, 0.5)
                 else:
                     continue

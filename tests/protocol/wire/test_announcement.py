@@ -14,7 +14,9 @@ from protocol.wire.announcement import (
 )
 
 NODE, MESH = node_id_of(bytes(32)), mesh_id_of(bytes(32))
-GOLDEN = bytes.fromhex("95c4046d65736801c410") + bytes(range(16)) + bytes.fromhex("c414") + bytes(range(20)) + b"\xcd\x13\x1d"
+GOLDEN = bytes.fromhex(
+    "95 c404 6d657368 01c410 000102030405060708090a0b0c0d0e0fc414 000102030405060708090a0b0c0d0e0f10111213cd131d"
+)
 
 
 def test_the_golden_bytes() -> None:

@@ -1,0 +1,1 @@
+"""The command line: `main` is its door, `commands` has one module for each family of commands, `doctor` the checks."""

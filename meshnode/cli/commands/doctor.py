@@ -1,0 +1,67 @@
+"""`meshnode doctor`: prints what the checks of `cli.doctor` found, and the commands that mend it."""
+
+import os
+from typing import TYPE_CHECKING
+
+import click
+
+from meshnode.cli.screen import Progress, coloured, say, say_json
+from meshnode.cli.session import Session, example, with_session
+from meshnode.kernel.errors import EXIT_DONE, EXIT_FAILED
+from meshnode.kernel.redaction import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from meshnode.cli.doctor import Finding
+
+
+@click.command(epilog=example("meshnode doctor", "meshnode doctor --json"))
+@with_session
+def doctor(session: Session) -> int:
+    """Look at this machine: what is missing, and the command that mends it. Changes nothing."""
+    import trio  # The checks run side by side; no other command needs it.
+
+    from meshnode.cli.doctor import Patient, Result, examine
+    from meshnode.cli.doctor.system import this_system
+
+    settings = session.resolved.settings
+    patient = Patient(
+        data_dir=session.data_dir,
+        system=this_system(),
+        environment=dict(os.environ),
+        peer_host=settings.peers.host,
+        api_port=session.port,
+        peer_port=settings.peers.port,
+        onboarding_port=settings.onboarding.port,
+        discovery_port=settings.discovery.port,
+        multicast_group=settings.discovery.group,
+    )
+    with Progress("examining this machine", quiet=session.as_json):
+        findings = trio.run(examine, patient)
+    failed = any(finding.result is Result.FAIL for finding in findings)
+    if session.as_json:
+        shown = [
+            {"name": one.name, "result": one.result.value, "found": one.found, **({"mend": one.mend} if one.mend else {})}
+            for one in findings
+        ]
+        say_json({"ok": not failed, "findings": shown})
+    else:
+        say(findings_text(findings))
+    return EXIT_FAILED if failed else EXIT_DONE
+
+
+def findings_text(findings: "Sequence[Finding]") -> str:
+    """One line for each finding, its mending below it, and the sum."""
+    width = max((len(finding.name) for finding in findings), default=0)
+    lines: list[str] = []
+    for finding in findings:
+        mark = coloured(finding.result.value) + " " * (4 - len(finding.result.value))
+        lines.append(f"{mark}  {finding.name:<{width}}  {printable(finding.found)}")
+        if finding.mend:
+            lines.append(f"{'':{6 + width}}  -> {printable(finding.mend)}")
+    counts = {word: sum(finding.result.value == word for finding in findings) for word in ("warn", "fail")}
+    if not any(counts.values()):
+        return "\n".join([*lines, "", "Everything is as it should be."])
+    fails = f"{counts['fail']} to mend before the agent can work, " if counts["fail"] else ""
+    return "\n".join([*lines, "", f"{fails}{counts['warn']} worth a look."])

@@ -1,0 +1,103 @@
+"""`status`, `nodes`, `node`, `promote`, `evict` and `leave`: seeing the mesh, and changing who is in it."""
+
+import time
+from typing import Any
+
+import click
+
+from meshnode.cli.nodes import NodeName, find_node, node_path
+from meshnode.cli.render import node_text, nodes_text, status_text
+from meshnode.cli.screen import Progress, confirm, say, say_json
+from meshnode.cli.session import Session, example, with_session
+from meshnode.kernel.redaction import printable
+
+# Evicting, promoting and leaving wait for an admin's signature, or for voters.
+CHANGE_TIMEOUT_S = 90.0
+
+
+@click.command(epilog=example("meshnode status", "meshnode status --json"))
+@with_session
+def status(session: Session) -> None:
+    """Show the mesh: this node, the coordinator, one line for each peer."""
+    with session.agent() as agent:
+        summary = agent.get("/api/status")
+    if session.as_json:
+        say_json(summary)
+    else:
+        say(status_text(summary))
+
+
+@click.command(epilog=example("meshnode nodes", "meshnode nodes --json"))
+@with_session
+def nodes(session: Session) -> None:
+    """List every node: what it is, how busy, how far away."""
+    with session.agent() as agent:
+        found = agent.pages("/api/nodes")
+    if session.as_json:
+        say_json(found)
+    else:
+        say(nodes_text(found, time.time()))
+
+
+@click.command(epilog=example("meshnode node attic", "meshnode node 3kq7 --json", "meshnode node"))
+@click.argument("name", type=NodeName(), required=False)
+@with_session
+def node(session: Session, name: str | None) -> None:
+    """Show one node in full: NAME is its name, its id or the beginning of the id. Without NAME: this one."""
+    with session.agent() as agent:
+        found = find_node(agent, agent.get("/api/status")["node_id"] if name is None else name)
+    if session.as_json:
+        say_json(found)
+    else:
+        say(node_text(found, time.time()))
+
+
+@click.command(epilog=example("meshnode promote attic"))
+@click.argument("name", type=NodeName())
+@with_session
+def promote(session: Session, name: str) -> None:
+    """Make the node NAME an admin: it may invite, promote and evict, and votes for the coordinator."""
+    with session.agent() as agent, Progress("promoting", quiet=session.as_json):
+        found = agent.post(node_path(find_node(agent, name), "/promote"), {}, timeout_s=CHANGE_TIMEOUT_S)
+    if session.as_json:
+        say_json(found)
+    else:
+        say(f"{printable(found['name'])} is an admin now.")
+
+
+@click.command(epilog=example("meshnode evict attic", "meshnode evict attic --lost --yes"))
+@click.argument("name", type=NodeName())
+@click.option("--lost", is_flag=True, help="The machine is gone for good: do not wait for its vote.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@with_session
+def evict(session: Session, name: str, lost: bool, yes: bool) -> None:
+    """Put the node NAME out of the mesh, for good. It gets back only by a new invitation."""
+    with session.agent() as agent:
+        found = find_node(agent, name)
+        shown = f"{printable(found['name'])} ({found['id']})"
+        confirm(f"Evict {shown} for good?", assume_yes=yes or session.as_json)
+        with Progress(f"evicting {found['name']}", quiet=session.as_json):
+            agent.delete(node_path(found) + ("?lost=true" if lost else ""), timeout_s=CHANGE_TIMEOUT_S)
+    if session.as_json:
+        say_json({"id": found["id"], "name": found["name"], "evicted": True})
+    else:
+        say(f"Evicted {shown}.")
+
+
+@click.command(epilog=example("meshnode leave", "meshnode leave --force --yes"))
+@click.option("--force", is_flag=True, help="Leave even if nobody can be told, or if no admin remains.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@with_session
+def leave(session: Session, force: bool, yes: bool) -> None:
+    """Leave the mesh with this machine. The agent then founds a mesh of its own; nothing on disk is deleted."""
+    with session.agent() as agent:
+        summary = agent.get("/api/status")
+        others = summary["node_count"] + summary["offline_count"] - 1
+        question = f"Leave the mesh {summary['mesh_id']} of {others} other node{'' if others == 1 else 's'}?"
+        confirm(question, assume_yes=yes or session.as_json)
+        with Progress("leaving", quiet=session.as_json):
+            done: Any = agent.post("/api/cluster/leave", {"force": force}, timeout_s=CHANGE_TIMEOUT_S)
+    if session.as_json:
+        say_json(done)
+    else:
+        say(printable(done["message"]))
