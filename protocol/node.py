@@ -83,7 +83,17 @@ Durable = Mapping[str, Mapping[bytes, bytes]]
 TRUST_COLLECTION: Final = "trust"
 """The collection whose values are the root's statements; the hub gives them to the roster."""
 
-Command = AddressesChanged | ContactFound | Depart | SampleTaken | MintKey | RosterChanged | PutRecord | DeleteRecord | ForgetLost
+Command = (
+    AddressesChanged
+    | ContactFound
+    | Depart
+    | SampleTaken
+    | MintKey
+    | RosterChanged
+    | PutRecord
+    | DeleteRecord
+    | ForgetLost
+)
 Input = DatagramReceived | LinkOpened | LinkLost | FrameReceived | TimerFired | Command
 
 # ---- who gets what: the whole routing of the hub ------------------------------------------------------------------
@@ -169,9 +179,7 @@ class Node:
         self.roster = roster
         self.codec = StatementCodec(suite, roster, statements)
         self.keyring = Keyring(me=me, roster=roster, rng=rng, durable=durable.get("keys", nothing), params=params.keys)
-        self.datagrams = DatagramCodec(
-            me=me, boot=boot, mesh_id=mesh_id, suite=suite, roster=roster, keys=self.keyring
-        )
+        self.datagrams = DatagramCodec(me=me, boot=boot, mesh_id=mesh_id, suite=suite, roster=roster, keys=self.keyring)
         self.records = Records(
             me=me,
             mesh_id=mesh_id,
@@ -182,7 +190,9 @@ class Node:
             suite=suite,
             params=params.records,
         )
-        self.heartbeats = Heartbeats(me=me, boot=boot, roster=roster, rng=rng, codec=self.codec, params=params.heartbeats)
+        self.heartbeats = Heartbeats(
+            me=me, boot=boot, roster=roster, rng=rng, codec=self.codec, params=params.heartbeats
+        )
         self.election = Election(
             me=me,
             roster=roster,

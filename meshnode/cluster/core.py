@@ -1,7 +1,6 @@
 """Pure local decisions: how what is known of a member becomes the NodeInfo and Summary that people see."""
 
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 
 from meshnode.cluster.model import Backend, Gpu, NodeInfo, NodeStatus, PeerLine, Role
 from meshnode.kernel.errors import ErrorCode, MeshError
@@ -14,12 +13,6 @@ from protocol.wire.statements import Stated
 
 MEGA = 1_000_000
 BACKENDS: dict[str, Backend] = {"cuda": "cuda", "rocm": "rocm", "metal": "metal"}
-
-
-def rfc3339(unix_s: float) -> str:
-    """UTC with milliseconds; years beyond what dates can say are clamped: a clock may be wrong by any amount."""
-    moment = datetime.fromtimestamp(min(max(unix_s, 0.0), 253_402_300_799.0), UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def compatible(alive: Alive) -> bool:

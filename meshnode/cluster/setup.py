@@ -10,16 +10,16 @@ import trio
 
 from meshnode.api.routing import Content, Mount
 from meshnode.api.sse import bus_frames
-from meshnode.cluster.onboarding.invitations import Invitations
-from meshnode.cluster.onboarding.issuer import IssuerIdentity
-from meshnode.cluster.onboarding.onboarding import INSTALL_COMMAND, Onboarding, OnboardingSetup
-from meshnode.cluster.onboarding.pages import LandingPages
 from meshnode.cluster.peers import peer_methods
 from meshnode.cluster.routes import BUS_EVENTS, ClusterRoutes
 from meshnode.cluster.service.invites import Facts as MeshFacts
 from meshnode.cluster.service.invites import Invites
 from meshnode.cluster.service.moves import Moves
 from meshnode.cluster.service.nodes import Facts, Nodes
+from meshnode.cluster.service.onboarding.invitations import Invitations
+from meshnode.cluster.service.onboarding.issuer import IssuerIdentity
+from meshnode.cluster.service.onboarding.onboarding import INSTALL_COMMAND, Onboarding, OnboardingSetup
+from meshnode.cluster.service.onboarding.pages import LandingPages
 from meshnode.cluster.service.pings import Pings
 from meshnode.cluster.service.trust import Trust
 from meshnode.cluster.store import Mesh
@@ -100,10 +100,10 @@ def build_cluster(
         nodes=nodes,
         facts=facts,
         members_may_invite=settings.mesh.members_may_invite,
+        bus=bus,
         log=log("trust"),
     )
-    clock = _Clock(facts.now, facts.wall)
-    run = secrets.token_hex(8)
+    clock, run = _Clock(facts.now, facts.wall), secrets.token_hex(8)
     onboarding = Onboarding(
         setup=OnboardingSetup(
             host=settings.onboarding.host or settings.peers.host,
@@ -112,14 +112,7 @@ def build_cluster(
             run=run,
         ),
         identity=identity,
-        me=IssuerIdentity(
-            node_id=identity.node_id,
-            public_key=identity.public_key,
-            name=mesh.name,
-            leaf=mesh.leaf,
-            root_certificate=mesh.root_certificate,
-            root_public_key=mesh.root_public_key,
-        ),
+        me=_issuer(identity, mesh),
         addresses=lambda: [address.host for address in addresses()],
         database=database,
         clock=clock,
@@ -163,6 +156,18 @@ def build_cluster(
         service=OnboardingService(onboarding),
         mount=Mount(routes.routes()),
         methods=peer_methods(trust, pings),
+    )
+
+
+def _issuer(identity: NodeIdentity, mesh: Mesh) -> IssuerIdentity:
+    """This node as a joiner sees it."""
+    return IssuerIdentity(
+        node_id=identity.node_id,
+        public_key=identity.public_key,
+        name=mesh.name,
+        leaf=mesh.leaf,
+        root_certificate=mesh.root_certificate,
+        root_public_key=mesh.root_public_key,
     )
 
 

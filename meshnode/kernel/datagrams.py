@@ -7,6 +7,7 @@ whether they are believed, is protocol.wire's.
 import errno
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Final
 
 import trio
@@ -85,17 +86,15 @@ def _plain(host: str) -> str:
 def open_datagrams(host: str, port: int) -> DatagramSocket:
     """Bind `host` (an IP literal; empty: all addresses of both families). MeshError(PORT_IN_USE) if it is taken."""
     families = [socket.AF_INET, socket.AF_INET6] if not host else [socket.AF_INET6 if ":" in host else socket.AF_INET]
-    sockets: list[socket.socket] = []
-    try:
+    with ExitStack() as undo:
+        sockets: list[socket.socket] = []
         for family in families:
             bound = _bind(family, host, port)
             if bound is not None:
+                undo.callback(bound.close)
                 sockets.append(bound)
                 port = bound.getsockname()[1]
-    except BaseException:
-        for bound in sockets:
-            bound.close()
-        raise
+        undo.pop_all()
     if not sockets:
         raise MeshError(
             ErrorCode.UNAVAILABLE,

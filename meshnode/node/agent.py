@@ -10,12 +10,14 @@ from pathlib import Path
 
 import trio
 
-from meshnode.cluster.onboarding.joiner import Joiner
+from meshnode.api.sockets import bind_loopback
 from meshnode.cluster.service.moves import former_name, parse
+from meshnode.cluster.service.onboarding.joiner import Joiner
 from meshnode.cluster.service.switch import DATABASE_FILE, finish, prepare_identity, stage_join
 from meshnode.cluster.store import MeshStore
 from meshnode.kernel.database import open_database
 from meshnode.kernel.datafolder import DataFolder, open_data_folder
+from meshnode.kernel.datagrams import open_datagrams
 from meshnode.kernel.driver import steady_s
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.logs import Logger, LogSettings, open_logs
@@ -96,6 +98,9 @@ class Agent:
                 f"{data_dir} belongs to another mesh already. Start the agent without --join, then "
                 "`meshnode join --leave-first URL`; or choose another --data-dir.",
             )
+        # An invitation is used up by joining: first see that this agent could start at all.
+        open_datagrams(self._settings.peers.host, self._settings.peers.port).close()
+        bind_loopback(self._settings.api.port).close()
         identity = prepare_identity(data_dir, keep=True)
         grant = await Joiner(identity=identity).join(parsed, node_name(self._settings.node.name, socket.gethostname()))
         former = former_name(grant.mesh_id, time.time())

@@ -23,7 +23,6 @@ from protocol.membership.events import (
     PeerCleared,
     PeerDown,
     PeerLeft,
-    PeerUp,
     RosterShrank,
     Stalled,
     StatementReceived,
@@ -32,7 +31,7 @@ from protocol.membership.healing import Healing, peer_up
 from protocol.membership.parameters import LAN, Parameters
 from protocol.membership.state import TUNNEL, State
 from protocol.membership.suspicion import Suspicions
-from protocol.membership.view import View, addresses_of, alive_of
+from protocol.membership.view import View, alive_of
 from protocol.trust.view import RosterView
 from protocol.wire import limits
 from protocol.wire.messages import (

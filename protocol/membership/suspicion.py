@@ -63,7 +63,11 @@ class Suspicions:
         """Somebody's accusation arrived. True if it concerns a member that counts as up here and was worth telling."""
         s = self._s
         target = s.roster.node(body.target)
-        if target is None or target not in s.view.up or (body.target_boot, body.target_incarnation) != s.view.rank(target):
+        if (
+            target is None
+            or target not in s.view.up
+            or (body.target_boot, body.target_incarnation) != s.view.rank(target)
+        ):
             return False
         if stated.signer == target:
             return False

@@ -17,7 +17,7 @@ issuer may prove first, before it knows whether anybody legitimate is there: the
 learns it from an HMAC under it.
 
 Frames are a 4-byte big-endian length and that many bytes of MessagePack. Sockets, certificates and invitations are the
-business of meshnode.cluster.onboarding.
+business of meshnode.cluster.service.onboarding.
 """
 
 import hashlib

@@ -7,12 +7,12 @@ certificates are the agent's business.
 from typing import Protocol
 
 from nacl import bindings
+from nacl.encoding import RawEncoder
 from nacl.exceptions import CryptoError
 from nacl.hash import blake2b
-from nacl.encoding import RawEncoder
 from nacl.signing import SigningKey
 
-from protocol.ids import NodeId, mesh_id_bytes, MeshId, node_id_bytes
+from protocol.ids import MeshId, NodeId, mesh_id_bytes, node_id_bytes
 
 STATEMENT_DOMAIN = b"meshnode/statement/1\x00"
 RECORD_DOMAIN = b"meshnode/record/1\x00"

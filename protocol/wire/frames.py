@@ -169,7 +169,7 @@ class Ping(_LinkMessage, frozen=True, tag=4):
 
 
 class Pong(_LinkMessage, frozen=True, tag=5):
-    """I am."""
+    """I am. Also sent unasked, number 0, by a node that has much to read and may not reach the Ping in it soon."""
 
     number: Attempt
 

@@ -127,7 +127,9 @@ class Heartbeat(Message, frozen=True, tag=5):
     signer: Short
     boot: Boot
     number: Counter
-    period_ds: Annotated[int, msgspec.Meta(ge=0, le=65535)]  # tenths of a second until the next one, so readers know stale
+    period_ds: Annotated[
+        int, msgspec.Meta(ge=0, le=65535)
+    ]  # tenths of a second until the next one, so readers know stale
     cpu_pm: Annotated[int, msgspec.Meta(ge=0, le=1000)]  # per mille of the whole machine
     load_c: Annotated[int, msgspec.Meta(ge=0, le=2**31)]  # one-minute load average in hundredths
     ram_used_mb: Counter
@@ -186,12 +188,5 @@ class KeyGrant(Message, frozen=True, tag=49):
 
 
 LinkMessage = (
-    ViewOffer
-    | ViewReply
-    | Tunnel
-    | ElectorateOffer
-    | ElectorateRequest
-    | RecordMessage
-    | KeyRequest
-    | KeyGrant
+    ViewOffer | ViewReply | Tunnel | ElectorateOffer | ElectorateRequest | RecordMessage | KeyRequest | KeyGrant
 )

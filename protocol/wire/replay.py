@@ -12,7 +12,7 @@ _MASK = (1 << REPLAY_WINDOW) - 1
 class ReplayWindow:
     """One sender's window. `boot` only rises; within a boot, a sequence number passes once."""
 
-    __slots__ = ("boot", "highest", "_seen")
+    __slots__ = ("_seen", "boot", "highest")
 
     def __init__(self, boot: int = 0) -> None:
         self.boot = boot

@@ -121,7 +121,7 @@ def membership_bugs() -> tuple[Bug, ...]:
         Bug("one-witness", "a single accusation is enough for a death", _one_witness),
         Bug("accused-counts-itself", "the accused's own statement counts as a witness", _accused_counts_itself),
         Bug("cut-off-accuses", "a node that hears nobody accuses everybody", _cut_off_accuses, "degraded", 16, duration_s=80),
-        Bug("never-refutes", "an accused node does not raise its incarnation", _never_refutes, "loss", 32, "20", 120),
+        Bug("never-refutes", "an accused node does not raise its incarnation", _never_refutes),
         Bug(
             "suspicion-survives-refutation",
             "an Alive statement of a higher incarnation does not clear the suspicion",

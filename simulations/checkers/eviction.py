@@ -4,7 +4,9 @@ Asked of every running node once a second, and of every event that it publishes.
 """
 
 from protocol.election.events import CoordinatorChanged
+from protocol.ids import NodeId
 from protocol.membership.events import PeerDown, PeerUp
+from protocol.trust.events import RosterChanged
 from simulations.checkers.checker import Checker, Violation
 from simulations.computer import Computer
 from simulations.world import World
@@ -17,10 +19,19 @@ class EvictedStayOut(Checker):
 
     def attached(self, world: World) -> None:
         self._world = world
+        self._evicted: dict[int, set[str]] = {}
+
+    def started(self, computer: Computer) -> None:
+        """What the process knows from its disk."""
+        strangers = [other.node_id for other in self._world.computers if not computer.program.knows(computer, other.node_id)]
+        self._evicted[computer.index] = set(strangers)
 
     def published(self, computer: Computer, event: object) -> None:
-        """Nobody who is named may be evicted."""
+        """Nobody who is named may be evicted. Events come in the order in which the machines made them."""
         match event:
+            case RosterChanged(removed=removed):
+                self._evicted[computer.index].update(removed)
+                return
             case PeerUp(peer):
                 named: tuple[str, ...] = (peer,)
             case PeerDown(_, witnesses):
@@ -29,9 +40,10 @@ class EvictedStayOut(Checker):
                 named = (leader,)
             case _:
                 return
-        for node_id in named:
-            if computer.machine is not None and not computer.program.knows(computer, node_id):
-                self._object(f"{computer} published {type(event).__name__} with an evicted node in it")
+        evicted = self._evicted[computer.index].intersection(named)
+        if evicted:
+            names = [self._world.find(NodeId(node_id)) for node_id in sorted(evicted)]
+            self._object(f"{computer} published {type(event).__name__} with {names} in it, and knows that they were evicted")
 
     def swept(self, world: World) -> None:
         """The view holds members only."""

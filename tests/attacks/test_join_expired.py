@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from meshnode.cluster.onboarding import invitations as invitations_module
+from meshnode.cluster.service.onboarding import invitations as invitations_module
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import found_root
 from tests.support.onboarding import MeshOfOne, SteppedClock, open_mesh

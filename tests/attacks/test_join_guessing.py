@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from meshnode.cluster.onboarding import invitations as invitations_module
-from meshnode.cluster.onboarding.listener import ListenerLimits
-from meshnode.cluster.onboarding.rates import Rate
+from meshnode.cluster.service.onboarding import invitations as invitations_module
+from meshnode.cluster.service.onboarding.listener import ListenerLimits
+from meshnode.cluster.service.onboarding.rates import Rate
 from protocol.trust.join_url import SECRET_BYTES, parse_join_url
 from tests.support.join_attacker import guess
 from tests.support.onboarding import MeshOfOne, open_mesh

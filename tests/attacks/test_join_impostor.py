@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from meshnode.cluster.onboarding import joiner as joiner_module
+from meshnode.cluster.service.onboarding import joiner as joiner_module
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import found_root, issue_leaf, load_or_make_identity, root_certificate
 from protocol.trust.join import Begin, Claim, Terms, Transcript, decode_from_joiner, verifier_of

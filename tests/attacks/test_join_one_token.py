@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from meshnode.cluster.onboarding.invitations import Invitations
+from meshnode.cluster.service.onboarding.invitations import Invitations
 from meshnode.kernel.errors import MeshError
 from protocol.ids import NodeId
 from protocol.trust.view import Role

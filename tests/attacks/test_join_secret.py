@@ -11,7 +11,7 @@ import httpx2
 import pytest
 import trio
 
-from meshnode.cluster.onboarding import onboarding as onboarding_module
+from meshnode.cluster.service.onboarding import onboarding as onboarding_module
 from meshnode.kernel.errors import MeshError
 from meshnode.kernel.logs import LogSettings, open_logs
 from meshnode.kernel.redaction import SecretSet
@@ -70,7 +70,7 @@ async def test_it_is_in_no_log_and_no_error(data_dir: Path) -> None:
 
 async def test_without_the_caution_the_test_sees_it(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error that quotes what it could not read, as most do."""
-    monkeypatch.setattr("meshnode.cluster.onboarding.joiner.parse_join_url", parse_join_url_and_quote)
+    monkeypatch.setattr("meshnode.cluster.service.onboarding.joiner.parse_join_url", parse_join_url_and_quote)
     async with open_mesh(data_dir) as mesh:
         (url,), errors = await everything_that_can_go_wrong(mesh)
         assert any(spelling in "\n".join(errors) for spelling in spellings(url))
@@ -163,7 +163,7 @@ async def test_behind_a_question_mark_it_would_be(data_dir: Path) -> None:
 
 PROGRAM = """
 import sys
-from meshnode.cluster.onboarding.invite_text import conceal_argument
+from meshnode.cluster.service.onboarding.invite_text import conceal_argument
 url = sys.argv[2]
 if sys.argv[1] == "conceal":
     print(conceal_argument(url.partition("#")[2]), flush=True)

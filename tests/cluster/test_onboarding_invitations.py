@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from meshnode.cluster.onboarding.invitations import INVITATIONS_OPEN_MAX, WRONG_PROOFS_MAX, Invitations
+from meshnode.cluster.service.onboarding.invitations import INVITATIONS_OPEN_MAX, WRONG_PROOFS_MAX, Invitations
 from meshnode.kernel.database import Database, open_database
 from meshnode.kernel.errors import ErrorCode, MeshError
 from protocol.ids import NodeId

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from meshnode.cluster.onboarding.certificates import check_leaf
-from meshnode.cluster.onboarding.joiner import JoinTimes, read_join_url
+from meshnode.cluster.service.onboarding.certificates import check_leaf
+from meshnode.cluster.service.onboarding.joiner import JoinTimes, read_join_url
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import open_sealed_root
 from protocol.ids import Address, root_pin

@@ -7,9 +7,9 @@ import pytest
 import trio
 import trio.testing
 
-from meshnode.cluster.onboarding.listener import ListenerLimits
-from meshnode.cluster.onboarding.pages import HttpRequest, parse_request
-from meshnode.cluster.onboarding.rates import Places, Rate, SourceRates, source_of
+from meshnode.cluster.service.onboarding.listener import ListenerLimits
+from meshnode.cluster.service.onboarding.pages import HttpRequest, parse_request
+from meshnode.cluster.service.onboarding.rates import Places, Rate, SourceRates, source_of
 from tests.support.onboarding import MeshOfOne, open_mesh
 
 QUICK = ListenerLimits(first_byte_s=0.3, http_s=0.3, join_s=0.3, waiting_s=0.3)

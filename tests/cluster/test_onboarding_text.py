@@ -3,7 +3,7 @@
 import shlex
 import xml.etree.ElementTree as ElementTree
 
-from meshnode.cluster.onboarding.invite_text import join_command, qr_svg, qr_terminal
+from meshnode.cluster.service.onboarding.invite_text import join_command, qr_svg, qr_terminal
 from protocol.trust.join_url import JoinUrl, build_join_url
 from tests.protocol.trust.parts import seed
 

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from meshnode.cluster.onboarding.certificates import issuer_context, joiner_context
-from meshnode.cluster.onboarding.frames import JoinFrames
+from meshnode.cluster.service.onboarding.certificates import issuer_context, joiner_context
+from meshnode.cluster.service.onboarding.frames import JoinFrames
 from meshnode.kernel.errors import MeshError
 from meshnode.kernel.identity import NodeIdentity, make_csr
 from protocol.ids import node_id_of

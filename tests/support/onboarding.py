@@ -15,11 +15,11 @@ from typing import Any
 import trio
 from nacl.signing import SigningKey
 
-from meshnode.cluster.onboarding.invitations import Invitations
-from meshnode.cluster.onboarding.issuer import Admitted, IssuerIdentity
-from meshnode.cluster.onboarding.joiner import Joiner, JoinGrant, JoinTimes, read_join_url
-from meshnode.cluster.onboarding.listener import ListenerLimits
-from meshnode.cluster.onboarding.onboarding import Invite, Onboarding, OnboardingSetup
+from meshnode.cluster.service.onboarding.invitations import Invitations
+from meshnode.cluster.service.onboarding.issuer import Admitted, IssuerIdentity
+from meshnode.cluster.service.onboarding.joiner import Joiner, JoinGrant, JoinTimes, read_join_url
+from meshnode.cluster.service.onboarding.listener import ListenerLimits
+from meshnode.cluster.service.onboarding.onboarding import Invite, Onboarding, OnboardingSetup
 from meshnode.kernel.database import Database, kernel_migrations, open_database, read_migrations
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import (

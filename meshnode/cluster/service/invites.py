@@ -5,12 +5,13 @@ from typing import Final
 
 from meshnode.cluster import core
 from meshnode.cluster.model import InvitationLine, Invited, Role
-from meshnode.cluster.onboarding.invitations import Invitation
-from meshnode.cluster.onboarding.invite_text import join_command
-from meshnode.cluster.onboarding.onboarding import Onboarding
 from meshnode.cluster.service.nodes import Nodes
+from meshnode.cluster.service.onboarding.invitations import Invitation
+from meshnode.cluster.service.onboarding.invite_text import join_command
+from meshnode.cluster.service.onboarding.onboarding import Onboarding
 from meshnode.cluster.service.trust import Trust
 from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.times import rfc3339
 from protocol.ids import pack_address
 from protocol.node import Node
 from protocol.trust.join import JOIN_PEERS_MAX, Peer
@@ -75,7 +76,7 @@ class Invites:
         return Invited(
             token=invitation.token,
             short_code=invitation.token[:8],
-            expires_at=core.rfc3339(invitation.expires_at),
+            expires_at=rfc3339(invitation.expires_at),
             cli_command=join_command(made.url),
             join_url=made.url,
             role=invitation.role,
@@ -96,7 +97,7 @@ def _line(invitation: Invitation) -> InvitationLine:
         token=invitation.token,
         role=invitation.role,
         state=invitation.state,
-        created_at=core.rfc3339(invitation.created_at),
+        created_at=rfc3339(invitation.created_at),
         expires_in_s=round(max(0.0, invitation.remaining_s), 1),
         wrong_proofs=invitation.wrong_proofs,
         redeemed_by=invitation.redeemed_by,

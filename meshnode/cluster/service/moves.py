@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from meshnode.cluster.model import Joining
-from meshnode.cluster.onboarding.joiner import Joiner
+from meshnode.cluster.service.onboarding.joiner import Joiner
 from meshnode.cluster.service.switch import prepare_identity, stage_departure, stage_join
 from meshnode.cluster.service.trust import Trust
 from meshnode.kernel.database import Migration

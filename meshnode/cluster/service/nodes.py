@@ -27,6 +27,7 @@ from meshnode.kernel.bus import EventBus
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.metrics import Metrics
 from meshnode.kernel.resources.profile import Profile
+from meshnode.kernel.times import rfc3339
 from protocol.election.events import CoordinatorChanged, QuorumChanged
 from protocol.heartbeats.events import HeartbeatHeard
 from protocol.ids import NodeId
@@ -230,8 +231,8 @@ class Nodes:
             name=admission.name if admission is not None else node,
             status=core.status_of(up=up),
             addresses=core.addresses_text(addresses),
-            last_seen=core.rfc3339(self._facts.wall()) if up else core.rfc3339(seen) if seen is not None else None,
-            joined_at=core.rfc3339(admission.admitted_at / 1000) if admission is not None else None,
+            last_seen=rfc3339(self._facts.wall()) if up else rfc3339(seen) if seen is not None else None,
+            joined_at=rfc3339(admission.admitted_at / 1000) if admission is not None else None,
             gpu=core.gpu_of(heard[0] if heard is not None else None, listed),
             role=core.role_of(hub.roster.role(node)),
             coordinator=hub.election.coordinator == node,

@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from meshnode.cluster.onboarding.joiner import JoinGrant
+from meshnode.cluster.service.onboarding.joiner import JoinGrant
 from meshnode.cluster.store import Mesh, MeshStore
 from meshnode.kernel.database import KeyValue, Migration, open_database
 from meshnode.kernel.errors import ErrorCode, MeshError

@@ -4,15 +4,15 @@ Signed statements become records of the collection "trust", which carry them to 
 them. What an admission or eviction means is protocol.trust's.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
 
-from meshnode.cluster.model import Role
-from meshnode.cluster.onboarding.issuer import Admitted
+from meshnode.cluster.model import InvitationUsed, Role
 from meshnode.cluster.service.nodes import Facts, Nodes
+from meshnode.cluster.service.onboarding.issuer import Admitted
+from meshnode.kernel.bus import EventBus
 from meshnode.kernel.driver import Driver
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import (
@@ -27,9 +27,10 @@ from meshnode.kernel.identity import (
 from meshnode.kernel.links.links import Links
 from meshnode.kernel.logs import Logger
 from protocol.election.events import ForgetLost, QuorumChanged
-from protocol.ids import NodeId
+from protocol.ids import NodeId, node_id_of
 from protocol.node import TRUST_COLLECTION
 from protocol.records.events import PutRecord
+from protocol.trust.join_url import token_text
 from protocol.trust.statements import Admission, TrustStatement, admission, eviction, record_key, seal, succeeding_time
 from protocol.wire.crypto import SodiumSuite
 
@@ -81,8 +82,8 @@ class Trust:
         nodes: Nodes,
         facts: Facts,
         members_may_invite: bool,
+        bus: EventBus,
         log: Logger,
-        new_root: Callable[[RootKey], None] = lambda root: None,
     ) -> None:
         self._data_dir = data_dir
         self._identity = identity
@@ -92,8 +93,8 @@ class Trust:
         self._nodes = nodes
         self._facts = facts
         self._members_may_invite = members_may_invite
+        self._bus = bus
         self._log = log
-        self._new_root = new_root
 
     @property
     def is_admin(self) -> bool:
@@ -107,10 +108,13 @@ class Trust:
     ) -> Admitted:
         """Sign an admission, here or by asking an admin. Raises MeshError: FORBIDDEN, EVICTED, UNAVAILABLE."""
         if self._root is not None:
-            return await self._sign_admission(self._root, public_key, name, role, by, invitation)
-        request = AdmitRequest(csr, name, role, by, invitation)
-        answer = await self._ask_admin("cluster.admit", request, AdmitAnswer, "admit a machine")
-        return Admitted(answer.leaf, answer.admission, answer.sealed_root)
+            admitted = await self._sign_admission(self._root, public_key, name, role, by, invitation)
+        else:
+            request = AdmitRequest(csr, name, role, by, invitation)
+            answer = await self._ask_admin("cluster.admit", request, AdmitAnswer, "admit a machine")
+            admitted = Admitted(answer.leaf, answer.admission, answer.sealed_root)
+        self._bus.publish(InvitationUsed(token_text(invitation), node_id_of(public_key), name))
+        return admitted
 
     async def admit_for(self, peer: NodeId, request: AdmitRequest) -> AdmitAnswer:
         """A member asks this admin. Raises MeshError FORBIDDEN if the mesh does not let it, or NOT_ADMIN."""
@@ -126,9 +130,17 @@ class Trust:
     async def _sign_admission(
         self, root: RootKey, public_key: bytes, name: str, role: Role, by: NodeId, invitation: bytes
     ) -> Admitted:
-        refusal = self._driver.node.roster.refusal(public_key)
+        roster = self._driver.node.roster
+        refusal = roster.refusal(public_key)
         if refusal is not None:
             raise MeshError(ErrorCode.JOIN_REFUSED, refusal)
+        known = roster.admission(node_id_of(public_key))
+        statement_known = roster.statement(node_id_of(public_key))
+        if known is not None and statement_known is not None:
+            # A member may send any certificate request it once saw: signing a newer admission for it would let it
+            # change the role of somebody who is in already. Whoever comes again gets what was signed before.
+            sealed_root = seal_root(root, public_key) if known.role == "admin" else b""
+            return Admitted(issue_leaf(root, public_key), statement_known, sealed_root)
         statement = admission(
             public_key=public_key,
             name=name,
@@ -258,7 +270,6 @@ class Trust:
         root = open_sealed_root(self._identity, offer.sealed, self._driver.node.mesh_id)
         store_root(self._data_dir, root)
         self._root = root
-        self._new_root(root)
         self._log.info("this node is an admin now", by=peer)
         return Done()
 

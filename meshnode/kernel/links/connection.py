@@ -38,6 +38,8 @@ from protocol.wire.limits import FRAME_BYTES_MAX
 IDLE: Final = "idle"
 """The reason of a LinkLost that is no failure: both sides agreed that nobody needed the connection."""
 
+_MUCH_BYTES: Final = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class LinkFacts:
@@ -297,17 +299,16 @@ class Connection:
         Silence is counted in rounds, not in seconds: after this machine was suspended for an hour, one round has
         passed, and what the peer sent meanwhile is still read before it is judged.
         """
-        settings, missed, heard, number = self._settings, 0, -1, 0
+        settings, missed, heard, number = self._settings, 0, 0, 0
         patience_s = settings.ping_interval_s * (settings.missed_pings_max + 2)
         while True:
             await trio.sleep(settings.ping_interval_s)
-            if self._delivering:
-                # The driver is behind, so the peer's pings lie unread; this tells it that we are alive all the same.
+            heard_bytes, heard = self._stream.received_bytes - heard, self._stream.received_bytes
+            if self._delivering or heard_bytes:
                 missed = 0
-                number += 1
-                self._owe(Ping(number))
-            elif self._stream.received_bytes != heard:
-                heard, missed = self._stream.received_bytes, 0
+                if self._delivering or heard_bytes > _MUCH_BYTES:
+                    # Its ping may lie behind much that is not read yet. It shall know all the same that we are alive.
+                    self._owe(Pong(0))
             else:
                 missed += 1
                 if missed > settings.missed_pings_max:

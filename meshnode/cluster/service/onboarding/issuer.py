@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from meshnode.cluster.onboarding.frames import JoinFrames, JoinStreamError
-from meshnode.cluster.onboarding.invitations import Invitation, Invitations
+from meshnode.cluster.service.onboarding.frames import JoinFrames, JoinStreamError
+from meshnode.cluster.service.onboarding.invitations import Invitation, Invitations
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import public_key_of_csr
 from meshnode.kernel.logs import Logger

@@ -13,9 +13,9 @@ from typing import Final, TypeVar
 
 import trio
 
-from meshnode.cluster.onboarding.certificates import check_leaf, check_root, joiner_context
-from meshnode.cluster.onboarding.failures import Failure, described, join_failed
-from meshnode.cluster.onboarding.frames import JoinFrames
+from meshnode.cluster.service.onboarding.certificates import check_leaf, check_root, joiner_context
+from meshnode.cluster.service.onboarding.failures import Failure, described, join_failed
+from meshnode.cluster.service.onboarding.frames import JoinFrames
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import NodeIdentity, make_csr
 from protocol.ids import Address, MeshId, NodeId, mesh_id_of, node_id_of, unpack_address

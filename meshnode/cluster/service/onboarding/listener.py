@@ -15,11 +15,11 @@ from typing import Final
 
 import trio
 
-from meshnode.cluster.onboarding.frames import JoinFrames
-from meshnode.cluster.onboarding.invitations import Invitations
-from meshnode.cluster.onboarding.issuer import Issuer
-from meshnode.cluster.onboarding.pages import REQUEST_BYTES_MAX, LandingPages, refuse_large
-from meshnode.cluster.onboarding.rates import Places, Rate, SourceRates, source_of
+from meshnode.cluster.service.onboarding.frames import JoinFrames
+from meshnode.cluster.service.onboarding.invitations import Invitations
+from meshnode.cluster.service.onboarding.issuer import Issuer
+from meshnode.cluster.service.onboarding.pages import REQUEST_BYTES_MAX, LandingPages, refuse_large
+from meshnode.cluster.service.onboarding.rates import Places, Rate, SourceRates, source_of
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.logs import Logger
 from protocol.trust.join import JOIN_REQUEST_BYTES_MAX

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 import trio
 
-from meshnode.cluster.onboarding.certificates import issuer_context
-from meshnode.cluster.onboarding.invitations import Clock, Invitation, Invitations
-from meshnode.cluster.onboarding.invite_text import join_command
-from meshnode.cluster.onboarding.issuer import Admitter, Issuer, IssuerIdentity, MeshFacts
-from meshnode.cluster.onboarding.listener import ListenerLimits, OnboardingListener
-from meshnode.cluster.onboarding.pages import LandingPages
+from meshnode.cluster.service.onboarding.certificates import issuer_context
+from meshnode.cluster.service.onboarding.invitations import Clock, Invitation, Invitations
+from meshnode.cluster.service.onboarding.invite_text import join_command
+from meshnode.cluster.service.onboarding.issuer import Admitter, Issuer, IssuerIdentity, MeshFacts
+from meshnode.cluster.service.onboarding.listener import ListenerLimits, OnboardingListener
+from meshnode.cluster.service.onboarding.pages import LandingPages
 from meshnode.kernel.database import Database
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import NodeIdentity

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Final
 
-from meshnode.cluster.onboarding.invitations import Invitation, Invitations
+from meshnode.cluster.service.onboarding.invitations import Invitation, Invitations
 from meshnode.kernel.errors import ErrorCode
 from protocol.trust.join_url import JoinUrlError, parse_token
 
@@ -83,7 +83,7 @@ class LandingPages:
 
     def __init__(self, *, invitations: Invitations, inviter: str, install_command: str) -> None:
         """`inviter` is this node's name; `install_command` is what installs meshnode on a machine that has pipx."""
-        static = resources.files("meshnode.cluster.onboarding").joinpath("static")
+        static = resources.files("meshnode.cluster.service.onboarding").joinpath("static")
         self._page = static.joinpath("landing.html").read_text(encoding="utf-8")
         self._gone = static.joinpath("gone.html").read_text(encoding="utf-8")
         self._assets = {path: (static.joinpath(name).read_bytes(), kind) for path, (name, kind) in _ASSETS.items()}
