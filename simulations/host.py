@@ -169,6 +169,10 @@ class MeshProgram:
         ages = [now - latest[other][1] for other in others if other in latest]
         return ages, len(others) - len(ages)
 
+    def refused(self, computer: Computer, reason: str) -> int:
+        """How many datagrams the node refused for this reason since it started."""
+        return cast(Node, computer.machine).datagrams.drops[reason]
+
     def value(self, computer: Computer, key: bytes) -> bytes | None:
         """What the node reads under a key of the shared collection."""
         record = cast(Node, computer.machine).records.get(SHARED_COLLECTION, key)
@@ -265,10 +269,11 @@ class MeshProgram:
         if computer.run != run or computer.state == DOWN or self._sample_s is None:
             return
         rng = computer.rng
-        cpu_pm, ram_used_mb = rng.randrange(0, 400), 3000 + rng.randrange(0, 200)
-        computer.input(
-            SampleTaken(Sample(cpu_pm, cpu_pm // 4, ram_used_mb, 100_000, -1, -128, -1, 0, -1, 4, int(computer.now()), 400))
-        )
+        # Noise most of the time, and now and then something that readers would act on.
+        cpu_pm = rng.randrange(600, 1000) if rng.random() < 0.05 else rng.randrange(20, 120)
+        ram_used_mb, uptime_s = 3000 + rng.randrange(0, 200), int(self._world.now - computer.started_at)
+        sample = Sample(cpu_pm, cpu_pm // 4, ram_used_mb, 100_000, -1, -128, -1, 0, -1, 4, uptime_s, 400)
+        computer.input(SampleTaken(sample))
         self._world.after(self._sample_s, self._sample, computer, run)
 
     def _wall_ms(self) -> int:

@@ -201,6 +201,11 @@ class Contest:
         """Claim now or later, by this node's rank among the candidates that it sees."""
         if self.following.leader is not None or self._gone:
             return []
+        seen = self.following.seen
+        known = self._roster.node(seen.leader) if seen > self._ledger.ballot else None
+        if known is not None and known in self._up:
+            # Somebody named it before, only its beacon is missing.
+            return self._follow(known, seen, at) + self.following.nudge(at.now)
         better = rank((self._me, self._short), self._up.items(), self._standings)
         due = self._vacant_since
         if better and self._ledger.ballot.leader != self._short:

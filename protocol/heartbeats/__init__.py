@@ -1,1 +1,1 @@
-"""Resource heartbeats: what each node has and does now, to everyone, under a byte budget that holds at any mesh size."""
+"""Resource heartbeats: what each node has and does now, to everyone, within a byte budget at any size."""

@@ -97,7 +97,7 @@ class Heartbeats:
     ) -> list[Effect]:
         """One event. Never raises on what a peer sent."""
         match event:
-            case Received(sender, _, Spread() as spread):
+            case Received(message=Spread() as spread):
                 return self._spread(spread, now)
             case StatementReceived(_, stated):
                 return self._heard(stated, now)

@@ -1,4 +1,4 @@
-"""The numbers of membership, with a profile each for a LAN, a WAN and one machine. Seconds unless the name says else."""
+"""The numbers of membership, with profiles for a LAN, a WAN and one machine. Seconds unless the name says else."""
 
 from dataclasses import dataclass, replace
 from typing import Final, Literal

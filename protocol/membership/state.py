@@ -1,4 +1,4 @@
-"""What the parts of the membership machine share: the view, the queue of gossip, whom it heard, and the effects so far."""
+"""What the parts of the membership machine share: view, queue of gossip, whom it heard, the effects so far."""
 
 from collections import deque
 from math import ceil, log

@@ -1,1 +1,1 @@
-"""Bytes to typed messages and back: framing, codec, signatures, replay windows, limits. Decides nothing about the mesh."""
+"""Bytes to typed messages and back: framing, codec, signatures, replay windows, limits. Decides nothing."""

@@ -1,4 +1,4 @@
-"""Datagrams: 27 bytes of header, then messages under a key that only these two nodes in this boot of the receiver share.
+"""Datagrams: 27 bytes of header, then messages under a key that only these two nodes share, for one boot.
 
 So a datagram proves its sender without a signature, a key holder cannot speak for another, and what was recorded
 before the receiver restarted is noise after it. Layout, big-endian:
@@ -90,7 +90,7 @@ class DatagramCodec:
         return self._boots.get(peer)
 
     def learn_boot(self, peer: NodeId, boot: int) -> None:
-        """A signed statement or a link proved this boot; older ones are ignored. Old traffic of the peer dies with it."""
+        """A signed statement or a link proved this boot; an older one is ignored."""
         if boot > self._boots.get(peer, 0):
             self._boots[peer] = boot
 

@@ -27,13 +27,15 @@ def _accused_counts_itself(patches: Patches) -> None:
     original = patches.set(Suspicions, "_conclude", conclude)
 
 
-def _cut_off_accuses(patches: Patches) -> None:
-    def fail(self: Any, number: int, probe: Any) -> None:
-        self._drop(number)
-        self._accuse(probe.target)
+def _no_time_to_refute(patches: Patches) -> None:
+    def add(self: Any, target: Any, stated: Any, body: Any) -> Any:
+        added = original(self, target, stated, body)
+        suspicion = self._suspicions.get(target)
+        if suspicion is not None:
+            self._conclude(target, suspicion)
+        return added
 
-    patches.set(Probing, "_fail", fail)
-    patches.set(State, "witnesses_needed", lambda self, target: 1 if len(self.view.peers) < 2 else 2)
+    original = patches.set(Suspicions, "add", add)
 
 
 def _never_refutes(patches: Patches) -> None:
@@ -93,7 +95,7 @@ def _frozen_trusts_its_probes(patches: Patches) -> None:
 
     original = patches.set(Probing, "stage", stage)
     patches.set(Membership, "_stalled", lambda self, gap: None)
-    patches.set(State, "heard_since", lambda self, since, without: 99)
+    patches.set(State, "heard_since", lambda self, *_: 99)
 
 
 def _digest_ignores_boots(patches: Patches) -> None:
@@ -120,7 +122,14 @@ def membership_bugs() -> tuple[Bug, ...]:
     return (
         Bug("one-witness", "a single accusation is enough for a death", _one_witness),
         Bug("accused-counts-itself", "the accused's own statement counts as a witness", _accused_counts_itself),
-        Bug("cut-off-accuses", "a node that hears nobody accuses everybody", _cut_off_accuses, "degraded", 16, duration_s=80),
+        Bug(
+            "no-time-to-refute",
+            "a verdict falls as soon as there are enough accusations, before the accused can answer",
+            _no_time_to_refute,
+            "degraded",
+            32,
+            "8/0.26",
+        ),
         Bug("never-refutes", "an accused node does not raise its incarnation", _never_refutes),
         Bug(
             "suspicion-survives-refutation",

@@ -7,12 +7,29 @@ from collections.abc import Sequence
 
 from protocol.effects import DatagramReceived, SendFrame, SetTimer
 from protocol.ids import Address
+from protocol.membership.events import PeerDown, PeerLeft, PeerUp
+from simulations.checkers.checker import Checker
 from simulations.computer import RUNNING, Computer
 from simulations.scenarios.scenario import Figure, Mesh, Options, Samples, mesh
+from simulations.world import World
 
 CAPTURED_MAX = 3000
 ATTACKER = Address("10.66.6.6", 6666)
 KEY_ID_AT = range(5, 9)
+
+
+class Stirred(Checker):
+    """Counts changes of views. While nothing real happens, every one of them is an attacker's."""
+
+    name = "stirred"
+
+    def attached(self, world: World) -> None:
+        self.count = 0
+
+    def published(self, computer: Computer, event: object) -> None:
+        """Ups, downs and goodbyes."""
+        if isinstance(event, PeerUp | PeerDown | PeerLeft):
+            self.count += 1
 
 
 class Replay:
@@ -25,7 +42,8 @@ class Replay:
     def measure(self, options: Options) -> Samples:
         """Record a busy mesh, then attack it."""
         samples = Samples()
-        made = mesh(options, sample_s=2.0)
+        stirred = Stirred()
+        made = mesh(options, checkers=(stirred,), sample_s=2.0)
         world = made.world
         captured: list[tuple[Computer, Computer, bytes]] = []
 
@@ -42,7 +60,11 @@ class Replay:
         self._replay(made, captured, samples)
         self._alter(made, captured, samples)
         self._junk(made, samples)
-        self._insider(made, samples)
+        before_quiet = self._refused_as_replay(made)
+        world.run(5.0)
+        # A window that forged datagrams could move would now refuse what is genuine.
+        samples.add("genuine_refused", float(self._refused_as_replay(made) - before_quiet))
+        self._insider(made, stirred, samples)
         for computer in computers[: options.nodes // 2]:
             computer.crash()
             world.run(0.5)
@@ -89,22 +111,26 @@ class Replay:
             data = rng.randbytes(rng.randrange(0, 1400))
             samples.add("junk_worked", float(_works(rng.choice(made.computers), data, ATTACKER)))
 
-    def _insider(self, made: Mesh, samples: Samples) -> None:
-        """A member that seals properly, but speaks in the names of others: deaths, goodbyes, refutations, newer boots."""
-        before = len(made.views.verdicts)
+    def _refused_as_replay(self, made: Mesh) -> int:
+        return sum(made.program.refused(computer, "replay") for computer in made.world.up())
+
+    def _insider(self, made: Mesh, stirred: Stirred, samples: Samples) -> None:
+        """A member that seals properly, but speaks in the names of others: deaths, goodbyes, newer boots."""
+        before = stirred.count
         rng, program = made.world.rng, made.program
-        for _ in range(200):
+        for number in range(300):
             insider, target, victim = rng.sample(made.computers, 3)
             # Three forged accusers would be witnesses enough.
             accusers = [computer for computer in rng.sample(made.computers, 4) if computer is not victim][:3]
-            messages = program.forgeries(insider, victim, accusers)
+            goodbye, newer, *accusations = program.forgeries(insider, victim, accusers)
+            messages = ([goodbye], [newer], accusations)[number % 3]
             data = program.seal(insider, target, messages)
             if data is not None:
                 samples.add("forged", 1.0)
                 made.world.network.send(insider, target.address, data)
             made.world.run(0.02)
         made.world.run(10.0)
-        samples.add("forged_worked", float(len(made.views.verdicts) - before + made.views.wrong))
+        samples.add("forged_worked", float(stirred.count - before))
 
     def judge(self, samples: Samples, options: Options) -> Sequence[Figure]:
         """Nothing may work."""
@@ -114,6 +140,7 @@ class Replay:
             *(Figure(name, sum(samples.of(name)), "", 0.0) for name in names),
             Figure("altered_worked", sum(samples.of("altered_worked")), "", 0.0),
             Figure("junk_worked", sum(samples.of("junk_worked")), "", 0.0),
+            Figure("genuine_refused_after_the_attack", sum(samples.of("genuine_refused")), "", 0.0),
             Figure("forged_by_an_insider", sum(samples.of("forged")), "", 100.0, at_least=True),
             Figure("forged_worked", sum(samples.of("forged_worked")), "", 0.0),
             Figure("deaths_during_the_flood", sum(samples.of("deaths")), "", 0.0),
