@@ -314,7 +314,7 @@ class Node:
                     self._out.append(effect)
 
     def _seal(self, send: Send, now: float) -> None:
-        address = send.address or self.membership.route(send.to, now)
+        address = send.address or self.membership.route(send.to)
         if address is None:
             self.drops["no_address"] += 1
             return

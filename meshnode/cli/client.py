@@ -5,6 +5,7 @@ MeshError with the agent's own words, and care for secrets: the token and join U
 Where the agent is, `session` finds out; what answers look like, `render` knows.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -117,11 +118,11 @@ class AgentClient:
         connection = self._connected(ANSWER_TIMEOUT_S)
         uid = self._peer_uid(connection.sock)
         if uid is None or uid not in self._trusted_uids():
-            who = "a process whose user is unknown" if uid is None else f"a process of user id {uid}"
+            who = "A process whose user is unknown" if uid is None else f"A process of user id {uid}"
             raise MeshError(
                 ErrorCode.FORBIDDEN,
-                f"{who} answers on {HOST}:{self._port}, so no secret is sent there. If that is your agent, name its data "
-                "folder with --data-dir, or run this as its user.",
+                f"{who} answers on {HOST}:{self._port}, so no secret is sent there. If that is your agent, name its "
+                "data folder with --data-dir, or run this as its user.",
             )
 
     def close(self) -> None:
@@ -215,11 +216,9 @@ class AgentClient:
 
     def _trusted_uids(self) -> set[int]:
         trusted = {0, os.geteuid()}
-        try:
+        with contextlib.suppress(OSError):
             # Root, say, may ask an agent that runs as a user of its own, in that user's data folder.
             trusted.add(self._token_path.parent.stat().st_uid)
-        except OSError:
-            pass
         return trusted
 
 

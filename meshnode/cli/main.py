@@ -45,12 +45,12 @@ class _Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        try:
-            return super().resolve_command(ctx, args)
-        except click.NoSuchCommand as error:
-            near = difflib.get_close_matches(args[0], self.commands, n=1)
+        wanted = args[0]
+        if not ctx.resilient_parsing and not wanted.startswith("-") and wanted not in self.commands:
+            near = difflib.get_close_matches(wanted, self.commands, n=1)
             hint = f"did you mean 'meshnode {near[0]}'?" if near else "'meshnode --help' lists them."
-            raise click.UsageError(f"There is no command {args[0]!r}; {hint}", ctx) from error
+            raise click.UsageError(f"There is no command {wanted!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
 
 
 def command_group() -> click.Group:

@@ -53,23 +53,17 @@ def node_path(node: Any, verb: str = "") -> str:
     return f"/api/nodes/{quote(node['id'], safe='')}{verb}"
 
 
-class NodeName(click.ParamType):
-    """An argument that names a node; the shell completes it by asking the agent."""
-
-    name = "name"
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        """Names that begin so, or nothing when no agent answers at once."""
-        told = {name: ctx.params.get(name) for name in ("api_port", "data_dir", "config")}
-        try:
-            with Session(**told).agent() as client:
-                nodes = client.pages("/api/nodes", timeout_s=_COMPLETION_TIMEOUT_S)
-        except MeshError:
-            return []
-        return [
-            CompletionItem(node["name"], help=f"{node['status']}, {node['id'][:8]}")
-            for node in nodes
-            if node["name"].startswith(incomplete) and printable(node["name"]) == node["name"]
-        ]
+def complete_node(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """For the shell: names that begin so, or nothing when no agent answers at once."""
+    told = ctx.params
+    session = Session(api_port=told.get("api_port"), data_dir=told.get("data_dir"), config=told.get("config"))
+    try:
+        with session.agent() as client:
+            nodes = client.pages("/api/nodes", timeout_s=_COMPLETION_TIMEOUT_S)
+    except MeshError:
+        return []
+    return [
+        CompletionItem(node["name"], help=f"{node['status']}, {node['id'][:8]}")
+        for node in nodes
+        if node["name"].startswith(incomplete) and printable(node["name"]) == node["name"]
+    ]

@@ -151,5 +151,7 @@ class Progress:
         turn = 0
         # Nothing is drawn for what is over at once.
         while not self._done.wait(_SPINNER_INTERVAL_S if turn else 0.3):
-            click.echo(f"\r\x1b[K{_SPINNER[turn % len(_SPINNER)]} {printable(self._words)}", err=True, nl=False, color=True)
+            click.echo(
+                f"\r\x1b[K{_SPINNER[turn % len(_SPINNER)]} {printable(self._words)}", err=True, nl=False, color=True
+            )
             turn += 1

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from meshnode.cluster.service.pings import Echo, Pings
-from meshnode.cluster.service.trust import AdmitAnswer, AdmitRequest, Done, RootOffer, Trust
+from meshnode.cluster.service.trust import AdmitAnswer, AdmitRequest, Done, LostVoter, RootOffer, Trust
 from meshnode.kernel.links.contracts import PeerMethod
 from protocol.ids import NodeId
 
@@ -27,7 +27,11 @@ def peer_methods(trust: Trust, pings: Pings) -> Mapping[str, PeerMethod[Any]]:
     async def take_root(peer: NodeId, offer: RootOffer) -> Done:
         return await trust.take_root(peer, offer)
 
+    async def forget(peer: NodeId, lost: LostVoter) -> Done:
+        return await trust.forget_for(peer, lost)
+
     return {
+        "cluster.forget": PeerMethod(LostVoter, forget),
         "cluster.ping": PeerMethod(Echo, ping),
         "cluster.admit": PeerMethod(AdmitRequest, admit),
         "cluster.leave": PeerMethod(Done, leave),

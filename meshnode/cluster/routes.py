@@ -133,7 +133,8 @@ class ClusterRoutes:
         return self._nodes.node(self._nodes.find(request.params["id"]))
 
     async def evict(self, request: Request) -> None:
-        await self._trust.evict(self._nodes.find(request.params["id"]), lost=request.query.lost)
+        lost = request.query.lost
+        await self._trust.evict(self._nodes.find(request.params["id"], also_evicted=lost), lost=lost)
 
     async def promote(self, request: Request) -> NodeInfo:
         node = self._nodes.find(request.params["id"])

@@ -117,9 +117,9 @@ class Membership:
         """Where to reach a peer, the best first; empty if nothing is known."""
         return self._s.addresses(peer)
 
-    def route(self, peer: NodeId, now: float) -> Address | None:
+    def route(self, peer: NodeId) -> Address | None:
         """Where to send a datagram to this peer: an address, TUNNEL for the link, or None if nothing is known."""
-        if self._s.tunnelled.get(peer, 0.0) > now:
+        if peer in self._s.tunnelled:
             return TUNNEL
         route = self._s.routes.get(peer)
         if route is None:
@@ -331,6 +331,8 @@ class Membership:
                     s.send(sender, self._probing.ack(ping), *self._piggyback(), address=source)
                     self._healing.compare(sender, ping.digest)
                 case Ack(probe, digest):
+                    if not tunnelled:
+                        s.tunnelled.pop(sender, None)
                     self._probing.answered(probe, sender, tunnelled)
                     self._healing.compare(sender, digest)
                 case PingRequest() as request:

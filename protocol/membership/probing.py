@@ -6,6 +6,7 @@ nobody.
 """
 
 from collections.abc import Callable
+from math import inf
 
 from protocol.ids import Address, NodeId
 from protocol.membership.events import PeerMeasured
@@ -16,7 +17,7 @@ from protocol.wire.statements import Stated
 PROBES_MAX = 256
 RELAYS_MAX = 256
 LATE_S = 0.2  # a timer this late means that this process was kept from running, not that the peer was silent
-TUNNEL_BELIEVED_S = 30.0
+UDP_RETRY_S = 30.0
 
 
 class _Probe:
@@ -69,13 +70,18 @@ class Probing:
         self._probes[number] = probe
         self._targets[target] = number
         ping = self._ping(number)
-        probe.tunnelled = s.tunnelled.get(target, 0.0) > s.now
+        probe.tunnelled = target in s.tunnelled
         if accusation is not None:
             s.send(target, ping, Gossip([accusation.blob]))
         else:
             items = s.broadcasts.take(1000, s.now)
             s.send(target, ping, Gossip(items)) if items else s.send(target, ping)
         s.timer(probe.due, "stage", number)
+        if s.tunnelled.get(target, inf) <= s.now:
+            # Now and then, see whether its UDP gets through again; an Ack that comes by UDP ends the tunnel.
+            s.tunnelled[target] = s.now + UDP_RETRY_S
+            for address in s.addresses(target)[:2]:
+                s.send(target, ping, address=address)
 
     def announce(self, target: NodeId) -> None:
         """Ping a member that is believed gone. Nothing is concluded from silence."""
@@ -146,9 +152,7 @@ class Probing:
         if probe is None or probe.target != sender:
             return
         if tunnelled and not probe.tunnelled:
-            s.tunnelled[sender] = s.now + TUNNEL_BELIEVED_S
-        elif not tunnelled:
-            s.tunnelled.pop(sender, None)
+            s.tunnelled[sender] = s.now + UDP_RETRY_S
         if not probe.late and (probe.stage == 0 or tunnelled):
             s.publish(PeerMeasured(sender, s.now - probe.started, tunnelled))
         self._drop(number)

@@ -41,7 +41,7 @@ class State:
         self._heard: deque[tuple[float, NodeId]] = deque(maxlen=HEARD_MAX)
         self.routes: dict[NodeId, Address] = {}  # where a peer's datagrams really come from, if not as stated
         self.contacts: dict[NodeId, Address] = {}  # hints for members of whom no statement is known
-        self.tunnelled: dict[NodeId, float] = {}  # peers whose UDP does not get through, until when to believe that
+        self.tunnelled: dict[NodeId, float] = {}  # peers whose UDP does not get through; when to try it again
         self.gossiping = False
 
     # ---- effects ----

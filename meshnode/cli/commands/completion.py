@@ -24,7 +24,10 @@ _SHELLS = ("bash", "zsh", "fish")
 @with_session
 @click.pass_context
 def completion(ctx: click.Context, session: Session, shell: str | None) -> None:
-    """Print the script that lets your shell complete commands, flags and node names."""
+    """Print the completion script for your shell.
+
+    It completes commands, flags and node names.
+    """
     chosen = shell or PurePath(os.environ.get("SHELL", "")).name
     source = get_completion_class(chosen) if chosen in _SHELLS else None
     if source is None:

@@ -2,11 +2,11 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from meshnode.kernel.database import SalvageReport
     from meshnode.settings import SettingView
 
-T = TypeVar("T")
-
 
 @click.group(
     invoke_without_command=True,
@@ -29,14 +27,18 @@ T = TypeVar("T")
 @click.pass_context
 @with_session
 def config(session: Session, ctx: click.Context, changed: bool) -> None:
-    """Show every setting with its value and where it comes from."""
+    """Show every setting, its value and where it comes from."""
     if ctx.invoked_subcommand is not None:
         return
     views = [view for view in session.resolved.show() if not changed or view.origin != "default"]
     if session.as_json:
         say_json([_view_json(view) for view in views])
     elif views:
-        say(table(("SETTING", "VALUE", "FROM"), [(view.key, _value_text(view), printable(view.origin)) for view in views]))
+        say(
+            table(
+                ("SETTING", "VALUE", "FROM"), [(view.key, _value_text(view), printable(view.origin)) for view in views]
+            )
+        )
     else:
         say("Every setting is at its default.")
 
@@ -59,7 +61,9 @@ def path(session: Session) -> None:
 
 
 @config.command("export-db", epilog=example("meshnode config export-db --out meshnode.sql"))
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="New file to write. Default: a dated name here.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="New file to write. Default: a dated name here."
+)
 @with_session
 def export_db(session: Session, out: Path | None) -> None:
     """Write what can be read of the agent's database as SQL, while no agent runs. The file holds secrets."""
@@ -118,11 +122,10 @@ def _salvage_json(report: "SalvageReport") -> dict[str, Any]:
 
 
 def _view_json(view: "SettingView") -> dict[str, Any]:
-    absent_or: Callable[[Any], Any] = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731
     fields = {
         "key": view.key,
-        "value": absent_or(view.value),
-        "default": absent_or(view.default),
+        "value": view.value,
+        "default": view.default,
         "origin": view.origin,
         "unit": view.unit,
         "variable": view.variable,

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 @click.command(epilog=example("meshnode doctor", "meshnode doctor --json"))
 @with_session
 def doctor(session: Session) -> int:
-    """Look at this machine: what is missing, and the command that mends it. Changes nothing."""
+    """Find what is missing here, and how to mend it.
+
+    Looks at this machine and prints the command for everything that is not as it should be. Changes nothing.
+    """
     import trio  # The checks run side by side; no other command needs it.
 
     from meshnode.cli.doctor import Patient, Result, examine
@@ -42,7 +45,12 @@ def doctor(session: Session) -> int:
     failed = any(finding.result is Result.FAIL for finding in findings)
     if session.as_json:
         shown = [
-            {"name": one.name, "result": one.result.value, "found": one.found, **({"mend": one.mend} if one.mend else {})}
+            {
+                "name": one.name,
+                "result": one.result.value,
+                "found": one.found,
+                **({"mend": one.mend} if one.mend else {}),
+            }
             for one in findings
         ]
         say_json({"ok": not failed, "findings": shown})

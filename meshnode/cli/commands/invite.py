@@ -21,30 +21,33 @@ INVITE_TIMEOUT_S: Final = 60.0
 _USED: Final = "invitation_used"
 
 
-class Duration(click.ParamType):
-    """`10m`, `2h`, `90s`, `600`: seconds."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Seconds, or a usage error."""
-        try:
-            return parse_duration_s(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+def _seconds(ctx: click.Context, param: click.Parameter, text: str | None) -> float | None:
+    try:
+        return None if text is None else parse_duration_s(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
 
 
 @click.command(
-    epilog=example("meshnode invite", "meshnode invite --role admin --ttl 1h", "meshnode invite --wait", "meshnode invite --list")
+    epilog=example(
+        "meshnode invite", "meshnode invite --role admin --ttl 1h", "meshnode invite --wait", "meshnode invite --list"
+    )
 )
-@click.option("--role", type=click.Choice(("member", "admin")), default="member", show_default=True, help="What it will be.")
-@click.option("--ttl", type=Duration(), help="How long the URL is good, such as 10m or 2h. Default: 10m.")
+@click.option(
+    "--role", type=click.Choice(("member", "admin")), default="member", show_default=True, help="What it will be."
+)
+@click.option(
+    "--ttl", metavar="TIME", callback=_seconds, help="How long the URL is good, such as 10m or 2h. Default: 10m."
+)
 @click.option("--wait", is_flag=True, help="Wait until a machine has joined with it.")
 @click.option("--list", "listing", is_flag=True, help="Show the invitations made on this node instead.")
 @click.option("--revoke", metavar="TOKEN", help="End an invitation instead; --list shows its token.")
 @with_session
 def invite(session: Session, role: str, ttl: float | None, wait: bool, listing: bool, revoke: str | None) -> None:
-    """Make a one-time URL with which one more machine can join, and show it as a QR code."""
+    """Make a one-time URL for one more machine.
+
+    It is shown as a QR code too. Whoever has the URL can join once, until it expires.
+    """
     if listing and revoke is not None:
         raise click.UsageError("--list and --revoke are two different things: give one of them")
     with session.agent() as agent:
@@ -140,5 +143,6 @@ def _used(events: Iterator[ServerEvent], token: str, expires: float | None) -> A
         if expires is not None and time.time() > expires:
             raise MeshError(ErrorCode.TOKEN_EXPIRED, "Nobody used the URL in time. `meshnode invite` makes a new one.")
     raise MeshError(
-        ErrorCode.UNAVAILABLE, "The agent ended the stream of events. `meshnode invite --list` shows whether it was used."
+        ErrorCode.UNAVAILABLE,
+        "The agent ended the stream of events. `meshnode invite --list` shows whether it was used.",
     )

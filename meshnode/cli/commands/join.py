@@ -25,14 +25,21 @@ _PASSING: Final = frozenset({ErrorCode.AGENT_NOT_RUNNING, ErrorCode.UNAVAILABLE,
 
 
 @click.command(
-    epilog=example("meshnode join 'http://192.168.1.20:4894/join/...'", "meshnode join - < url.txt", "meshnode join --leave-first 'URL'")
+    epilog=example(
+        "meshnode join 'http://192.168.1.20:4894/join/...'",
+        "meshnode join - < url.txt",
+        "meshnode join --leave-first 'URL'",
+    )
 )
 @click.argument("url")
 @click.option("--leave-first", is_flag=True, help="Leave the mesh that this machine belongs to now.")
 @click.option("--service", is_flag=True, help="Install the agent as a system service (not built yet).")
 @with_session
 def join(session: Session, url: str, leave_first: bool, service: bool) -> None:
-    """Join the mesh that made URL, by the agent that runs on this machine. Put the URL in single quotes."""
+    """Join the mesh of a one-time URL.
+
+    The agent that runs on this machine goes over to it. Put the URL in single quotes; - reads it from standard input.
+    """
     if service:
         raise click.UsageError(
             "--service is not built yet: this version cannot install itself as a system service. "

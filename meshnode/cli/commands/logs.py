@@ -22,9 +22,13 @@ OLD_FILES_MAX: Final = 1_000
 _POLL_INTERVAL_S: Final = 0.2
 
 
-@click.command(epilog=example("meshnode logs -n 200", "meshnode logs -f --level warning", "meshnode logs --json | jq .event"))
+@click.command(
+    epilog=example("meshnode logs -n 200", "meshnode logs -f --level warning", "meshnode logs --json | jq .event")
+)
 @click.option("--follow", "-f", is_flag=True, help="Go on with new records until Ctrl-C.")
-@click.option("--lines", "-n", type=click.IntRange(0, 1_000_000), default=50, show_default=True, help="Records to begin with.")
+@click.option(
+    "--lines", "-n", type=click.IntRange(0, 1_000_000), default=50, show_default=True, help="Records to begin with."
+)
 @click.option("--level", type=click.Choice(LEVELS), default="debug", help="The least important records to show.")
 @with_session
 def logs(session: Session, follow: bool, lines: int, level: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from meshnode.cli.nodes import NodeName, find_node, node_path
+from meshnode.cli.nodes import complete_node, find_node, node_path
 from meshnode.cli.render import node_text, nodes_text, status_text
 from meshnode.cli.screen import Progress, confirm, say, say_json
 from meshnode.cli.session import Session, example, with_session
@@ -18,7 +18,7 @@ CHANGE_TIMEOUT_S = 90.0
 @click.command(epilog=example("meshnode status", "meshnode status --json"))
 @with_session
 def status(session: Session) -> None:
-    """Show the mesh: this node, the coordinator, one line for each peer."""
+    """Show the mesh: this node, coordinator, sums, each peer."""
     with session.agent() as agent:
         summary = agent.get("/api/status")
     if session.as_json:
@@ -40,10 +40,13 @@ def nodes(session: Session) -> None:
 
 
 @click.command(epilog=example("meshnode node attic", "meshnode node 3kq7 --json", "meshnode node"))
-@click.argument("name", type=NodeName(), required=False)
+@click.argument("name", shell_complete=complete_node, required=False)
 @with_session
 def node(session: Session, name: str | None) -> None:
-    """Show one node in full: NAME is its name, its id or the beginning of the id. Without NAME: this one."""
+    """Show one node in full.
+
+    NAME is its name, its id or the beginning of its id. Without NAME: this one.
+    """
     with session.agent() as agent:
         found = find_node(agent, agent.get("/api/status")["node_id"] if name is None else name)
     if session.as_json:
@@ -53,10 +56,13 @@ def node(session: Session, name: str | None) -> None:
 
 
 @click.command(epilog=example("meshnode promote attic"))
-@click.argument("name", type=NodeName())
+@click.argument("name", shell_complete=complete_node)
 @with_session
 def promote(session: Session, name: str) -> None:
-    """Make the node NAME an admin: it may invite, promote and evict, and votes for the coordinator."""
+    """Make a node an admin.
+
+    An admin may invite, promote and evict, and can coordinate. NAME is a name, an id or the beginning of an id.
+    """
     with session.agent() as agent, Progress("promoting", quiet=session.as_json):
         found = agent.post(node_path(find_node(agent, name), "/promote"), {}, timeout_s=CHANGE_TIMEOUT_S)
     if session.as_json:
@@ -66,12 +72,15 @@ def promote(session: Session, name: str) -> None:
 
 
 @click.command(epilog=example("meshnode evict attic", "meshnode evict attic --lost --yes"))
-@click.argument("name", type=NodeName())
+@click.argument("name", shell_complete=complete_node)
 @click.option("--lost", is_flag=True, help="The machine is gone for good: do not wait for its vote.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @with_session
 def evict(session: Session, name: str, lost: bool, yes: bool) -> None:
-    """Put the node NAME out of the mesh, for good. It gets back only by a new invitation."""
+    """Put a node out of the mesh, for good.
+
+    It gets back only by a new invitation. NAME is a name, an id or the beginning of an id.
+    """
     with session.agent() as agent:
         found = find_node(agent, name)
         shown = f"{printable(found['name'])} ({found['id']})"

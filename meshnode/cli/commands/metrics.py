@@ -12,7 +12,10 @@ from meshnode.cli.session import Session, example, with_session
 @click.option("--prometheus", is_flag=True, help="As Prometheus reads them.")
 @with_session
 def metrics(session: Session, pattern: str, prometheus: bool) -> None:
-    """Print the agent's figures: all, or those whose name holds PATTERN."""
+    """Print the agent's figures.
+
+    All, or those whose name holds PATTERN.
+    """
     if prometheus and (session.as_json or pattern):
         raise click.UsageError("--prometheus prints all figures in a form of its own: leave PATTERN and --json out")
     with session.agent() as agent:

@@ -2,7 +2,7 @@
 
 import click
 
-from meshnode.cli.nodes import NodeName, find_node, node_path
+from meshnode.cli.nodes import complete_node, find_node, node_path
 from meshnode.cli.render import ping_text
 from meshnode.cli.screen import Progress, say, say_json
 from meshnode.cli.session import Session, example, with_session
@@ -14,14 +14,17 @@ _OPENING_MAX_S = 20.0
 
 
 @click.command(epilog=example("meshnode ping attic", "meshnode ping attic -c 100 --interval 0"))
-@click.argument("name", type=NodeName())
+@click.argument("name", shell_complete=complete_node)
 @click.option("--count", "-c", type=click.IntRange(1, 1_000), default=10, show_default=True, help="Round trips.")
 @click.option(
     "--interval", "-i", type=click.FloatRange(0, 60), default=0.1, show_default=True, help="Seconds between two."
 )
 @with_session
 def ping(session: Session, name: str, count: int, interval: float) -> int:
-    """Measure round trips to the node NAME over the encrypted link, agent to agent."""
+    """Measure round trips to a node, agent to agent.
+
+    They go over the encrypted link that everything else uses. NAME is a name, an id or the beginning of an id.
+    """
     with session.agent() as agent:
         found = find_node(agent, name)
         with Progress(f"pinging {found['name']}", quiet=session.as_json):

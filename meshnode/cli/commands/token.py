@@ -10,7 +10,9 @@ _TOKEN_BYTES_MAX = 256
 
 
 @click.command(
-    epilog=example("meshnode token", 'curl -H "Authorization: Bearer $(meshnode token)" http://127.0.0.1:4892/api/status')
+    epilog=example(
+        "meshnode token", 'curl -H "Authorization: Bearer $(meshnode token)" http://127.0.0.1:4892/api/status'
+    )
 )
 @with_session
 def token(session: Session) -> None:

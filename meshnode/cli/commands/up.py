@@ -28,10 +28,14 @@ _PORT = click.IntRange(0, 65_535)
 @click.option("--peer-host", help="Address to listen on for other nodes. Default: all.")
 @click.option("--peer-port", type=_PORT, help="TCP and UDP port for other nodes. Default: 4893.")
 @click.option("--onboarding-port", type=_PORT, help="TCP port for machines that join. Default: 4894.")
-@click.option("--join", "join_url", metavar="URL", help="Join the mesh of this one-time URL first; - reads it from stdin.")
+@click.option(
+    "--join", "join_url", metavar="URL", help="Join the mesh of this one-time URL first; - reads it from stdin."
+)
 @click.option("--log-level", type=click.Choice(("debug", "info", "warning", "error")), help="Default: info.")
 @click.option("--log-format", type=click.Choice(("text", "json")), help="Form of the log on stderr. Default: text.")
-@click.option("--set", "more", multiple=True, metavar="KEY=VALUE", help="Any other setting, such as discovery.multicast=false.")
+@click.option(
+    "--set", "more", multiple=True, metavar="KEY=VALUE", help="Any other setting, such as discovery.multicast=false."
+)
 @with_session
 def up(
     session: Session,
@@ -44,7 +48,11 @@ def up(
     log_format: str | None,
     more: tuple[str, ...],
 ) -> None:
-    """Run the agent until Ctrl-C. The first start founds a mesh of one; --join goes into another's instead."""
+    """Run the agent until Ctrl-C.
+
+    The first start founds a mesh of one; --join goes into another mesh instead. Later starts need no flag: the node
+    knows its mesh.
+    """
     url = None if join_url is None else read_join_url(join_url)
     resolved = session.resolve(
         {

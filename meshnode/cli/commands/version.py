@@ -13,7 +13,7 @@ from protocol.wire.limits import PROTOCOL_VERSION, PROTOCOL_VERSION_MIN
 @click.command(epilog=example("meshnode version", "meshnode version --json"))
 @with_session
 def version(session: Session) -> None:
-    """Print the version of this command and of the protocol it speaks."""
+    """Print the version. With --json, the protocol's too."""
     if session.as_json:
         say_json(
             {

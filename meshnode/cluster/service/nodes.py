@@ -94,8 +94,10 @@ class Nodes:
         admission = self._hub.roster.admission(node)
         return admission.name if admission is not None else node
 
-    def find(self, wanted: str) -> NodeId:
-        """The member that a person means. MeshError NOT_FOUND or CONFLICT."""
+    def find(self, wanted: str, *, also_evicted: bool = False) -> NodeId:
+        """The member (or, by its id, an evicted one) that a person means. MeshError NOT_FOUND or CONFLICT."""
+        if also_evicted and any(tombstone.node_id == wanted for tombstone in self._hub.roster.evictions()):
+            return NodeId(wanted)
         return core.find([(member, self.name_of(member)) for member in self._hub.roster.members()], wanted)
 
     def node(self, node: NodeId) -> NodeInfo:
@@ -140,8 +142,16 @@ class Nodes:
         quorate = self._quorate()
         reason = None
         if not quorate and self._quorum is not None and leader == self._hub.me:
-            reason = self._quorum.reason
+            reason = self._quorum.reason + self._dead_votes()
         return Coordinator(id=leader, name=self.name_of(leader), term=election.term, quorate=quorate, reason=reason)
+
+    def _dead_votes(self) -> str:
+        """What to do if the majority is missing because of nodes that were evicted and cannot be asked any more."""
+        voters, roster = self._hub.election.electorate.voters, self._hub.roster
+        evicted = [stone.node_id for stone in roster.evictions() if bytes(roster.short(stone.node_id)) in voters]
+        if not evicted:
+            return ""
+        return f"; if the evicted machine is gone for good: meshnode evict {evicted[0]} --lost"
 
     def _quorate(self) -> bool:
         if self._hub.election.coordinator == self._hub.me:

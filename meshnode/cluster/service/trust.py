@@ -64,6 +64,12 @@ class RootOffer(msgspec.Struct, frozen=True):
     sealed: bytes
 
 
+class LostVoter(msgspec.Struct, frozen=True):
+    """An evicted node that will never vote again."""
+
+    node: str
+
+
 class Done(msgspec.Struct, frozen=True):
     """Nothing more to say."""
 
@@ -169,10 +175,28 @@ class Trust:
             )
         root = self._require_root()
         name = self._nodes.name_of(node)
-        await self._publish(root, eviction(node_id=node, evicted_at=self._wall_ms(), by=self._nodes.me, reason=reason))
+        if self._driver.node.roster.evicted(node) is None:
+            await self._publish(
+                root, eviction(node_id=node, evicted_at=self._wall_ms(), by=self._nodes.me, reason=reason)
+            )
         self._log.info("node evicted", node=node, name=name)
         if lost:
+            await self._forget(node)
+
+    async def _forget(self, node: NodeId) -> None:
+        """Have the coordinator count without this voter. It takes that only while it lacks a majority."""
+        coordinator = self._driver.node.election.coordinator
+        if coordinator is None or coordinator == self._nodes.me:
             await self._driver.submit_durably(ForgetLost((node,)))
+        else:
+            await self._links.call(coordinator, "cluster.forget", LostVoter(node), Done, timeout_s=CALL_S)
+
+    async def forget_for(self, peer: NodeId, lost: LostVoter) -> Done:
+        """An admin asks this coordinator. Raises MeshError FORBIDDEN if it is none."""
+        if self._driver.node.roster.role(peer) != "admin":
+            raise MeshError(ErrorCode.FORBIDDEN, "Only an admin may say that a machine is gone for good.")
+        await self._driver.submit_durably(ForgetLost((NodeId(lost.node),)))
+        return Done()
 
     async def leave(self, *, force: bool) -> None:
         """Have this node evicted at its own wish. The caller then takes the mesh's files away.

@@ -1,11 +1,17 @@
 """A roster without signatures: what the election asks of one, with admissions and evictions that come in any order."""
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from hashlib import blake2b
-from typing import cast
 
 from protocol.ids import NodeId, ShortId, node_id_from_bytes, short_id
-from protocol.trust.view import Role, RosterView
+from protocol.trust.view import Role
+
+
+@cache
+def short_of(node: NodeId) -> ShortId:
+    """Histories ask for it a million times; base32 is slow."""
+    return short_id(node)
 
 
 def node_ids(count: int, salt: str = "") -> list[NodeId]:
@@ -22,13 +28,15 @@ class SetRoster:
         self._settle()
 
     def _settle(self) -> None:
-        self._members = tuple(sorted(self.admitted - self.evicted, key=short_id))
-        self._by_short = {bytes(short_id(node)): node for node in self._members}
+        self._members = tuple(sorted(self.admitted - self.evicted, key=short_of))
+        self._by_short = {bytes(short_of(node)): node for node in self._members}
         self._set = set(self._members)
         self._digest = blake2b(b"".join(self._by_short), digest_size=8).digest()
 
     def merge(self, other: "SetRoster") -> bool:
         """Learn what the other knows; whether that changed the members."""
+        if other.admitted <= self.admitted and other.evicted <= self.evicted:
+            return False
         before = self._digest
         self.admitted |= other.admitted
         self.evicted |= other.evicted
@@ -49,7 +57,7 @@ class SetRoster:
         return self._by_short.get(bytes(short))
 
     def short(self, node_id: NodeId) -> ShortId:
-        return short_id(node_id)
+        return short_of(node_id)
 
     def index(self, node_id: NodeId) -> int | None:
         return self._members.index(node_id) if node_id in self._set else None
@@ -65,8 +73,3 @@ class SetRoster:
 
     def __len__(self) -> int:
         return len(self._members)
-
-
-def as_view(roster: SetRoster) -> RosterView:
-    """The static proof that SetRoster is one."""
-    return cast(RosterView, roster)

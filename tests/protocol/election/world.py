@@ -31,10 +31,10 @@ from protocol.election.ledger import MACHINE
 from protocol.election.machine import Election
 from protocol.election.messages import Follow
 from protocol.election.parameters import ElectionParameters
-from protocol.ids import Address, NodeId, short_id
+from protocol.ids import Address, NodeId
 from protocol.membership.events import PeerDown, PeerUp, Stalled
 from protocol.trust.events import RosterChanged
-from tests.protocol.election.rosters import SetRoster
+from tests.protocol.election.rosters import SetRoster, short_of
 
 NOWHERE = Address("127.0.0.1", 1)
 INBOX_MAX = 256
@@ -51,7 +51,7 @@ class Host:
         rng = world.rng
         self.world = world
         self.node = node
-        self.short = bytes(short_id(node))
+        self.short = bytes(short_of(node))
         self.roster = roster
         self.founder = founder
         self.index = len(world.hosts)
@@ -246,7 +246,7 @@ class Host:
         if not admitted:
             return
         self.held.extend(effects)
-        self.held.append(lambda: self._obey(Ballot(term, bytes(short_id(leader))), effects))
+        self.held.append(lambda: self._obey(Ballot(term, bytes(short_of(leader))), effects))
         self.drain()
 
     def _obey(self, ballot: Ballot, effects: list[Effect]) -> None:

@@ -328,6 +328,21 @@ def _walk(rng: random.Random) -> None:
         assert machines[one].pending_calls == machines[one].open_invocations == 0
 
 
+@pytest.mark.parametrize(
+    ("message", "payload"),
+    [
+        (Request(1, "ping", 1500, b"\x01"), "950101a470696e67cd05dcc40101"),
+        (Reply(1, b"\x02"), "930201c40102"),
+        (Failure(1, "timeout", "Late.", True, b"{}"), "960301a774696d656f7574a54c6174652ec3c4027b7d"),
+        (Cancel(1), "920401"),
+    ],
+)
+def test_the_bytes_of_every_message_stay_what_they_are(message: RpcMessage, payload: str) -> None:
+    """Peers of another version speak these very bytes: a change here is a new protocol version."""
+    assert encode_rpc(message).hex() == payload
+    assert decode_rpc(bytes.fromhex(payload)) == message
+
+
 def test_messages_ignore_what_a_later_version_appends() -> None:
     for message in (Request(1, "m", 5, b"b"), Reply(1, b"b"), Failure(1, "c", "m", True, b"{}"), Cancel(3)):
         longer = msgspec.msgpack.encode([*msgspec.msgpack.decode(encode_rpc(message)), {"news": 1}])
