@@ -54,6 +54,7 @@ class LinkLost:
 
     peer: NodeId
     reason: str
+    code: str = ""  # the error code with which the peer refused the link, if it did
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Which node a person means: by name, by id, or by the beginning of its id."""
 
+import difflib
 from collections.abc import Sequence
 from typing import Any, Final
 from urllib.parse import quote
@@ -35,17 +36,26 @@ def choose(nodes: Sequence[Any], name: str) -> Any:
         return found[0]
     shown = printable(wanted)
     if not found:
+        hint = _nearest(wanted, [node["name"] for node in nodes])
         raise MeshError(
-            ErrorCode.UNKNOWN_NODE, f"No node of this mesh is called {shown!r}. `meshnode nodes` lists them all."
+            ErrorCode.UNKNOWN_NODE, f"No node of this mesh is called '{shown}'{hint}. `meshnode nodes` lists them all."
         )
     lines = [f"  {node['id']}  {printable(node['name'])}  {node['status']}" for node in found[:_CANDIDATES_MAX]]
     if len(found) > _CANDIDATES_MAX:
         lines.append(f"  and {len(found) - _CANDIDATES_MAX} more")
     raise MeshError(
         ErrorCode.CONFLICT,
-        f"{shown!r} could be any of these {len(found)} nodes; give more of the id:\n" + "\n".join(lines),
+        f"'{shown}' could be any of these {len(found)} nodes; give more of the id:\n" + "\n".join(lines),
         detail={"candidates": [node["id"] for node in found[:_CANDIDATES_MAX]]},
     )
+
+
+def _nearest(wanted: str, names: Sequence[str]) -> str:
+    """Only a hint: a node is never chosen by a part of its name, because evicting the wrong one cannot be undone."""
+    folded = {name.casefold(): name for name in names}
+    near = [name for key, name in folded.items() if wanted and key.startswith(wanted.casefold())]
+    near += [folded[key] for key in difflib.get_close_matches(wanted.casefold(), folded, n=1)]
+    return f"; did you mean '{printable(near[0])}'?" if near else ""
 
 
 def node_path(node: Any, verb: str = "") -> str:

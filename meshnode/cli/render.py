@@ -90,8 +90,8 @@ def node_text(node: Answer, wall: float) -> str:
         ("system", _system(node)),
         ("processor", _processor(node)),
         ("load", _load(node)),
-        ("memory", used_text(node.get("ram_used", 0), node.get("ram_total", 0))),
-        ("storage", used_text(node.get("storage_used", 0), node.get("storage_total", 0))),
+        ("memory", _sums(node, "ram")),
+        ("storage", _sums(node, "storage")),
         ("gpu", _gpu_text(node.get("gpu", {}), long=True)),
         ("battery", _battery(node)),
     ]
@@ -166,21 +166,26 @@ def _peers_table(peers: Sequence[Answer]) -> str:
 
 
 def _node_row(node: Answer, wall: float) -> Sequence[str]:
-    online = node["status"] == "online"
+    measured = _is_measured(node)
     return (
         printable(node["name"]) + (" (this)" if node.get("this_node") else ""),
         node["id"][:ID_CHARS_SHOWN],
         coloured(state_of(node)),
         node.get("role", ""),
         "yes" if node.get("coordinator") else "",
-        f"{node['cpu_percent']:.0f}%" if online and "cpu_percent" in node else "",
-        used_text(node.get("ram_used", 0), node.get("ram_total", 0)) if online else "",
+        f"{node['cpu_percent']:.0f}%" if measured else "",
+        used_text(node.get("ram_used", 0), node.get("ram_total", 0)) if measured else "",
         _gpu_text(node.get("gpu", {})),
         _address_of(node),
         milliseconds_text(node.get("rtt_ms")),
         printable(node.get("version") or ""),
         _seen(node, wall),
     )
+
+
+def _is_measured(node: Answer) -> bool:
+    """Whether the load figures mean anything: not of a node that is gone, nor of one that has not told any yet."""
+    return node["status"] == "online" and (bool(node.get("this_node")) or "age_seconds" in node)
 
 
 def _seen(node: Answer, wall: float) -> str:
@@ -223,11 +228,16 @@ def _processor(node: Answer) -> str:
 
 
 def _load(node: Answer) -> str:
-    if node["status"] != "online" or "cpu_percent" not in node:
+    if not _is_measured(node):
         return ""
     old = f", {duration_text(node['age_seconds'])} ago" if node.get("age_seconds", 0) >= 5 else ""
     free = f", {node['slots_free']} task slots free" if "slots_free" in node else ""
     return f"{node['cpu_percent']:.0f}%{free}{old}"
+
+
+def _sums(node: Answer, what: str) -> str:
+    used, total = node.get(f"{what}_used", 0), node.get(f"{what}_total", 0)
+    return used_text(used, total) if _is_measured(node) else size_text(total) if total else ""
 
 
 def _battery(node: Answer) -> str:

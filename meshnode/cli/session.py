@@ -83,7 +83,7 @@ class Session:
         """
         if self.api_port:
             return self.api_port
-        running = running_port(self.data_dir)
+        running = running_ports(self.data_dir).get("api_port")
         if self._named_data_dir is not None and running:
             return running
         configured = self.resolved.settings.api.port
@@ -110,23 +110,25 @@ class Session:
             client.close()
 
 
-def running_port(data_dir: Path) -> int | None:
-    """What the agent that runs on this folder wrote down, if it did."""
+def running_ports(data_dir: Path) -> dict[str, int]:
+    """The ports (`api_port`, `peer_port`, `onboarding_port`) that the agent on this folder wrote down, if it did."""
     try:
         with (data_dir / RUNNING_FILE).open("rb") as file:
             said = json.loads(file.read(_RUNNING_BYTES_MAX))
     except (OSError, ValueError):
-        return None
-    port = said.get("api_port") if isinstance(said, dict) else None
-    return port if isinstance(port, int) and 0 < port < 65_536 else None
+        return {}
+    ports = said.items() if isinstance(said, dict) else ()
+    return {
+        name: port for name, port in ports if name.endswith("_port") and isinstance(port, int) and 0 < port < 65_536
+    }
 
 
-def write_running(data_dir: Path, *, api_port: int, pid: int) -> None:
+def write_running(data_dir: Path, ports: Mapping[str, int], pid: int) -> None:
     """Write down where the agent listens. What cannot be written is let go: it only saves typing a port."""
     target = data_dir / RUNNING_FILE
     draft = target.with_name(f".{RUNNING_FILE}.{pid}")
     with contextlib.suppress(OSError):
-        draft.write_text(json.dumps({"api_port": api_port, "pid": pid}) + "\n", encoding="ascii")
+        draft.write_text(json.dumps({**ports, "pid": pid}) + "\n", encoding="ascii")
         os.replace(draft, target)
 
 

@@ -13,6 +13,8 @@ from typing import Final, Protocol
 import trio
 
 from meshnode.kernel.datagrams import DatagramSocket
+from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.logs import Logger
 from meshnode.kernel.service import Policy
 from protocol.effects import (
     CancelTimer,
@@ -30,6 +32,7 @@ from protocol.effects import (
 from protocol.ids import Address, NodeId
 from protocol.node import Input, Node
 
+DISK_FULL_RETRY_S: Final = 1.0
 CANCELLED_TIMERS_MAX: Final = 4096  # entries of replaced timers in the heap before it is rebuilt
 
 
@@ -117,6 +120,7 @@ class Driver:
         links: FrameSender,
         store: Store,
         observers: Sequence[Observer],
+        log: Logger,
         now: Callable[[], float] = steady_s,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -125,6 +129,7 @@ class Driver:
         self._links = links
         self._store = store
         self._observers = observers
+        self._log = log
         self.now = now
         self._wall = wall
         self._timers = Timers()
@@ -221,6 +226,26 @@ class Driver:
             case _:
                 raise TypeError(f"a driver cannot perform {effect!r}; protocol.node turns typed sends into bytes")
 
+    async def _store_when_possible(self, batch: list[Persist]) -> None:
+        """Store, and on a full disk wait for room: nothing that depends on it happens meanwhile, but the node stays up."""
+        told = False
+        while True:
+            try:
+                await self._store(batch)
+            except MeshError as error:
+                if error.code is not ErrorCode.DISK_FULL:
+                    raise
+                if not told:
+                    told = True
+                    self._log.error(
+                        "the disk is full; this node changes nothing durable until there is room", why=error.message
+                    )
+                await trio.sleep(DISK_FULL_RETRY_S)
+            else:
+                if told:
+                    self._log.info("there is room on the disk again")
+                return
+
     async def _commit_loop(self) -> None:
         """Group commit: every Persist that waits goes into one transaction, then what stood behind it happens."""
         while True:
@@ -229,7 +254,7 @@ class Driver:
             while self._held:
                 batch = [effect for effect in self._held if isinstance(effect, Persist)]
                 if batch:
-                    await self._store(batch)
+                    await self._store_when_possible(batch)
                 remaining = len(batch)
                 while self._held:
                     effect = self._held[0]

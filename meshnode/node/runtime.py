@@ -248,7 +248,9 @@ class Runtime:
             logger=log("links"),
         )
         state = DurableState(ground.key_value, ground.records)
-        driver = Driver(node=hub, sockets=sockets, links=links, store=state.persist, observers=observers)
+        driver = Driver(
+            node=hub, sockets=sockets, links=links, store=state.persist, observers=observers, log=log("driver")
+        )
         moved.driver = driver
         return Network(hub, driver, links, events_out, methods, observers, watcher, book, sockets.port)
 
@@ -325,7 +327,10 @@ class Runtime:
             middle.append(discovery(settings, *found_by, network.driver, ground.clock, log("discovery")))
         return Supervisor(
             [
-                [DatabaseWatch(ground.database), LinkService(network.links, network.driver, network.link_events)],
+                [
+                    DatabaseWatch(ground.database),
+                    LinkService(network.links, network.driver, network.link_events, cluster.nodes.observe),
+                ],
                 [DriverService(network.driver)],
                 middle,
                 [health.service, ApiService(api)],

@@ -4,6 +4,7 @@ import os
 import random
 import socket
 import sys
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -52,16 +53,24 @@ class LinkService:
     name = "links"
     policy = Policy.FATAL
 
-    def __init__(self, links: Links, driver: Driver, events: trio.MemoryReceiveChannel[LinkEvent]) -> None:
+    def __init__(
+        self,
+        links: Links,
+        driver: Driver,
+        events: trio.MemoryReceiveChannel[LinkEvent],
+        observe: Callable[[LinkEvent], None],
+    ) -> None:
         self._links = links
         self._driver = driver
         self._events = events
+        self._observe = observe
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._links.run)
             task_status.started()
             async for event in self._events:
+                self._observe(event)
                 self._driver.submit(event)
 
 

@@ -62,8 +62,8 @@ class Heartbeats:
         self._sample: Sample | None = None
         self._told: Sample | None = None
         self._number = 0
-        self._next_at = inf
-        self._early_at = 0.0
+        self._slot_ends = inf
+        self._beaten = False  # in the present slot
         self._held: list[Stated] = []
         self._leader: NodeId | None = None
         self._deputies: tuple[NodeId, ...] = ()
@@ -82,8 +82,8 @@ class Heartbeats:
 
     def start(self, now: float, wall: float) -> list[Effect]:
         """Begin beating, at a random point of the first period so that restarted meshes do not beat in step."""
-        self._next_at = now + self._rng.uniform(0.0, 1.0)
-        return [SetTimer((MACHINE, "beat"), self._next_at), SetTimer((MACHINE, "direct"), now + 1.0)]
+        self._slot_ends = now + self._rng.uniform(0.0, 1.0)
+        return [SetTimer((MACHINE, "slot"), self._slot_ends), SetTimer((MACHINE, "direct"), now + 1.0)]
 
     def follow(self, leader: NodeId | None, term: int, deputies: tuple[NodeId, ...]) -> None:
         """Whom this node follows: stated in its heartbeats, and told more often."""
@@ -138,17 +138,17 @@ class Heartbeats:
         return []
 
     def _early(self, now: float, delay_s: float) -> list[Effect]:
-        """Beat before the period is over, at most once per half period: the budget is an average that must hold."""
-        at = max(now + delay_s, self._early_at)
-        if at >= self._next_at:
+        """Beat before the slot is over, unless it had its beat: one beat a slot, so that the budget holds on average."""
+        if self._beaten or now + delay_s >= self._slot_ends:
             return []
-        self._next_at = at
-        return [SetTimer((MACHINE, "beat"), at)]
+        return [SetTimer((MACHINE, "beat"), now + delay_s)]
 
     def _timer(self, key: tuple[str | int, ...], now: float) -> list[Effect]:
         match key[1:]:
+            case ("slot",):
+                return self._next_slot(now)
             case ("beat",):
-                return self._beat(now)
+                return [] if self._beaten else self._beat(now)
             case ("direct",):
                 return self._direct(now)
             case ("hold",):
@@ -156,16 +156,19 @@ class Heartbeats:
             case _:
                 return []
 
+    def _next_slot(self, now: float) -> list[Effect]:
+        out = [] if self._beaten else self._beat(now)
+        self._beaten = False
+        self._slot_ends = now + self.period_s() * self._rng.uniform(0.95, 1.05)
+        return [*out, SetTimer((MACHINE, "slot"), self._slot_ends)]
+
     def _beat(self, now: float) -> list[Effect]:
-        period = self.period_s()
-        self._next_at = now + period * self._rng.uniform(0.95, 1.05)
-        self._early_at = now + period / 2
-        out: list[Effect] = [SetTimer((MACHINE, "beat"), self._next_at)]
         if self._sample is None:
-            return out
+            return []
+        self._beaten = True
         self._told = self._sample
-        stated = self._state(self._sample, period)
-        out += self._heard(stated, now)
+        stated = self._state(self._sample, self.period_s())
+        out = self._heard(stated, now)
         root = self._root()
         if root != self._me:
             out.append(Send(root, (Spread(self._roster.short(root), [stated.blob]),), ahead=True))

@@ -10,6 +10,7 @@ from protocol.membership.probing import Probing
 from protocol.membership.state import State
 from protocol.membership.suspicion import Suspicions
 from protocol.membership.view import View
+from protocol.wire.datagram import DatagramCodec
 from simulations.bugs.bug import Bug, Patches
 
 
@@ -25,17 +26,6 @@ def _accused_counts_itself(patches: Patches) -> None:
         return original(self, target, suspicion)
 
     original = patches.set(Suspicions, "_conclude", conclude)
-
-
-def _no_time_to_refute(patches: Patches) -> None:
-    def add(self: Any, target: Any, stated: Any, body: Any) -> Any:
-        added = original(self, target, stated, body)
-        suspicion = self._suspicions.get(target)
-        if suspicion is not None:
-            self._conclude(target, suspicion)
-        return added
-
-    original = patches.set(Suspicions, "add", add)
 
 
 def _never_refutes(patches: Patches) -> None:
@@ -86,16 +76,15 @@ def _dead_stay_in_the_list(patches: Patches) -> None:
     original = patches.set(View, "_not_up", not_up)
 
 
-def _frozen_trusts_its_probes(patches: Patches) -> None:
-    def stage(self: Any, number: int) -> None:
-        probe = self._probes.get(number)
-        if probe is not None:
-            probe.due = self._s.now  # a late timer looks punctual
-        original(self, number)
+def _reports_revive_nobody(patches: Patches) -> None:
+    patches.set(Healing, "revive", lambda self, member: None)
 
-    original = patches.set(Probing, "stage", stage)
-    patches.set(Membership, "_stalled", lambda self, gap: None)
-    patches.set(State, "heard_since", lambda self, *_: 99)
+
+def _boot_never_learnt(patches: Patches) -> None:
+    def learn_boot(self: Any, peer: Any, boot: int) -> None:
+        self._boots.setdefault(peer, boot)
+
+    patches.set(DatagramCodec, "learn_boot", learn_boot)
 
 
 def _digest_ignores_boots(patches: Patches) -> None:
@@ -122,14 +111,6 @@ def membership_bugs() -> tuple[Bug, ...]:
     return (
         Bug("one-witness", "a single accusation is enough for a death", _one_witness),
         Bug("accused-counts-itself", "the accused's own statement counts as a witness", _accused_counts_itself),
-        Bug(
-            "no-time-to-refute",
-            "a verdict falls as soon as there are enough accusations, before the accused can answer",
-            _no_time_to_refute,
-            "degraded",
-            32,
-            "8/0.26",
-        ),
         Bug("never-refutes", "an accused node does not raise its incarnation", _never_refutes),
         Bug(
             "suspicion-survives-refutation",
@@ -141,13 +122,11 @@ def membership_bugs() -> tuple[Bug, ...]:
         Bug("goodbye-is-for-ever", "a node that left and came back is not taken up again", _goodbye_is_for_ever),
         Bug("gossip-without-end", "a statement is passed on without end", _gossip_without_end, "membership", 16, duration_s=24),
         Bug("dead-stay-in-the-list", "a dead peer stays in the list of peers to sample from", _dead_stay_in_the_list),
+        Bug("revives-nobody", "a private or mistaken verdict is never taken back", _reports_revive_nobody),
         Bug(
-            "frozen-trusts-its-probes",
-            "a process that was frozen believes that the silence was its peers'",
-            _frozen_trusts_its_probes,
-            "degraded",
-            16,
-            "frozen",
+            "boot-never-learnt",
+            "datagrams to a restarted peer are sealed for its first boot for ever",
+            _boot_never_learnt,
         ),
         Bug("views-never-compared", "views that differ are not noticed, only gossip carries news", _digest_ignores_boots),
         Bug("probes-only-two", "only the first two peers of the list are ever probed", _probes_only_the_first),

@@ -6,6 +6,7 @@ from protocol.heartbeats.machine import Heartbeats
 from protocol.records.clock import HybridClock
 from protocol.records.judge import Judge
 from protocol.records.machine import Records
+from protocol.records.tree import Shelf
 from simulations.bugs.bug import Bug, Patches
 
 
@@ -19,6 +20,7 @@ def _no_repair(patches: Patches) -> None:
 
 def _any_future_counts(patches: Patches) -> None:
     patches.set(HybridClock, "limit", lambda self, wall: 2**63)
+    patches.set(Shelf, "is_ahead", lambda self, key_hash: False)
 
 
 def _budget_ignored(patches: Patches) -> None:

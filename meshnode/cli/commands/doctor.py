@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from meshnode.cli.screen import Progress, coloured, say, say_json
-from meshnode.cli.session import Session, example, with_session
+from meshnode.cli.session import Session, example, running_ports, with_session
 from meshnode.kernel.errors import EXIT_DONE, EXIT_FAILED
 from meshnode.kernel.redaction import printable
 
@@ -28,15 +28,15 @@ def doctor(session: Session) -> int:
     from meshnode.cli.doctor import Patient, Result, examine
     from meshnode.cli.doctor.system import this_system
 
-    settings = session.resolved.settings
+    settings, running = session.resolved.settings, running_ports(session.data_dir)
     patient = Patient(
         data_dir=session.data_dir,
         system=this_system(),
         environment=dict(os.environ),
         peer_host=settings.peers.host,
         api_port=session.port,
-        peer_port=settings.peers.port,
-        onboarding_port=settings.onboarding.port,
+        peer_port=running.get("peer_port", settings.peers.port),
+        onboarding_port=running.get("onboarding_port", settings.onboarding.port),
         discovery_port=settings.discovery.port,
         multicast_group=settings.discovery.group,
     )

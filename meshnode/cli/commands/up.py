@@ -67,7 +67,7 @@ def up(
     )
     from meshnode.node import run_agent  # Everything of the agent comes with it.
 
-    announced = Announcement(session)
+    announced = Announcement(session, resolved.settings.onboarding.port)
     try:
         run_agent(resolved, join_url=url, on_ready=announced.ready)
     finally:
@@ -89,14 +89,16 @@ class Announcement:
     file in the data folder) on which port to ask.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, onboarding_port: int) -> None:
         self._session = session
+        self._onboarding_port = onboarding_port
         self._written: Path | None = None
 
     def ready(self, info: "ReadyInfo") -> None:
         """The agent serves."""
         data_dir = Path(info.data_dir)
-        write_running(data_dir, api_port=int(info.api.rpartition(":")[2]), pid=info.pid)
+        ports = {"api_port": int(info.api.rpartition(":")[2]), "peer_port": info.peer_port}
+        write_running(data_dir, ports | {"onboarding_port": self._onboarding_port}, info.pid)
         self._written = data_dir / RUNNING_FILE
         if self._session.as_json:
             fields = {name: getattr(info, name) for name in info.__struct_fields__}

@@ -28,6 +28,7 @@ from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.metrics import Metrics
 from meshnode.kernel.resources.profile import Profile
 from meshnode.kernel.times import rfc3339
+from protocol.effects import LinkLost, LinkOpened
 from protocol.election.events import CoordinatorChanged, QuorumChanged
 from protocol.heartbeats.events import HeartbeatHeard
 from protocol.ids import NodeId
@@ -326,6 +327,15 @@ class Nodes:
                     "another machine runs with a copy of this node's key: stop one of the two; "
                     "on the copy run `meshnode leave --force` to give it an identity of its own"
                 )
+            case LinkLost(peer=peer, code=ErrorCode.EVICTED):
+                self._warnings["evicted"] = (
+                    f"{self.name_of(peer)} says that this node was evicted from the mesh. If that is meant, "
+                    "`meshnode leave --force` starts afresh; then join with a new invitation"
+                )
+                self._changed()
+            case LinkOpened():
+                if self._warnings.pop("evicted", None):
+                    self._changed()
             case ClockContradicted(_, ahead_s):
                 self._warnings["clock"] = (
                     f"this machine's clock is {ahead_s:.0f} s behind what other nodes wrote; set it (for example: "

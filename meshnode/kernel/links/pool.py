@@ -226,7 +226,7 @@ class Pool:
         self._drop(peer, error.message)
         self._log.debug("no link", peer=peer.node_id, why=error.message)
         if wanted:
-            await self._tell_lost(peer.node_id, error.message)
+            await self._tell_lost(peer.node_id, error.message, error.code)
 
     async def _dial_until_settled(self, peer: PeerState, dial: Dial) -> None:
         """Open a connection, or learn that the peer's own dial survives and wait for that; a second time if not."""
@@ -374,9 +374,9 @@ class Pool:
                 peer.dial.supersede()
             self._drop(peer, "the links of this node are stopped")
 
-    async def _tell_lost(self, node_id: NodeId, reason: str) -> None:
+    async def _tell_lost(self, node_id: NodeId, reason: str, code: str = "") -> None:
         try:
-            await self._events.send(LinkLost(node_id, reason))
+            await self._events.send(LinkLost(node_id, reason, code))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             # The driver went first: nobody is left to be told.
             return

@@ -11,7 +11,7 @@ from protocol.effects import LinkLost, LinkOpened
 from protocol.ids import NodeId
 from protocol.rpc.machine import RpcParams
 from protocol.rpc.messages import RPC_BODY_BYTES_MAX
-from tests.kernel.links.world import Node, Text, mesh, quick, settle
+from tests.kernel.links.world import Node, Text, mesh, quick, raw_member, settle
 
 
 async def echo(_peer: NodeId, params: Text) -> Text:
@@ -185,6 +185,29 @@ async def test_a_peer_that_dies_in_mid_call_ends_the_call_at_once(tmp_path: Path
         assert error.value.code is ErrorCode.UNREACHABLE
         assert str(a.book.known[b.node_id][0]) in error.value.message
         assert "connection refused" in error.value.message
+
+
+async def test_a_peer_whose_sockets_vanish_in_mid_call_ends_the_call_at_once(tmp_path: Path) -> None:
+    """What the kernel does for a process that was killed: no goodbye, only the end of the connection."""
+    async with mesh(tmp_path) as m:
+        a = await m.add()
+        identity, stream = await raw_member(m, a)
+        caught: list[MeshError] = []
+
+        async def call() -> None:
+            with pytest.raises(MeshError) as error:
+                await a.links.call(identity.node_id, "hang", Text(), Text, timeout_s=60)
+            caught.append(error.value)
+
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(call)
+                # The request is on its way.
+                assert await stream.receive_some(1000)
+                stream.cut("killed")
+        assert caught[0].code is ErrorCode.UNREACHABLE
+        assert "may or may not" in caught[0].message
+        await a.until(LinkLost)
 
 
 async def test_more_calls_than_the_limit_wait_their_turn(tmp_path: Path) -> None:

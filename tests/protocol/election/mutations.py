@@ -1,16 +1,18 @@
 """Bugs put back on purpose: each breaks one step of the safety argument, and the histories must show it."""
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import pytest
 
 from protocol.effects import Effect, Persist, SetTimer
+from protocol.election.contest import Contest
 from protocol.election.coordination import LAPSE, Coordination, Moment
 from protocol.election.electorate import Ballot, Electorate
 from protocol.election.fence import Fence
 from protocol.election.ledger import Ledger
-from protocol.election.messages import Follow, Version
+from protocol.election.messages import Beacon, Follow, Version
 from protocol.election.tally import LeaseClock, Tally
 from protocol.ids import NodeId, short_id
 from tests.protocol.election.world import Host
@@ -80,14 +82,17 @@ def promise_to_two(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Ledger, "free", lambda self, now: True)
 
 
-def old_ballots_followed(patch: pytest.MonkeyPatch) -> None:
-    """A follower goes back to a lower ballot."""
+def stale_commander_followed(patch: pytest.MonkeyPatch) -> None:
+    """A follower answers a beacon of a lower ballot as if it were the one that it follows."""
+    on_beacon = Contest.on_beacon
 
-    def follow(self: Ledger, ballot: Ballot) -> list[Effect]:
-        self.ballot = ballot
-        return []
+    def gullible(self: Contest, sender: NodeId, beacon: Beacon, at: Moment) -> list[Effect]:
+        ballot = Ballot(beacon.term, bytes(short_id(sender)))
+        if self.coordination is None and sender in self._up and ballot < self._ledger.ballot and beacon.lease_ms:
+            self._ledger.ballot = ballot
+        return on_beacon(self, sender, beacon, at)
 
-    patch.setattr(Ledger, "follow", follow)
+    patch.setattr(Contest, "on_beacon", gullible)
 
 
 def majority_of_own_roster(patch: pytest.MonkeyPatch) -> None:
@@ -117,22 +122,41 @@ def restamped_unread(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Coordination, "_read", read)
 
 
+def highest_not_adopted(patch: pytest.MonkeyPatch) -> None:
+    """A new coordinator asks a majority of the electorate that it holds, but does not heed a higher one it hears of."""
+
+    def read(self: Coordination, at: Moment) -> list[Effect]:
+        held = self._ledger.held
+        if not held.voters or self._tally.following(held) < held.need:
+            return []
+        self._base, self._toggled = held.version, ()
+        return self._ledger.hold(held.restamped(self.ballot)) + self._push(at)
+
+    patch.setattr(Coordination, "_read", read)
+
+
 def not_restamped(patch: pytest.MonkeyPatch) -> None:
-    """A new coordinator counts by the electorate of its predecessor and carries on with its numbers."""
+    """A new coordinator makes nothing its own: it counts by whatever electorate it holds and goes on changing it."""
+
+    def until(self: Tally, electorate: Electorate) -> float:
+        found = (self.voices.get(voter) for voter in electorate.voters)
+        ends = sorted((voice.until for voice in found if voice is not None), reverse=True)
+        return ends[electorate.need - 1] if len(ends) >= electorate.need else -inf
 
     def advance(self: Coordination, at: Moment) -> list[Effect]:
-        effects: list[Effect] = []
         held = self._ledger.held
-        highest = max(self._tally.voices.values(), key=lambda voice: voice.stated)
-        if highest.stated > held.version:
-            return self._read(at)
-        if held.voters and self._tally.until(held) > at.time:
+        if self._committed is not held and held.voters and self._tally.until(held) > at.time:
             self._committed = held
-            change = self._next_change(at)
-            if change is not None:
-                effects += self._change(change, at)
-        return effects
+        change = self._next_change(at)
+        if change is None or held is not self._committed:
+            return []
+        self._base, self._toggled = held.version, (change,)
+        stamped = Electorate(
+            Version(self.ballot.term, self.ballot.leader, held.version.number + 1), held.voters ^ {change}
+        )
+        return self._ledger.hold(stamped) + self._push(at)
 
+    patch.setattr(Tally, "until", until)
     patch.setattr(Coordination, "advance", advance)
 
 
@@ -190,22 +214,12 @@ def fence_open(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Fence, "admit", lambda self, term, leader: (True, []))
 
 
-def coordinator_resumes_ballot(patch: pytest.MonkeyPatch) -> None:
-    """A restarted coordinator goes on in the term that it held, and its beats begin again at one."""
-    follow = Ledger.follow
-
-    def same(self: Ledger, ballot: Ballot) -> list[Effect]:
-        return follow(self, max(ballot, self.ballot))
-
-    patch.setattr(Ledger, "follow", same)
-
-
-def released_before_stepping_down(patch: pytest.MonkeyPatch) -> None:
-    """A follower takes a leader that membership calls dead for dead, and breaks its promise."""
-    lease_runs = Ledger.free
+def promise_cut_short(patch: pytest.MonkeyPatch) -> None:
+    """A follower thinks three seconds early that its promise has run out."""
+    original = Ledger.free
 
     def free(self: Ledger, now: float) -> bool:
-        return lease_runs(self, now) or now >= self.promised_until - 3.0
+        return original(self, now) or now >= self.promised_until - 3.0
 
     patch.setattr(Ledger, "free", free)
 
@@ -218,14 +232,15 @@ MUTATIONS: tuple[Apply, ...] = (
     electorate_not_persisted,
     restart_forgets_promise,
     promise_to_two,
-    old_ballots_followed,
+    stale_commander_followed,
     majority_of_own_roster,
     restamped_unread,
+    highest_not_adopted,
     not_restamped,
     changed_before_taken_up,
     suspend_not_counted,
     sent_before_durable,
     fence_not_persisted,
     fence_open,
-    released_before_stepping_down,
+    promise_cut_short,
 )
