@@ -325,11 +325,12 @@ class Runtime:
         if settings.discovery.multicast:
             found_by = (ground.mesh.mesh_id, ground.identity.node_id, network.port)
             middle.append(discovery(settings, *found_by, network.driver, ground.clock, log("discovery")))
+        links = LinkService(network.links, network.driver, network.link_events, cluster.nodes.observe)
         return Supervisor(
             [
                 [
                     DatabaseWatch(ground.database),
-                    LinkService(network.links, network.driver, network.link_events, cluster.nodes.observe),
+                    links,
                 ],
                 [DriverService(network.driver)],
                 middle,

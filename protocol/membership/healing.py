@@ -150,7 +150,7 @@ class Healing:
     def reported(self, stated: Stated, report: ViewReport, via: NodeId) -> bool:
         """A view report arrived. True if this node is reported as not up and should refute now."""
         s = self._s
-        if report.roster != s.roster.digest or stated.signer == s.me:
+        if report.roster != s.roster.digest or stated.signer == s.me or report.boot < s.view.rank(stated.signer)[0]:
             return False
         rank = (report.boot, report.number)
         if rank < self._report_numbers.get(stated.signer, (0, 0)):

@@ -3,7 +3,7 @@
 What it leaves to others: who is a member at all (trust), resources (heartbeats), who coordinates (election).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from protocol.effects import (
     Effect,
@@ -255,7 +255,7 @@ class Membership:
         self._suspicions.clear(peer)
         self._probing.forget(peer)
         self._healing.forget(peer)
-        for table in (s.routes, s.tunnelled, s.contacts, self._contacted):
+        for table in (s.routes, s.claims, s.tunnelled, s.contacts, self._contacted):
             table.pop(peer, None)
         s.broadcasts.discard(("alive", peer))
         s.view.forget(peer, s.now)
@@ -320,29 +320,35 @@ class Membership:
         sender, source = packet.sender, packet.source
         s.heard(sender)
         tunnelled = source == TUNNEL
-        if not tunnelled and s.routes.get(sender) != source:
-            s.routes[sender] = source
+        if not tunnelled:
+            s.came_from(sender, source)
+        # What goes back to where this came from is never larger than it, or a forged source would make this node a
+        # reflector: one question a packet, and with its answer no more gossip than came with it.
+        room = 1000 if tunnelled else _gossip_bytes(packet.messages)
+        is_answered = False
         if sender not in s.view.up:
             self._healing.contact(sender)
         for message in packet.messages:
             # Nack needs no case: that it was heard is all that it is for.
             match message:
-                case Ping() as ping:
-                    s.send(sender, self._probing.ack(ping), *self._piggyback(), address=source)
+                case Ping() as ping if not is_answered:
+                    is_answered = True
+                    s.send(sender, self._probing.ack(ping), *self._piggyback(room), address=source)
                     self._healing.compare(sender, ping.digest)
                 case Ack(probe, digest):
                     if not tunnelled:
                         s.tunnelled.pop(sender, None)
-                    self._probing.answered(probe, sender, tunnelled)
+                    self._probing.answered(probe, sender, source)
                     self._healing.compare(sender, digest)
-                case PingRequest() as request:
+                case PingRequest() as request if not is_answered:
+                    is_answered = True
                     self._probing.asked(sender, source, request)
                 case Relayed(probe):
-                    self._probing.relayed(probe)
+                    self._probing.relayed(probe, sender)
 
-    def _piggyback(self) -> tuple[Gossip, ...]:
+    def _piggyback(self, room_bytes: int) -> tuple[Gossip, ...]:
         s = self._s
-        items = s.broadcasts.take(1000, s.now)
+        items = s.broadcasts.take(room_bytes, s.now)
         return (Gossip(items),) if items else ()
 
     def _link_opened(self, peer: NodeId, boot: int) -> None:
@@ -449,3 +455,8 @@ class Membership:
         s.view.set_left(peer, stated, s.now)
         s.publish(PeerLeft(peer))
         s.gossip(("leaving", peer), stated, LEAVING_LIFETIME_S)
+
+
+def _gossip_bytes(messages: Sequence[object]) -> int:
+    """How many bytes of statements came with a packet."""
+    return sum(len(blob) for message in messages if isinstance(message, Gossip) for blob in message.items)

@@ -21,7 +21,7 @@ UDP_RETRY_S = 30.0
 
 
 class _Probe:
-    __slots__ = ("asked_at", "due", "late", "stage", "started", "target", "tunnelled")
+    __slots__ = ("asked_at", "due", "late", "relays", "stage", "started", "target", "tunnelled")
 
     def __init__(self, target: NodeId, started: float, due: float) -> None:
         self.target = target
@@ -29,6 +29,7 @@ class _Probe:
         self.due = due
         self.stage = 0  # 0 direct, 1 relays asked, 2 link tried
         self.asked_at = started
+        self.relays: list[NodeId] = []
         self.late = False
         self.tunnelled = False
 
@@ -41,7 +42,7 @@ class Probing:
         self._accuse = accuse
         self._probes: dict[int, _Probe] = {}
         self._targets: dict[NodeId, int] = {}
-        self._relays: dict[int, tuple[NodeId, int, Address]] = {}
+        self._relays: dict[int, tuple[NodeId, int, Address, NodeId]] = {}  # asker, its number, from where; target
         self._number = state.rng.getrandbits(31)
         self._order: list[NodeId] = []
 
@@ -77,6 +78,9 @@ class Probing:
             items = s.broadcasts.take(1000, s.now)
             s.send(target, ping, Gossip(items)) if items else s.send(target, ping)
         s.timer(probe.due, "stage", number)
+        claim = s.claims.get(target)
+        if claim is not None:
+            s.send(target, ping, address=claim)
         if s.tunnelled.get(target, inf) <= s.now:
             # Now and then, see whether its UDP gets through again; an Ack that comes by UDP ends the tunnel.
             s.tunnelled[target] = s.now + UDP_RETRY_S
@@ -124,7 +128,8 @@ class Probing:
         probe.asked_at = s.now
         others = [peer for peer in s.rng.sample(s.view.peers, min(len(s.view.peers), s.params.relays + 1))]
         request = PingRequest(number, s.roster.short(probe.target))
-        for relay in [peer for peer in others if peer != probe.target][: s.params.relays]:
+        probe.relays = [peer for peer in others if peer != probe.target][: s.params.relays]
+        for relay in probe.relays:
             s.send(relay, request)
         # A peer with several addresses may be reachable at another than the one that worked last.
         for address in s.addresses(probe.target)[1:]:
@@ -139,18 +144,23 @@ class Probing:
         else:
             s.suffer()
 
-    def answered(self, number: int, sender: NodeId, tunnelled: bool) -> None:
+    def answered(self, number: int, sender: NodeId, source: Address) -> None:
         """An Ack arrived: of a probe, or of a ping made for somebody else."""
         s = self._s
-        relay = self._relays.pop(number, None)
+        relay = self._relays.get(number)
         if relay is not None:
-            asker, asked_number, source = relay
+            asker, asked_number, source, target = relay
+            if sender != target:
+                return
+            del self._relays[number]
             s.cancel("relay", number)
             s.send(asker, Relayed(asked_number), address=source)
             return
         probe = self._probes.get(number)
         if probe is None or probe.target != sender:
             return
+        s.answered_from(sender, source)
+        tunnelled = source == TUNNEL
         if tunnelled and not probe.tunnelled:
             s.tunnelled[sender] = s.now + UDP_RETRY_S
         if not probe.late and (probe.stage == 0 or tunnelled):
@@ -158,9 +168,10 @@ class Probing:
         self._drop(number)
         s.recover()
 
-    def relayed(self, number: int) -> None:
-        """A relay reached the target for us."""
-        if number in self._probes:
+    def relayed(self, number: int, relay: NodeId) -> None:
+        """A relay reached the target for us. Nobody else's word counts: numbers can be guessed."""
+        probe = self._probes.get(number)
+        if probe is not None and relay in probe.relays:
             self._drop(number)
             self._s.recover()
 
@@ -168,13 +179,13 @@ class Probing:
         """Ping a target for somebody else. Bounded; what is over the bound goes without an answer."""
         s = self._s
         target = s.roster.node(request.target)
-        if target is None or len(self._relays) >= RELAYS_MAX:
+        if target is None or target == sender or len(self._relays) >= RELAYS_MAX:
             return
         if target == s.me:
             s.send(sender, Relayed(request.probe), address=source)
             return
         number = self._next_number()
-        self._relays[number] = (sender, request.probe, source)
+        self._relays[number] = (sender, request.probe, source, target)
         s.send(target, self._ping(number))
         s.timer(s.now + s.params.relay_wait_s, "relay", number)
 
@@ -182,7 +193,7 @@ class Probing:
         """The target was silent: say so, which also tells the asker that it is not itself cut off."""
         relay = self._relays.pop(number, None)
         if relay is not None:
-            asker, asked_number, source = relay
+            asker, asked_number, source, _ = relay
             self._s.send(asker, Nack(asked_number), address=source)
 
     def clear(self) -> None:

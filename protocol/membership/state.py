@@ -40,6 +40,7 @@ class State:
         self.last_heard = 0.0
         self._heard: deque[tuple[float, NodeId]] = deque(maxlen=HEARD_MAX)
         self.routes: dict[NodeId, Address] = {}  # where a peer's datagrams really come from, if not as stated
+        self.claims: dict[NodeId, Address] = {}  # a source seen that the peer neither signed nor answered a probe from
         self.contacts: dict[NodeId, Address] = {}  # hints for members of whom no statement is known
         self.tunnelled: dict[NodeId, float] = {}  # peers whose UDP does not get through; when to try it again
         self.gossiping = False
@@ -147,6 +148,25 @@ class State:
         return self.now < self.born_at + self.params.young_s
 
     # ---- addresses ----
+
+    def came_from(self, peer: NodeId, source: Address) -> None:
+        """A verified datagram of this peer came from here. Its source may be forged, so it is no route yet.
+
+        Whoever captures a datagram, or a member that lies, could else turn this node's traffic on a bystander. An
+        address counts once the peer signed it, or answered a probe from it (as in RFC 9000 section 8).
+        """
+        if self.routes.get(peer) == source:
+            return
+        stated = self.view.known.get(peer)
+        if stated is not None and source in addresses_of(alive_of(stated)):
+            self.routes[peer] = source
+        else:
+            self.claims[peer] = source
+
+    def answered_from(self, peer: NodeId, source: Address) -> None:
+        """The peer answered a probe of this node from here."""
+        if self.claims.get(peer) == source:
+            self.routes[peer] = self.claims.pop(peer)
 
     def addresses(self, peer: NodeId) -> tuple[Address, ...]:
         """Where to reach a peer, the best first."""

@@ -9,6 +9,7 @@ from typing import Protocol
 from nacl import bindings
 from nacl.encoding import RawEncoder
 from nacl.exceptions import CryptoError
+from nacl.exceptions import RuntimeError as SodiumError
 from nacl.hash import blake2b
 from nacl.signing import SigningKey
 
@@ -33,8 +34,11 @@ class Suite(Protocol):
 
     def pair_key(
         self, gossip_key: bytes, peer_public_key: bytes, sender: NodeId, receiver: NodeId, receiver_boot: int
-    ) -> bytes:
-        """The 32-byte key of one direction between this node and a peer, for one boot of the receiver."""
+    ) -> bytes | None:
+        """The 32-byte key of one direction between this node and a peer, for one boot of the receiver.
+
+        None if no key can be agreed with that public key: it is no point of the curve, or one of small order.
+        """
         ...
 
     def seal(self, key: bytes, nonce: bytes, aad: bytes, plaintext: bytes) -> bytes:
@@ -70,12 +74,19 @@ class SodiumSuite:
 
     def pair_key(
         self, gossip_key: bytes, peer_public_key: bytes, sender: NodeId, receiver: NodeId, receiver_boot: int
-    ) -> bytes:
+    ) -> bytes | None:
         shared = self._shared.get(peer_public_key)
         if shared is None:
             # One scalar multiplication per peer, not per packet: 40 us against 2 us.
-            curve = bindings.crypto_sign_ed25519_pk_to_curve25519(peer_public_key)
-            shared = self._shared[peer_public_key] = bindings.crypto_scalarmult(self._private, curve)
+            try:
+                curve = bindings.crypto_sign_ed25519_pk_to_curve25519(peer_public_key)
+                shared = bindings.crypto_scalarmult(self._private, curve)
+            except (CryptoError, SodiumError):
+                # Other libraries sign and verify with such a key, so a machine that brings one can get admitted.
+                shared = b""
+            self._shared[peer_public_key] = shared
+        if not shared:
+            return None
         material = _PAIR_DOMAIN + shared + node_id_bytes(sender) + node_id_bytes(receiver)
         material += receiver_boot.to_bytes(4, "big")
         return blake2b(material, digest_size=32, key=gossip_key, encoder=RawEncoder)

@@ -112,6 +112,9 @@ class DatagramCodec:
         cached = self._outgoing.get(to)
         if cached is None or cached[0] != key_id or cached[1] != boot:
             key = self._suite.pair_key(gossip_key, public_key, self._me, to, boot)
+            if key is None:
+                self.drops["unusable_key"] += 1
+                return None
             cached = self._outgoing[to] = (key_id, boot, key)
         sequence = self._sequence = self._sequence + 1
         header = _HEADER.pack(
@@ -148,10 +151,15 @@ class DatagramCodec:
         if boot < self._boots.get(sender, 0) or (window is not None and not window.fresh(boot, sequence)):
             self._drop("replay")
             return None
-        key = self._incoming_key(sender, key_id)
-        if key is None:
+        gossip_key = self._keys.receiving(key_id)
+        if gossip_key is None:
+            self._incoming.pop(sender, None)
             self.drops["unknown_key"] += 1
             return UnknownKey(sender, key_id, source)
+        key = self._incoming_key(sender, key_id, gossip_key)
+        if key is None:
+            self._drop("unusable_key")
+            return None
         body = self._suite.open(key, header[17:27] + _NONCE_TAIL, header, data[limits.DATAGRAM_HEADER_BYTES :])
         if body is None:
             self._drop("forged")
@@ -169,17 +177,15 @@ class DatagramCodec:
             return None
         return Opened(sender, boot, messages)
 
-    def _incoming_key(self, sender: NodeId, key_id: bytes) -> bytes | None:
-        gossip_key = self._keys.receiving(key_id)
-        if gossip_key is None:
-            self._incoming.pop(sender, None)
-            return None
+    def _incoming_key(self, sender: NodeId, key_id: bytes, gossip_key: bytes) -> bytes | None:
         cached = self._incoming.get(sender)
         if cached is None or cached[0] != key_id:
             public_key = self._roster.public_key(sender)
             if public_key is None:
                 return None
             key = self._suite.pair_key(gossip_key, public_key, sender, self._me, self._boot)
+            if key is None:
+                return None
             cached = self._incoming[sender] = (key_id, key)
         return cached[1]
 

@@ -1,1 +1,1 @@
-"""The project's benchmarks: each measures one thing that the design puts a number on, beside a reference where there is one."""
+"""The project's benchmarks: each measures one thing that the design puts a number on."""

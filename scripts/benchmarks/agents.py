@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -89,7 +90,17 @@ class LocalAgent:
 
     def start(self, join_url: str | None = None) -> None:
         """Start it and wait until it is ready. Raises BenchmarkError with the end of its log."""
-        command = [sys.executable, "-m", "meshnode", "up", "--json", "--data-dir", str(self.folder), "--name", self.name]
+        command = [
+            sys.executable,
+            "-m",
+            "meshnode",
+            "up",
+            "--json",
+            "--data-dir",
+            str(self.folder),
+            "--name",
+            self.name,
+        ]
         command += ["--api-port", str(self.api_port), "--peer-host", "127.0.0.1", "--peer-port", str(self.peer_port)]
         command += ["--onboarding-port", "0", "--log-level", "warning", "--set", "discovery.multicast=false"]
         for option in self._options:
@@ -99,7 +110,13 @@ class LocalAgent:
         with self._log.open("ab") as log:
             self.started_at = time.monotonic()
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=_clean()
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=ROOT,
+                env=_clean(self.folder),
             )
         if self._cores:
             # Before it has threads, which then inherit it.
@@ -165,10 +182,10 @@ class LocalAgent:
             self._process.stdout.close()
 
 
-def _clean() -> dict[str, str]:
-    """The environment without settings of whoever runs the benchmark."""
+def _clean(folder: Path) -> dict[str, str]:
+    """The environment without the settings of whoever runs the benchmark, those in files included."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MESHNODE_")}
-    return {**kept, "XDG_CONFIG_HOME": os.devnull}
+    return {**kept, "XDG_CONFIG_HOME": str(folder.parent / "config")}
 
 
 class LocalMesh:
@@ -212,8 +229,11 @@ class LocalMesh:
         """Wait until every agent sees all of them online; seconds that took."""
         began = time.monotonic()
         for agent in self.agents:
-            until(lambda agent=agent: online(agent) == len(self.agents), within_s, f"{agent.name} sees all")
+            until(partial(self._sees_all, agent), within_s, f"{agent.name} sees all")
         return time.monotonic() - began
+
+    def _sees_all(self, agent: LocalAgent) -> bool:
+        return online(agent) == len(self.agents)
 
 
 def invite(agent: LocalAgent) -> str:

@@ -85,9 +85,7 @@ def api(*, connections: int = 50, seconds: float = 10.0, rounds: int = 3, nodes:
     )
 
 
-def _round(
-    pid: int, port: int, path: str, connections: int, seconds: float, cores: set[int]
-) -> dict[str, float]:
+def _round(pid: int, port: int, path: str, connections: int, seconds: float, cores: set[int]) -> dict[str, float]:
     before, began = cost(pid).cpu_s, time.monotonic()
     answered = load(port, path, connections, seconds, cores)
     cpu, took = cost(pid).cpu_s - before, time.monotonic() - began

@@ -22,7 +22,7 @@ EVENTS_MIN: Final = 5
 
 
 def events(*, readers: int = 100, seconds: float = 30.0, nodes: int = 8) -> Outcome:
-    """Read with `readers` connections from one thread; every reader stamps what it gets at once, parsing comes later."""
+    """Read with `readers` connections from one thread, which stamps what it gets at once and parses later."""
     with LocalMesh() as mesh:
         mesh.form(nodes)
         received = read_streams(mesh.agents[0].api_port, readers, seconds)
@@ -31,7 +31,7 @@ def events(*, readers: int = 100, seconds: float = 30.0, nodes: int = 8) -> Outc
     for pieces in received:
         for at, event_id, data in parse(pieces):
             seen = data.get("last_seen")
-            if seen is not None and data.get("status") == "online":
+            if isinstance(seen, str) and data.get("status") == "online":
                 arrivals[event_id].append(at)
                 published[event_id] = datetime.fromisoformat(seen).timestamp()
     whole = {event_id: times for event_id, times in arrivals.items() if len(times) == readers}

@@ -44,7 +44,7 @@ def figure(
     reference_name: str | None = None,
     note: str | None = None,
 ) -> Figure:
-    """A figure judged against its goal. `or_of_reference`: this share of the reference meets a missed `at_least` too."""
+    """A figure judged against its goal. `or_of_reference`: this share of the reference meets `at_least` too."""
     met: bool | None = None
     if at_most is not None:
         met = measured <= at_most
@@ -125,8 +125,8 @@ def text(report: Report) -> str:
     """The report as a table for people."""
     machine = report.machine
     lines = [
-        f"{report.benchmark}: {machine.seconds:.0f} s on {machine.cores} cores, {machine.busy_percent:.0f}% of them busy, "
-        f"load {machine.load_before[0]:.1f} before and {machine.load_after[0]:.1f} after"
+        f"{report.benchmark}: {machine.seconds:.0f} s on {machine.cores} cores, {machine.busy_percent:.0f}% of them "
+        f"busy, load {machine.load_before[0]:.1f} before and {machine.load_after[0]:.1f} after"
     ]
     rows = [_HEAD, *(_row(one) for one in report.figures)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD) - 1)]

@@ -78,7 +78,7 @@ def as_heartbeat(sample: Sample) -> Heartbeat:
         "follows": bytes(8),
         "term": 0,
     }
-    body = Heartbeat(**around, period_ds=40, term=0, **dataclasses.asdict(sample))
+    body = Heartbeat(**{**around, **dataclasses.asdict(sample)})
     return msgspec.msgpack.decode(msgspec.msgpack.encode(body), type=Heartbeat)
 
 

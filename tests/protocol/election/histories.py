@@ -69,14 +69,14 @@ class History:
         actions = [
             self.partition, self.partition, self.one_way, self.heal, self.crash, self.crash_coordinator, self.restart,
             self.restart, self.pause, self.pause_coordinator, self.sleep_coordinator, self.slander, self.join,
-            self.evict, self.jump, self.slow_disk, self.bounce,
+            self.evict, self.jump, self.slow_disk, self.bounce, self.bounce_beyond_cut,
         ]  # fmt: skip
         pauses = [0.05, 0.5, 2.0, 5.0]
         if rng.random() < 0.4:
             # Electorates that change in the middle of partitions, with everything happening faster than leases end.
             actions = [
                 self.partition, self.partition, self.join_beyond_cut, self.join_beyond_cut, self.evict, self.evict,
-                self.join, self.heal, self.bounce, self.crash, self.restart, self.restart,
+                self.join, self.heal, self.bounce, self.bounce_beyond_cut, self.crash, self.restart, self.restart,
             ]  # fmt: skip
             pauses = [0.5, 2.0, 4.0]
         # Safety may not depend on how fast membership is.
@@ -201,9 +201,20 @@ class History:
         """kill -9 and a quick restart, often of the very node that matters."""
         host = self.coordinator() if self.rng.random() < 0.3 else self.any_host()
         host.crash()
-        self.world.after(self.rng.choice([0.01, 0.3, 2.0]), lambda: None if host.running else self._start(host))
+        self.world.after(self.rng.choice([0.01, 0.3, 2.0]), self._start, host)
+
+    def bounce_beyond_cut(self) -> None:
+        """A coordinator is cut off, and those who promised it a lease lose power for a moment."""
+        side = {self.coordinator(), *self.rng.sample(self.world.hosts, self.rng.randint(0, len(self.world.hosts) // 3))}
+        self.cut_off(side)
+        for host in self.world.hosts:
+            if host not in side and host.running and self.rng.random() < 0.8:
+                host.crash()
+                self.world.after(self.rng.choice([0.01, 0.3]), self._start, host)
 
     def _start(self, host: Host) -> None:
+        if host.running:
+            return
         host.start()
         self.world.refresh()
 

@@ -1,0 +1,81 @@
+"""The command line of the benchmarks: scripts/bench NAME [--json] [...]."""
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import msgspec
+
+from scripts.benchmarks import api_load, detection, events, figures, footprint, junk, links, starting, stores
+from scripts.benchmarks.agents import BenchmarkError
+
+Benchmark = Callable[..., figures.Outcome]
+
+BENCHMARKS: Final[Mapping[str, Benchmark]] = {
+    "footprint": footprint.footprint,
+    "start": starting.start,
+    "status-cli": starting.status_cli,
+    "api": api_load.api,
+    "events": events.events,
+    "ping": links.ping,
+    "bulk": links.bulk,
+    "records": stores.records,
+    "database": stores.database,
+    "junk": junk.junk,
+    "detection": detection.detection,
+    "mesh64": detection.mesh64,
+}
+ALL: Final = "all"
+
+
+def options_of(benchmark: Benchmark) -> dict[str, Any]:
+    """What can be set on the command line, with its default: the keyword arguments of the benchmark."""
+    return {name: parameter.default for name, parameter in inspect.signature(benchmark).parameters.items()}
+
+
+def parser() -> argparse.ArgumentParser:
+    """One command for each benchmark."""
+    made = argparse.ArgumentParser(prog="scripts/bench", description="Measures what the design puts numbers on.")
+    made.add_argument("--json", action="store_true", help="print JSON, for programs")
+    commands = made.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, benchmark in BENCHMARKS.items():
+        about = (inspect.getdoc(benchmark) or "").partition("\n")[0]
+        command = commands.add_parser(name, help=about, description=inspect.getdoc(benchmark))
+        command.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON, for programs")
+        for option, default in options_of(benchmark).items():
+            flag = "--" + option.replace("_", "-")
+            command.add_argument(flag, dest=option, type=type(default), default=default, help="default: %(default)s")
+    everything = commands.add_parser(ALL, help="all of them, one after the other")
+    everything.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON, for programs")
+    return made
+
+
+def main(arguments: list[str]) -> int:
+    """Run what was asked for. 0: measured, whatever the figures; 1: something could not be measured."""
+    chosen = parser().parse_args(arguments)
+    names = list(BENCHMARKS) if chosen.name == ALL else [chosen.name]
+    reports: list[figures.Report] = []
+    failed = False
+    for name in names:
+        options = (
+            {} if chosen.name == ALL else {option: getattr(chosen, option) for option in options_of(BENCHMARKS[name])}
+        )
+        try:
+            report = figures.measured(name, lambda name=name, options=options: BENCHMARKS[name](**options))  # type: ignore[misc]  # a default argument binds the loop's values
+        except BenchmarkError as error:
+            failed = True
+            print(f"{name}: {error}", file=sys.stderr)
+            continue
+        reports.append(report)
+        if not chosen.json:
+            print(figures.text(report), flush=True)
+    if chosen.json:
+        whole: object = reports if chosen.name == ALL else reports[0] if reports else None
+        print(msgspec.json.format(msgspec.json.encode(whole), indent=2).decode())
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

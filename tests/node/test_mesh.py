@@ -1,0 +1,136 @@
+"""A mesh of real agents on loopback: founded, joined both ways, the same answer everywhere, left, evicted, promoted."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.agent_process import Agents, agents, agree, until
+
+
+@pytest.fixture
+def house() -> Iterator[Agents]:
+    with agents() as made:
+        yield made
+
+
+def without_clocks(node: dict[str, Any]) -> dict[str, Any]:
+    """What every member must say alike of a node: all but where one stands and what changes every second."""
+    changing = {
+        "this_node", "address", "addresses", "rtt_ms", "last_seen", "age_seconds", "uptime_seconds", "cpu_percent",
+        "ram_used", "storage_used", "load", "gpu", "suspect", "udp_blocked",
+    }  # fmt: skip
+    return {key: value for key, value in node.items() if key not in changing}
+
+
+def test_a_first_start_founds_a_mesh_of_one(house: Agents) -> None:
+    alone = house.start("alone")
+    status = alone.get("/api/status")
+    assert (status["node_count"], status["role"], status["name"]) == (1, "admin", "alone")
+    assert status["mesh_id"] == alone.mesh_id
+    until(lambda: alone.get("/api/status").get("coordinator", {}).get("quorate"), "a mesh of one to be quorate")
+    before = (alone.node_id, alone.mesh_id)
+    alone.stop()
+    alone.start()
+    assert (alone.node_id, alone.mesh_id) == before
+    alone.folder.joinpath("node.key").stat()
+
+
+def test_three_say_the_same_and_survive_a_restart_of_all(house: Agents) -> None:
+    a, b = house.mesh("a", "b")
+    # The third one runs already, alone, and is told by its API.
+    c = house.start("c")
+    identity = c.node_id
+    joined = c.join(a.invite())
+    assert joined["node_id"] == identity, "a machine that was alone keeps its identity"
+    whole = [a, b, c]
+    agree(whole)
+
+    def alike() -> bool:
+        lists = [[without_clocks(node) for node in agent.get("/api/nodes")] for agent in whole]
+        return lists[0] == lists[1] == lists[2] and all(node["version"] for node in lists[0])
+
+    until(alike, "all to list the same nodes in the same order")
+    names = ("node_count", "offline_count", "total_ram", "total_storage", "gpu_node_count", "mesh_id", "coordinator")
+    summaries = [{name: agent.get("/api/status").get(name) for name in names} for agent in whole]
+    assert summaries[0] == summaries[1] == summaries[2]
+    assert summaries[0]["node_count"] == 3
+    assert [node["this_node"] for node in b.get("/api/nodes?scope=local")] == [True]
+    report = a.ok("POST", f"/api/nodes/{c.node_id}/ping", {"count": 3})
+    assert report["received"] == 3
+
+    for agent in whole:
+        agent.terminate()
+    assert [agent.ended(15) for agent in whole] == [0, 0, 0]
+    for agent in whole:
+        agent.launch()
+    for agent in whole:
+        agent.ready()
+    agree(whole, within_s=30)
+
+
+def test_an_evicted_node_is_out_everywhere_and_stays_out(house: Agents) -> None:
+    a, b, c = house.mesh("a", "b", "c")
+    events = b.events()
+    assert a.call("DELETE", f"/api/nodes/{c.node_id}").status == 204
+    until(lambda: all(c.node_id not in {n["id"] for n in x.get("/api/nodes")} for x in (a, b)), "c to be out", 5.0)
+    assert events.until("node_evicted")["id"] == c.node_id
+    events.close()
+    # What it tries is refused, and it knows why.
+    until(lambda: any("evicted" in warning for warning in c.get("/api/status")["warnings"]), "c to know", 10.0)
+    assert c.call("POST", f"/api/nodes/{a.node_id}/ping", {"count": 1}).status >= 400
+    assert a.error("POST", f"/api/nodes/{c.node_id}/ping", {"count": 1})["code"] == "not_found"
+    # Nor does a restart let it in again.
+    c.stop()
+    c.start()
+    until(lambda: c.get("/api/status")["node_count"] <= 1, "c to be alone", 10.0)
+    assert a.online() == b.online() == {"a", "b"}
+    # With a new identity and an invitation it is welcome again.
+    c.ok("POST", "/api/cluster/leave", {"force": True})
+    until(lambda: c.status_or_none().get("mesh_id") not in (None, a.mesh_id), "c to be in a mesh of its own")
+    evicted = c.node_id
+    c.join(b.invite())
+    assert c.node_id != evicted
+    agree([a, b, c])
+
+
+def test_promotion_invitations_of_members_and_leaving(house: Agents) -> None:
+    a, b = house.mesh("a", "b")
+    # A member without the root key invites: an admin signs for it. What it may not, it is told.
+    assert b.get("/api/status")["role"] == "member"
+    assert b.error("POST", "/api/cluster/join-token", {"role": "admin"})["code"] == "forbidden"
+    assert b.error("DELETE", f"/api/nodes/{a.node_id}")["code"] == "not_admin"
+    assert b.error("POST", f"/api/nodes/{b.node_id}/promote")["code"] == "not_admin"
+    c = house.make("c")
+    c.start(b.invite())
+    agree([a, b, c])
+
+    promoted = a.ok("POST", f"/api/nodes/{b.node_id}/promote")
+    assert promoted["role"] == "admin"
+    until(lambda: b.get("/api/status")["role"] == "admin", "b to know that it is an admin")
+    d = house.make("d")
+    d.start(b.invite(role="admin"))
+    agree([a, b, c, d])
+    assert d.get("/api/status")["role"] == "admin"
+    # The founder goes; those that stay go on without it, and it founds a mesh of its own under a new name.
+    founder = a.node_id
+    a.ok("POST", "/api/cluster/leave", {})
+    until(lambda: a.status_or_none().get("mesh_id") not in (None, b.mesh_id), "a to be in a mesh of its own")
+    assert a.get("/api/status")["node_id"] != founder
+    assert list((a.folder / "former").iterdir()), "the former files are kept"
+    agree([b, c, d], within_s=30)
+    assert {node["id"] for node in b.get("/api/nodes")} == {x.node_id for x in (b, c, d)}
+    a.join(d.invite())
+    agree([a, b, c, d], within_s=30)
+
+
+def test_the_last_admin_is_warned_before_it_leaves(house: Agents) -> None:
+    a, b = house.mesh("a", "b")
+    said = a.error("POST", "/api/cluster/leave", {})
+    assert said["code"] == "conflict"
+    assert "promote" in said["error"]
+    agree([a, b])
+    # A member may always go, and the admin takes it off the list.
+    b.ok("POST", "/api/cluster/leave", {})
+    until(lambda: a.online() == {"a"} and len(a.get("/api/nodes")) == 1, "b to be gone from a's list")
+
