@@ -220,6 +220,7 @@ class Node:
             "membership": self.membership,
         }
         self._standings: dict[NodeId, Standing] = {}
+        self.frames_accepted = 0
         self.drops: Counter[str] = Counter()
         self._out: list[Effect] = []
 
@@ -292,6 +293,7 @@ class Node:
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
             self.drops["malformed"] += 1
             return
+        self.frames_accepted += 1
         if isinstance(message, Tunnel):
             self._packet(Packet(peer, TUNNEL, message.messages), now, wall)
         else:

@@ -28,8 +28,8 @@ class DatagramSocket:
     def __init__(self, sockets: list[socket.socket]) -> None:
         self._sockets = sockets
         self._by_family = {bound.family: bound for bound in sockets}
-        self.received = 0
-        self.sent = 0
+        self.received_bytes = 0
+        self.sent_bytes = 0
         self.unsent = 0
 
     @property
@@ -49,7 +49,7 @@ class DatagramSocket:
             # No route, interface down, buffer full, an address of a family that is gone: all of it mends itself or not.
             self.unsent += 1
         else:
-            self.sent += 1
+            self.sent_bytes += len(data)
 
     async def run(self, receive: Receive) -> None:
         """Give every datagram to `receive`, which must not block. Runs until cancelled."""
@@ -68,7 +68,7 @@ class DatagramSocket:
                 except OSError:
                     # An ICMP error of an earlier send; the next datagram is waiting behind it.
                     continue
-                self.received += 1
+                self.received_bytes += len(data)
                 receive(data, Address(_plain(source[0]), source[1]))
             else:
                 await trio.lowlevel.checkpoint()

@@ -227,7 +227,7 @@ class Driver:
                 raise TypeError(f"a driver cannot perform {effect!r}; protocol.node turns typed sends into bytes")
 
     async def _store_when_possible(self, batch: list[Persist]) -> None:
-        """Store, and on a full disk wait for room: nothing that depends on it happens meanwhile, but the node stays up."""
+        """Store; on a full disk wait for room: what depends on it waits too, but the node stays up."""
         told = False
         while True:
             try:

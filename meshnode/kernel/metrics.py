@@ -42,7 +42,6 @@ KERNEL_METRICS: Final[tuple[MetricSpec, ...]] = (
     MetricSpec("fabric_nodes_online", _G, "Members this node sees online, itself included."),
     MetricSpec("fabric_node_evictions_total", _C, "Members evicted, as applied by this node."),
     MetricSpec("fabric_peer_messages_total", _C, "Messages received from peers and accepted."),
-    MetricSpec("fabric_retry_attempts_total", _C, "Calls to peers that were tried again."),
     MetricSpec("fabric_panics_total", _C, "Unexpected errors caught at a boundary; each has a record in the log."),
     MetricSpec("fabric_wal_entries_total", _C, "Acknowledged writes to the database."),
     MetricSpec("fabric_wal_checkpoints_total", _C, "Checkpoints of the database's write-ahead log."),

@@ -69,7 +69,13 @@ class Agent:
                 await self._join_at_start(join_url, logger)
             while True:
                 runtime = Runtime(
-                    self._settings, self._folder, self._secrets, logs.logger, self._started_at, self._tell_ready
+                    self._settings,
+                    self._folder,
+                    self._secrets,
+                    logs.logger,
+                    self._started_at,
+                    self._tell_ready,
+                    lambda: logs.lost_records,
                 )
                 restart = await runtime.run()
                 if not restart:

@@ -29,7 +29,7 @@ from meshnode.kernel.bus import EventBus
 from meshnode.kernel.clock import SystemClock
 from meshnode.kernel.database import Database, KeyValue, Migration, kernel_migrations, open_database, read_migrations
 from meshnode.kernel.datafolder import DataFolder
-from meshnode.kernel.datagrams import open_datagrams
+from meshnode.kernel.datagrams import DatagramSocket, open_datagrams
 from meshnode.kernel.driver import Driver, Observer
 from meshnode.kernel.identity import NodeIdentity, load_or_make_identity, load_root
 from meshnode.kernel.links.contracts import LinkEvent, PeerMethod
@@ -48,6 +48,7 @@ from meshnode.kernel.resources.sampler import IdleActivity, ResourceSampler
 from meshnode.kernel.service import Service
 from meshnode.kernel.supervisor import Supervisor, serve_until_signal
 from meshnode.node.adapters import AddressNews, AgentFacts, Book, Contact, Gate, KeyMinter, Supervised
+from meshnode.node.figures import FiguresKeeper
 from meshnode.node.founding import api_limits, collections_of, found, load_roster, next_boot, node_parameters
 from meshnode.node.services import ApiService, DatabaseWatch, DriverService, LinkService, ProfileKeeper, discovery
 from meshnode.settings import Settings, node_name
@@ -113,7 +114,7 @@ class Network:
     observers: list[Observer]
     watcher: AddressWatcher
     book: Book
-    port: int
+    sockets: DatagramSocket
 
 
 class Runtime:
@@ -127,6 +128,7 @@ class Runtime:
         log: Callable[[str], Logger],
         started_at: float,
         tell_ready: Callable[[ReadyInfo], None],
+        lost_records: Callable[[], int],
     ) -> None:
         self._settings = settings
         self._data_dir = folder.path
@@ -134,6 +136,7 @@ class Runtime:
         self._log = log
         self._started_at = started_at
         self._tell_ready = tell_ready
+        self._lost_records = lost_records
         self._restart = False
         self._supervised = Supervised()
 
@@ -154,7 +157,7 @@ class Runtime:
                 node_id=ground.identity.node_id,
                 mesh_id=ground.mesh.mesh_id,
                 name=ground.name,
-                peer_port=network.port,
+                peer_port=network.sockets.port,
                 data_dir=str(self._data_dir),
                 pid=os.getpid(),
             )
@@ -252,7 +255,7 @@ class Runtime:
             node=hub, sockets=sockets, links=links, store=state.persist, observers=observers, log=log("driver")
         )
         moved.driver = driver
-        return Network(hub, driver, links, events_out, methods, observers, watcher, book, sockets.port)
+        return Network(hub, driver, links, events_out, methods, observers, watcher, book, sockets)
 
     def _build_cluster(self, ground: Ground, network: Network) -> Cluster:
         return build_cluster(
@@ -321,9 +324,19 @@ class Runtime:
             sampler,
             ProfileKeeper(sampler, network.driver, network.hub),
             network.book,
+            FiguresKeeper(
+                metrics=ground.metrics,
+                hub=network.hub,
+                sockets=network.sockets,
+                links=network.links,
+                database=ground.database,
+                supervised=self._supervised,
+                bus=ground.bus,
+                lost_records=self._lost_records,
+            ),
         ]
         if settings.discovery.multicast:
-            found_by = (ground.mesh.mesh_id, ground.identity.node_id, network.port)
+            found_by = (ground.mesh.mesh_id, ground.identity.node_id, network.sockets.port)
             middle.append(discovery(settings, *found_by, network.driver, ground.clock, log("discovery")))
         links = LinkService(network.links, network.driver, network.link_events, cluster.nodes.observe)
         return Supervisor(

@@ -60,9 +60,12 @@ class Contest:
             self._vacant_since = at.now + self._params.grace_incumbent_s
         return self._seek(at)
 
-    def standing(self, standing: Standing) -> None:
-        """A node described itself; it counts at the next vacancy."""
+    def standing(self, standing: Standing, at: Moment) -> list[Effect]:
+        """A node described itself: it counts while nobody coordinates, and changes nothing while somebody does."""
+        if self._standings.get(standing.node) == standing:
+            return []
         self._standings[standing.node] = standing
+        return self._seek(at)
 
     # ---- following ---------------------------------------------------------------------------------------------
 

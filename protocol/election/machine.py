@@ -149,8 +149,7 @@ class Election:
             case RosterChanged():
                 return contest.roster_changed(at)
             case Standing():
-                contest.standing(event)
-                return []
+                return contest.standing(event, at)
             case ForgetLost(voters):
                 return contest.forget_lost(voters, at)
             case Depart():

@@ -138,7 +138,7 @@ class Heartbeats:
         return []
 
     def _early(self, now: float, delay_s: float) -> list[Effect]:
-        """Beat before the slot is over, unless it had its beat: one beat a slot, so that the budget holds on average."""
+        """Beat before the slot is over, unless it had its beat: one beat a slot keeps the budget."""
         if self._beaten or now + delay_s >= self._slot_ends:
             return []
         return [SetTimer((MACHINE, "beat"), now + delay_s)]

@@ -21,7 +21,7 @@ UDP_RETRY_S = 30.0
 
 
 class _Probe:
-    __slots__ = ("asked_at", "due", "late", "relays", "stage", "started", "target", "tunnelled")
+    __slots__ = ("asked_at", "claim", "due", "late", "relays", "stage", "started", "target", "tunnelled")
 
     def __init__(self, target: NodeId, started: float, due: float) -> None:
         self.target = target
@@ -30,6 +30,7 @@ class _Probe:
         self.stage = 0  # 0 direct, 1 relays asked, 2 link tried
         self.asked_at = started
         self.relays: list[NodeId] = []
+        self.claim: Address | None = None  # an address that an answer from it would prove
         self.late = False
         self.tunnelled = False
 
@@ -78,9 +79,9 @@ class Probing:
             items = s.broadcasts.take(1000, s.now)
             s.send(target, ping, Gossip(items)) if items else s.send(target, ping)
         s.timer(probe.due, "stage", number)
-        claim = s.claims.get(target)
-        if claim is not None:
-            s.send(target, ping, address=claim)
+        probe.claim = s.claims.pop(target, None)
+        if probe.claim is not None and probe.claim != s.routes.get(target):
+            s.send(target, ping, address=probe.claim)
         if s.tunnelled.get(target, inf) <= s.now:
             # Now and then, see whether its UDP gets through again; an Ack that comes by UDP ends the tunnel.
             s.tunnelled[target] = s.now + UDP_RETRY_S
@@ -159,7 +160,8 @@ class Probing:
         probe = self._probes.get(number)
         if probe is None or probe.target != sender:
             return
-        s.answered_from(sender, source)
+        if source == probe.claim:
+            s.routes[sender] = source
         tunnelled = source == TUNNEL
         if tunnelled and not probe.tunnelled:
             s.tunnelled[sender] = s.now + UDP_RETRY_S

@@ -40,7 +40,7 @@ class State:
         self.last_heard = 0.0
         self._heard: deque[tuple[float, NodeId]] = deque(maxlen=HEARD_MAX)
         self.routes: dict[NodeId, Address] = {}  # where a peer's datagrams really come from, if not as stated
-        self.claims: dict[NodeId, Address] = {}  # a source seen that the peer neither signed nor answered a probe from
+        self.claims: dict[NodeId, Address] = {}  # where a peer's datagrams seem to come from; the next probe tries it
         self.contacts: dict[NodeId, Address] = {}  # hints for members of whom no statement is known
         self.tunnelled: dict[NodeId, float] = {}  # peers whose UDP does not get through; when to try it again
         self.gossiping = False
@@ -162,11 +162,6 @@ class State:
             self.routes[peer] = source
         else:
             self.claims[peer] = source
-
-    def answered_from(self, peer: NodeId, source: Address) -> None:
-        """The peer answered a probe of this node from here."""
-        if self.claims.get(peer) == source:
-            self.routes[peer] = self.claims.pop(peer)
 
     def addresses(self, peer: NodeId) -> tuple[Address, ...]:
         """Where to reach a peer, the best first."""

@@ -82,6 +82,7 @@ class DatagramCodec:
         self._windows: dict[NodeId, ReplayWindow] = {}
         self._outgoing: dict[NodeId, tuple[bytes, int, bytes]] = {}  # (key id, receiver's boot, pair key)
         self._incoming: dict[NodeId, tuple[bytes, bytes]] = {}  # (key id, pair key)
+        self.accepted = 0
         self.drops: Counter[str] = Counter()
         self.version_seen: dict[NodeId, int] = {}  # claimed, not proven: for a message to the person, no decision
 
@@ -175,6 +176,7 @@ class DatagramCodec:
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
             self._drop("malformed")
             return None
+        self.accepted += len(messages)
         return Opened(sender, boot, messages)
 
     def _incoming_key(self, sender: NodeId, key_id: bytes, gossip_key: bytes) -> bytes | None:

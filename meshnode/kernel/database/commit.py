@@ -32,6 +32,8 @@ class BatchCommitter:
         self._path = path
         self._wal_pages = 0
         self._failure: BaseException | None = None
+        self.acknowledged = 0  # writes that became durable
+        self.checkpoints = 0
         # A hook of our own replaces SQLite's automatic checkpoint, which would run inside COMMIT, keep the waiters
         # waiting and swallow its own I/O errors.
         connection.set_wal_hook(self._note_wal_pages)
@@ -57,6 +59,7 @@ class BatchCommitter:
             self._connection.execute("COMMIT")
         except apsw.Error as error:
             return self._lost(writes, error)
+        self.acknowledged += sum(isinstance(result, outcome.Value) for result in results)
         return results
 
     def checkpoint_if_due(self) -> None:
@@ -66,6 +69,7 @@ class BatchCommitter:
         mode = apsw.SQLITE_CHECKPOINT_TRUNCATE if self._wal_pages >= TRUNCATE_WAL_PAGES else None
         try:
             self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE if mode is None else mode)
+            self.checkpoints += 1
         except apsw.Error as error:
             if stops_the_store(error):
                 self._failure = error

@@ -44,6 +44,16 @@ class Database:
         """Why the store accepts no more writes until a restart, or None while all is well."""
         return self._writer.failure
 
+    @property
+    def acknowledged(self) -> int:
+        """Writes made durable since the store was opened."""
+        return self._writer.acknowledged
+
+    @property
+    def checkpoints(self) -> int:
+        """How often the log was folded into the file since the store was opened."""
+        return self._writer.checkpoints
+
     async def write(self, function: Callable[[apsw.Connection], T]) -> T:
         """Run `function(connection)` on the writer's thread; return its result once it is durable.
 

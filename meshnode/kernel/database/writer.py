@@ -31,6 +31,10 @@ class Writer(Protocol):
     async def aclose(self) -> None: ...
     @property
     def failure(self) -> MeshError | None: ...
+    @property
+    def acknowledged(self) -> int: ...
+    @property
+    def checkpoints(self) -> int: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +64,14 @@ class ThreadWriter:
     @property
     def failure(self) -> MeshError | None:
         return self._committer.failure
+
+    @property
+    def acknowledged(self) -> int:
+        return self._committer.acknowledged
+
+    @property
+    def checkpoints(self) -> int:
+        return self._committer.checkpoints
 
     async def write(self, function: WriteFunction) -> Any:
         """Run `function(connection)` in the next batch; returns its result once it is on the disk.
@@ -153,6 +165,14 @@ class InlineWriter:
     @property
     def failure(self) -> MeshError | None:
         return self._committer.failure
+
+    @property
+    def acknowledged(self) -> int:
+        return self._committer.acknowledged
+
+    @property
+    def checkpoints(self) -> int:
+        return self._committer.checkpoints
 
     async def write(self, function: WriteFunction) -> Any:
         """As ThreadWriter.write; a write whose turn has come is never cut off by a cancellation."""

@@ -1,0 +1,59 @@
+"""What becomes of a mesh of real agents when one of them is killed, or has a clock that is wrong by a year."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.agent_process import Agents, agents, agree, coordinator, until
+
+YEAR_S = 365 * 86_400
+
+
+@pytest.fixture
+def house() -> Iterator[Agents]:
+    with agents() as made:
+        yield made
+
+
+def test_the_coordinator_is_killed_and_comes_back(house: Agents) -> None:
+    whole = house.mesh("a", "b", "c", membership__profile="local")
+    leader = coordinator(whole)
+    others = [agent for agent in whole if agent is not leader]
+    term = others[0].get("/api/status")["coordinator"]["term"]
+    events = others[0].events()
+    leader.kill()
+    agree(others, within_s=30)
+    lost = events.until("node_offline", lambda node: node["id"] == leader.node_id)
+    assert lost["name"] == leader.name
+    assert events.until("coordinator_changed", lambda moved: moved["coordinator"] in {a.node_id for a in others})
+    for agent in others:
+        now = agent.get("/api/status")["coordinator"]
+        assert now["term"] > term
+        assert agent.statuses()[leader.name] == "offline", "it is still a member"
+    until(lambda: others[0].get("/api/status")["coordinator"]["quorate"], "two of three to be quorate")
+    boot = next(n["boot"] for n in others[0].get("/api/nodes") if n["id"] == leader.node_id)
+    # It returns by itself, and does not take its office back.
+    leader.start()
+    agree(whole, within_s=10)
+    events.until("node_joined", lambda node: node["id"] == leader.node_id and node["boot"] > boot)
+    events.close()
+    assert coordinator(whole) is not leader
+
+
+@pytest.mark.parametrize("offset_s", [YEAR_S, -YEAR_S])
+def test_a_clock_that_is_wrong_by_a_year_joins_and_stays(house: Agents, offset_s: float) -> None:
+    a, b = house.mesh("a", "b")
+    astray = house.make("astray", clock_offset_s=offset_s)
+    astray.start(a.invite())
+    whole = [a, b, astray]
+    agree(whole)
+    # Its own records must reach the others although they are dated into another year.
+    until(lambda: all(n["version"] for n in b.get("/api/nodes") if offset_s < 0 or n["id"] != astray.node_id), "records")
+    assert a.ok("POST", f"/api/nodes/{astray.node_id}/ping", {"count": 2})["received"] == 2
+    # It restarts, and evictions written elsewhere reach it.
+    astray.stop()
+    astray.start()
+    agree(whole)
+    assert a.call("DELETE", f"/api/nodes/{b.node_id}").status == 204
+    agree([a, astray])
+    until(lambda: b.node_id not in {n["id"] for n in astray.get("/api/nodes")}, "the eviction to arrive", 5.0)

@@ -1,0 +1,210 @@
+"""The small parts: the fence, the order of candidates, the lease clock, electorates as values, the wire."""
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.effects import Persist
+from protocol.election.candidates import best, capability_class, rank, stability_class
+from protocol.election.electorate import Electorate, apply_toggle, founded, offered
+from protocol.election.events import Standing
+from protocol.election.fence import FENCE_MACHINE, TERM_LEAP_MAX, Fence
+from protocol.election.messages import Beacon, ElectorateOffer, ElectorateRequest, Follow, Version
+from protocol.election.tally import LeaseClock, Tally
+from protocol.ids import short_id
+from protocol.wire.messages import DatagramMessage, LinkMessage
+from tests.protocol.election.bench import IDS
+
+A, B, C = IDS[:3]
+SHORT = bytes(range(8))
+
+
+# ---- fence -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_fence_refuses_older_commands_also_after_a_restart() -> None:
+    fence = Fence({})
+    admitted, effects = fence.admit(3, B)
+    assert admitted
+    assert [type(effect) for effect in effects] == [Persist]
+    stored = {effect.key: effect.value for effect in effects if isinstance(effect, Persist) and effect.value}
+    for term, leader, expected in [
+        (3, B, True),
+        (3, A, False),
+        (2, C, False),
+        (0, C, False),
+        (3, C, True),
+        (4, A, True),
+    ]:
+        again = Fence(stored)
+        assert again.admit(term, leader)[0] is expected, (term, leader)
+
+
+def test_a_second_command_waits_for_the_first_ones_persist() -> None:
+    fence = Fence({})
+    _, first = fence.admit(3, B)
+    _, second = fence.admit(3, B)
+    assert second == first
+    fence.persisted(first)
+    assert fence.admit(3, B) == (True, [])
+    assert all(isinstance(effect, Persist) and effect.machine == FENCE_MACHINE for effect in first)
+
+
+def test_a_refused_command_changes_nothing() -> None:
+    fence = Fence({})
+    fence.admit(3, B)
+    assert fence.admit(2, B) == (False, [])
+    assert fence.admit(3 + TERM_LEAP_MAX + 1, B) == (False, [])
+    assert fence.term == 3
+
+
+# ---- candidates ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("uptime_s", "on_battery", "has_battery", "expected"),
+    [
+        (10**7, True, True, 0),
+        (10**7, False, True, 1),
+        (0, False, False, 2),
+        (3600, False, False, 3),
+        (10**5, False, False, 4),
+    ],
+)
+def test_stability(uptime_s: int, on_battery: bool, has_battery: bool, expected: int) -> None:
+    assert stability_class(uptime_s, on_battery=on_battery, has_battery=has_battery) == expected
+
+
+@pytest.mark.parametrize(
+    ("cores", "ram_mb", "expected"), [(1, 64_000, 0), (2, 4096, 1), (4, 8192, 2), (64, 2000, 0), (16, 65_536, 3)]
+)
+def test_capability(cores: int, ram_mb: int, expected: int) -> None:
+    assert capability_class(cores, ram_mb) == expected
+
+
+def test_every_node_sorts_candidates_alike() -> None:
+    nodes = [(node, bytes(short_id(node))) for node in IDS]
+    standings = {A: Standing(A, 4, 0), B: Standing(B, 2, 3), C: Standing(C, 2, 3)}
+    order = best(nodes, standings, 9)
+    assert order[:3] == (A, C, B)
+    assert order[3] == IDS[-1]
+    for place, node in enumerate(order):
+        others = [pair for pair in nodes if pair[0] != node]
+        assert rank((node, bytes(short_id(node))), others, standings) == place
+
+
+# ---- the lease clock and the tally -----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.floats(0.0, 20.0), st.floats(-100.0, 100.0)), max_size=20))
+def test_the_lease_clock_is_never_slower_than_either_clock(steps: list[tuple[float, float]]) -> None:
+    now, wall = 5.0, 1.7e9
+    clock = LeaseClock(now, wall)
+    for passed, passed_wall in steps:
+        before = clock.peek(now, wall)
+        now += passed
+        wall += passed_wall
+        peeked = clock.peek(now, wall)
+        assert clock.advance(now, wall) == peeked
+        assert peeked - before >= max(passed, passed_wall, 0.0) - 1e-5
+
+
+def test_the_tally_needs_more_than_half() -> None:
+    tally = Tally(0.05)
+    voters = [bytes([index] * 8) for index in range(4)]
+    electorate = Electorate(Version(1, SHORT, 0), frozenset(voters))
+    tally.sent(1, 10.0, 100.0)
+    tally.sent(2, 10.0, 102.0)
+    tally.heard(A, voters[0], electorate.version, 1)
+    tally.heard(B, voters[1], electorate.version, 2)
+    assert tally.until(electorate) < 0
+    tally.heard(C, voters[2], electorate.version, 2)
+    assert tally.until(electorate) == pytest.approx(109.5)
+    tally.heard(A, voters[0], electorate.version, 2)
+    assert tally.until(electorate) == pytest.approx(111.5)
+
+
+def test_an_overtaken_answer_takes_nothing_back() -> None:
+    tally = Tally(0.05)
+    electorate = Electorate(Version(1, SHORT, 3), frozenset({SHORT}))
+    tally.sent(1, 10.0, 0.0)
+    tally.sent(2, 10.0, 1.0)
+    tally.heard(A, SHORT, electorate.version, 2)
+    until = tally.until(electorate)
+    tally.heard(A, SHORT, Version(1, SHORT, 2), 1)
+    assert tally.until(electorate) == until
+
+
+def test_beats_are_forgotten_when_their_lease_is_over() -> None:
+    tally = Tally(0.05)
+    for beat in range(1000):
+        tally.sent(beat, 6.0, float(beat))
+    assert len(tally._beats) <= 7
+
+
+# ---- electorates -----------------------------------------------------------------------------------------------------
+
+
+def test_versions_are_ordered_by_term_then_maker_then_number() -> None:
+    low, high = bytes(8), bytes([1] * 8)
+    versions = [Version(0, low, 9), Version(1, low, 0), Version(1, low, 3), Version(1, high, 0), Version(2, low, 0)]
+    assert sorted(versions, reverse=True) == versions[::-1]
+
+
+def test_toggling_twice_gives_the_same_voters_in_a_higher_version() -> None:
+    first = founded(SHORT)
+    there = first.toggled(bytes(8))
+    back = there.toggled(bytes(8))
+    assert back.voters == first.voters
+    assert first.version < there.version < back.version
+
+
+@pytest.mark.parametrize("toggled", [[SHORT]])
+def test_a_toggle_that_leaves_nobody_or_has_another_base_is_not_applied(toggled: list[bytes]) -> None:
+    held = founded(SHORT)
+    assert apply_toggle(held, Version(1, SHORT, 0), held.version, toggled) is None
+    assert apply_toggle(held, Version(1, SHORT, 0), Version(0, SHORT, 0), []) is None
+
+
+def test_an_offer_names_voters_once() -> None:
+    electorate = offered(ElectorateOffer(Version(1, SHORT, 0), [SHORT, SHORT]))
+    assert electorate.need == 1
+    assert electorate.offer().voters == [SHORT]
+
+
+# ---- the wire --------------------------------------------------------------------------------------------------------
+
+BIG = Version(2**53, b"\xff" * 8, 2**53)
+
+
+@pytest.mark.parametrize(
+    ("message", "union", "bytes_max"),
+    [
+        (Beacon(2**53, 2**53, 600_000, True, True, BIG, BIG, [SHORT]), DatagramMessage, 140),
+        (Follow(2**53, SHORT, 2**53, True, BIG, 2**53, SHORT), DatagramMessage, 100),
+        (ElectorateRequest(), LinkMessage, 8),
+        (ElectorateOffer(BIG, [SHORT] * 1000), LinkMessage, 10_100),
+    ],
+)
+def test_messages_cross_the_wire(message: object, union: Any, bytes_max: int) -> None:
+    data = msgspec.msgpack.encode(message)
+    assert len(data) <= bytes_max
+    assert msgspec.msgpack.decode(data, type=union) == message
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [16, 1, 1, 600_001, True, True, [0, bytes(8), 0], [0, bytes(8), 0], []],
+        [16, 1, 1, 6000, True, True, [0, bytes(7), 0], [0, bytes(8), 0], []],
+        [16, 1, 1, 6000, True, True, [0, bytes(8), 0], [0, bytes(8), 0], [bytes(8), bytes(8)]],
+        [17, -1, bytes(8), 1, True, [0, bytes(8), 0], 0, bytes(8)],
+        [17, 1, bytes(9), 1, True, [0, bytes(8), 0], 0, bytes(8)],
+    ],
+)
+def test_malformed_messages_are_refused(fields: list[object]) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.msgpack.decode(msgspec.msgpack.encode(fields), type=DatagramMessage)
