@@ -269,6 +269,8 @@ def main(arguments: Sequence[str]) -> int:
     more = [part for setting in told.set for part in ("--set", setting)]
     if told.nodes > MANY and not any(setting.startswith("membership.profile=") for setting in told.set):
         more += ["--set", "membership.profile=local"]
+    # Explicitly: a shell that starts us in the background has SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with folder_of(told.dir, keep=told.keep) as folder:

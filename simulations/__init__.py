@@ -1,1 +1,1 @@
-"""Proof: a seeded discrete-event world that drives the very machines of protocol/ with virtual time, network and disk."""
+"""Proof: a seeded discrete-event world drives the very machines of protocol/ with virtual time, network and disk."""

@@ -15,7 +15,6 @@ from simulations.report import as_json, as_table, met
 from simulations.runner import Outcome, run_seeds
 from simulations.scenarios.scenario import Figure, Options
 
-
 CI_SEEDS = 2000
 CI_JOBS = 2
 CI_MINUTES = 10.0

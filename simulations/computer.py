@@ -7,7 +7,7 @@ it depends on, no timer after its cancel. What runs on it is a Program's busines
 from collections import deque
 from collections.abc import Sequence
 from random import Random
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final
 from zlib import crc32
 
 from protocol.effects import (
@@ -25,6 +25,7 @@ from protocol.effects import (
 )
 from protocol.ids import Address, NodeId
 from simulations.disk import Disk
+from simulations.program import Machine, Program
 
 if TYPE_CHECKING:
     from simulations.world import World
@@ -37,62 +38,6 @@ QUEUEING: Final = 2  # frozen, or busy with what came before: inputs wait their 
 SOCKET_DATAGRAMS_MAX: Final = 256
 TIMER_LATENESS_S: Final = 1e-6
 CATCH_UP_S: Final = 0.00005  # what one waiting input costs a process that has just been thawed
-
-
-class Machine(Protocol):
-    """What runs in the process: the hub of the protocol machines."""
-
-    def start(self, now: float, wall: float) -> list[Effect]: ...
-    # Any: a hub also takes commands of its own, which only its Program knows.
-    def handle(self, event: Any, now: float, wall: float) -> list[Effect]: ...
-
-
-class Program(Protocol):
-    """What a computer starts: builds a machine from what its disk holds."""
-
-    def boot(self, computer: "Computer", now: float, wall: float) -> Machine:
-        """A machine that has not been started yet."""
-        ...
-
-    def boot_epoch(self, machine: Machine) -> int:
-        """The boot epoch that the machine's HELLO states."""
-        ...
-
-    def accepts(self, machine: Machine, peer: NodeId) -> bool:
-        """Whether the roster check after a TLS handshake would let this peer in."""
-        ...
-
-    def admit(self, computers: "Sequence[Computer]") -> None:
-        """Make these computers members before their first start: identities, roster, addresses of some peers."""
-        ...
-
-    def is_quorate(self, computer: "Computer") -> bool:
-        """Whether the computer may run exclusive work at this instant, by its own clocks."""
-        ...
-
-    def coordinating(self, computer: "Computer") -> int | None:
-        """The term in which the computer coordinates, quorate or not; None if it does not."""
-        ...
-
-    def knows(self, computer: "Computer", peer: NodeId) -> bool:
-        """Whether the computer takes the peer for a member."""
-        ...
-
-    def believed_up(self, computer: "Computer") -> "Sequence[NodeId]":
-        """Whom the machine itself lists as up."""
-        ...
-
-    def digest(self, computer: "Computer") -> bytes:
-        """Sums up the records that the computer holds."""
-        ...
-
-    def observe(self, computer: "Computer", event: object) -> None:
-        """A machine published an event that the driver may have to answer."""
-        ...
-
-    def queue_sizes(self, machine: Machine) -> Sequence[tuple[str, int, int]]:
-        """(name, entries, limit) of every queue and table inside the machine that must stay bounded."""
-        ...
 
 
 class Computer:
@@ -263,18 +208,18 @@ class Computer:
             self._continue()
 
     def suspend(self) -> None:
-        """A closed lid: network gone, and the monotonic clock stands still (Linux's CLOCK_MONOTONIC does)."""
+        """A closed lid: the process stops and the network is gone."""
         self.pause()
         self.cut_in += 1
         self.cut_out += 1
 
-    def wake(self, asleep_s: float, run: int) -> None:
-        """Open the lid after `asleep_s` seconds: only the wall clock knows. `run` is the process that was suspended."""
+    def wake(self, stood_still_s: float, run: int) -> None:
+        """Open the lid. The monotonic clock missed `stood_still_s` seconds; `run` is the process that was suspended."""
         self.cut_in -= 1
         self.cut_out -= 1
         if run != self.run or self.state == DOWN:
             return
-        self._clock_base -= asleep_s * self._clock_rate
+        self._clock_base -= stood_still_s * self._clock_rate
         self._thaw_timers.clear()
         for key, timer in self._timers.items():
             # The heap's wake-ups were set for a clock that ran on: set them anew.
@@ -394,19 +339,18 @@ class Computer:
     def _perform(self, effects: Sequence[Effect]) -> None:
         held = self._held
         for effect in effects:
-            kind = type(effect)
-            if kind is SendDatagram:
-                if not self._persisting or effect.ahead:  # type: ignore[union-attr]  # `kind is` narrows for readers only
-                    self.world.network.send(self, effect.address, effect.data)  # type: ignore[union-attr]  # as above
+            if isinstance(effect, SendDatagram):
+                if not self._persisting or effect.ahead:
+                    self.world.network.send(self, effect.address, effect.data)
                 else:
                     held.append(effect)
-            elif kind is SetTimer:
-                self._set_timer(effect.key, effect.at)  # type: ignore[union-attr]  # as above
-            elif kind is CancelTimer:
-                self._timers.pop(effect.key, None)  # type: ignore[union-attr]  # as above
+            elif isinstance(effect, SetTimer):
+                self._set_timer(effect.key, effect.at)
+            elif isinstance(effect, CancelTimer):
+                self._timers.pop(effect.key, None)
             elif self._persisting:
                 held.append(effect)
-            elif kind is Persist:
+            elif isinstance(effect, Persist):
                 held.append(effect)
                 self._commit()
             else:

@@ -48,7 +48,7 @@ class Disk:
         return duration * self.slowness
 
     def finish(self) -> bool:
-        """The commit's time is over: True if it is durable now, False if the disk is full and it must be tried again."""
+        """The commit's time is over: True if it is durable now, False if the disk is full: try again."""
         if self.full:
             return False
         for write in self._in_flight:

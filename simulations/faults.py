@@ -15,7 +15,7 @@ from simulations.world import World
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault: at virtual time `at`, for `lasts_s` seconds, on computers by index; `amount` is the kind's business."""
+    """One fault: at virtual time `at`, for `lasts_s` seconds, on computers by index; `amount` depends on the kind."""
 
     at: float
     kind: str
@@ -44,7 +44,7 @@ SHAPES: Final[tuple[Shape, ...]] = (
     Shape("power", 2.0, (2.0, 30.0)),
     Shape("crash-many", 1.0, (1.0, 20.0), share=(0.2, 0.6)),
     Shape("pause", 3.0, (0.2, 40.0)),
-    Shape("suspend", 1.0, (5.0, 60.0)),
+    Shape("suspend", 1.0, (5.0, 60.0), amount=(0.0, 1.0)),
     Shape("cut", 3.0, (0.5, 40.0)),
     Shape("cut-in", 1.5, (0.5, 30.0)),
     Shape("cut-out", 1.5, (0.5, 30.0)),
@@ -62,13 +62,11 @@ SHAPES: Final[tuple[Shape, ...]] = (
 )
 
 
-def draw(
-    rng: Random, nodes: int, begin: float, end: float, per_minute: float, kinds: str | None = None
-) -> list[Fault]:
-    """A schedule in which every fault begins after `begin` and is undone by `end`; `kinds` names the ones to draw from."""
+def draw(rng: Random, nodes: int, begin: float, end: float, per_minute: float, kinds: str | None = None) -> list[Fault]:
+    """A schedule in which every fault begins after `begin` and is undone by `end`; `kinds` names those to draw."""
     wanted = None if kinds is None else set(kinds.split(","))
     shapes = [shape for shape in SHAPES if wanted is None or shape.kind in wanted]
-    plan = []
+    plan: list[Fault] = []
     at = begin
     weights = [shape.weight for shape in shapes]
     while True:
@@ -141,7 +139,9 @@ class Faults:
         for computer in computers:
             if computer.state != DOWN and not computer.paused:
                 computer.suspend()
-                self._world.after(fault.lasts_s, computer.wake, fault.lasts_s, computer.run)
+                # Some systems' monotonic clocks stand still meanwhile (Linux's CLOCK_BOOTTIME goes on).
+                stood_still_s = fault.lasts_s if fault.amount < 0.5 else 0.0
+                self._world.after(fault.lasts_s, computer.wake, stood_still_s, computer.run)
 
     def _cut(self, computers: list[Computer], fault: Fault) -> None:
         for computer in computers:

@@ -5,7 +5,7 @@ brings, answers RotationDue with random bytes, samples resources, and carries tr
 """
 
 from collections.abc import MutableMapping, Sequence
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
 
@@ -25,9 +25,12 @@ from protocol.wire import limits
 from protocol.wire.crypto import STATEMENT_DOMAIN
 from protocol.wire.messages import Accusation, Alive, Gossip, Leaving, StatementBody
 from protocol.wire.statements import Stated
-from simulations.computer import DOWN, Computer, Machine
+from simulations.computer import DOWN, Computer
+from simulations.program import Machine
 from simulations.suite import SimSuite
-from simulations.world import World
+
+if TYPE_CHECKING:
+    from simulations.world import World
 
 BOOT_ORIGIN: Final = 1_577_836_800  # boot epochs count from 2020-01-01
 CONTACTS: Final = 5  # so many addresses of peers come with a join
@@ -43,7 +46,7 @@ class MeshProgram:
 
     def __init__(
         self,
-        world: World,
+        world: "World",
         *,
         params: NodeParameters | None = None,
         own_rosters: bool = False,
@@ -197,9 +200,7 @@ class MeshProgram:
         ]
         for accuser in accusers:
             boot = cast(Node, accuser.machine).boot
-            bodies.append(
-                Accusation(short(accuser.node_id), boot, 2**40, alive.signer, alive.boot, alive.incarnation)
-            )
+            bodies.append(Accusation(short(accuser.node_id), boot, 2**40, alive.signer, alive.boot, alive.incarnation))
         blobs = [msgspec.msgpack.encode(body) for body in bodies]
         # An insider's signature over the right bytes is a real signature, only of the wrong node.
         signed = [blob + suite.forge(STATEMENT_DOMAIN, blob) for blob in blobs]
@@ -239,7 +240,11 @@ class MeshProgram:
         verifier = SimSuite(self._world.ring, computer.public_key)
         if self._own_rosters:
             store = computer.disk.records
-            told = [record.value for _, blob in store.scan(TRUST_COLLECTION, b"", None, 10_000) if (record := open_record(blob))]
+            told = [
+                record.value
+                for _, blob in store.scan(TRUST_COLLECTION, b"", None, 10_000)
+                if (record := open_record(blob))
+            ]
             return Roster(root_public_key=self._root, verifier=verifier, statements=[*self._admissions, *told])
         if self._shared is None:
             self._shared = Roster(root_public_key=self._root, verifier=verifier, statements=self._admissions)

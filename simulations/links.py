@@ -1,7 +1,7 @@
 """Control links between computers: set-up that takes time, ordered reliable frames, and the ways in which they break.
 
 It stands for TCP, TLS and the agent's link pool: one link per pair, made when the first frame wants to go, lost when a
-path stays cut for too long, when a process dies, or when a side closes it. Frames already on the way may be lost with it.
+path stays cut for too long, when a process dies, or when a side closes it. Frames on the way may be lost with it.
 """
 
 from collections.abc import Callable

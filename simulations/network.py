@@ -45,8 +45,8 @@ class Network:
     """Carries datagrams between the computers of one world."""
 
     __slots__ = (
-        "_blocks", "_computers", "_duplicate", "_jitter", "_latency", "_loss", "_params", "_random", "_reorder", "_taps",
-        "_world", "dropped_packets",
+        "_blocks", "_computers", "_duplicate", "_jitter", "_latency", "_loss", "_params", "_random", "_reorder",
+        "_taps", "_world", "dropped_packets",
     )  # fmt: skip
 
     def __init__(self, world: "World", params: NetworkParams, rng: Random) -> None:
@@ -80,7 +80,7 @@ class Network:
         return self._computers.get(address)
 
     def tap(self, tap: Tap) -> None:
-        """Call `tap(source, target, address, data)` for every datagram sent, arriving or not: for captures and accounts."""
+        """Call `tap(source, target, address, data)` for every datagram sent, arriving or not."""
         self._taps.append(tap)
 
     def untap(self, tap: Tap) -> None:
@@ -122,10 +122,7 @@ class Network:
         """Whether a packet may pass now, losses apart."""
         if source.cut_out or target.cut_in:
             return False
-        for block in self._blocks:
-            if source.index in block.sources and target.index in block.targets:
-                return False
-        return True
+        return not any(source.index in block.sources and target.index in block.targets for block in self._blocks)
 
     def delay(self) -> float:
         """One way, drawn anew for every packet."""

@@ -78,9 +78,10 @@ def as_table(name: str, options: Options, outcome: Outcome, figures: Sequence[Fi
             sign = ">=" if figure.at_least else "<="
             goal = f"{sign} {figure.goal:g} {figure.unit}".rstrip() + ("   met" if figure.met else "   NOT MET")
         lines.append(f"  {figure.name:<{width}}  {value:>12} {figure.unit:<4} {goal}".rstrip())
-    speed = outcome.samples.virtual_s / max(outcome.elapsed_s, 1e-9)
+    samples = outcome.samples
+    speed = samples.virtual_s / max(outcome.elapsed_s, 1e-9)
     lines.append(
-        f"  {outcome.samples.virtual_s:,.0f} virtual seconds, {outcome.samples.events:,} events in {outcome.elapsed_s:.1f} s"
+        f"  {samples.virtual_s:,.0f} virtual seconds, {samples.events:,} events in {outcome.elapsed_s:.1f} s"
         f" ({speed:,.0f} virtual seconds a second), trace {outcome.samples.trace:08x}"
     )
     lines += failure_lines(name, options, outcome)

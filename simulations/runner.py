@@ -14,7 +14,9 @@ from simulations.checkers.checker import Violation
 from simulations.scenarios.scenario import Options, Samples
 
 QUEUED_PER_JOB = 3  # so many seeds wait in the pool for each process
-COLLECT_BELOW_NODES = 200  # larger worlds are short-lived mountains of long-lived objects: collecting costs half the time
+COLLECT_BELOW_NODES = (
+    200  # larger worlds are short-lived mountains of long-lived objects: collecting costs half the time
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +94,10 @@ def _results(
             while len(running) < jobs * QUEUED_PER_JOB:
                 if until_s is not None and time.perf_counter() - began > until_s:
                     break
-                seed = next(todo, None)
-                if seed is None:
+                following = next(todo, None)
+                if following is None:
                     break
-                running.add(pool.submit(measure, name, replace(options, seed=seed)))
+                running.add(pool.submit(measure, name, replace(options, seed=following)))
             if not running:
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""What every node believes of every other, kept from the events that the nodes publish, and how it compares with the truth.
+"""What every node believes of every other, kept from the events that nodes publish, and how it compares with the truth.
 
 Only an observer: it asks no machine anything, so that it also sees what a machine forgets to tell.
 """
@@ -101,18 +101,16 @@ class Views(Checker):
 
     def published(self, computer: Computer, event: object) -> None:
         """Fold an event into the row of the node that published it."""
-        kind = type(event)
-        if kind is PeerUp:
-            self._set(computer, event.peer, 1)  # type: ignore[attr-defined]  # `kind is` narrows for readers only
-        elif kind is PeerDown:
-            assert isinstance(event, PeerDown)
+        if isinstance(event, PeerUp):
+            self._set(computer, event.peer, 1)
+        elif isinstance(event, PeerDown):
             target = self._set(computer, event.peer, 0)
             if target is not None:
                 was_down = target.state == DOWN or not self._exists[target.index]
                 verdict = (computer.index, target.index, event.witnesses, event.private, was_down)
                 self.verdicts.append(Verdict(self._world.now, *verdict))
-        elif kind is PeerLeft:
-            self._set(computer, event.peer, 0)  # type: ignore[attr-defined]  # as above
+        elif isinstance(event, PeerLeft):
+            self._set(computer, event.peer, 0)
 
     def _set(self, computer: Computer, peer: NodeId, value: int) -> Computer | None:
         target = self._world.find(peer)
@@ -142,7 +140,9 @@ class Views(Checker):
         """How many running others list the target as up."""
         index = target.index
         return sum(
-            1 for observer, row in enumerate(self._rows) if row[index] and self._watching[observer] and observer != index
+            1
+            for observer, row in enumerate(self._rows)
+            if row[index] and self._watching[observer] and observer != index
         )
 
     def mistakes(self, at_most: int = 5) -> str:

@@ -11,20 +11,23 @@ Equal seeds give equal runs, down to `world.trace`, in any process.
 import heapq
 from collections.abc import Callable, Sequence
 from random import Random
+from typing import Any
 
 from protocol.effects import Persist
 from protocol.ids import Address, NodeId, ShortId, node_id_of, short_id
 from simulations.checkers.checker import Checker
-from simulations.computer import DOWN, Computer, Program
+from simulations.computer import DOWN, Computer
 from simulations.disk import Disk, DiskParams
+from simulations.host import MeshProgram
 from simulations.links import LinkParams, Links
 from simulations.network import Network, NetworkParams
+from simulations.program import Program
 from simulations.suite import KeyRing
 
 EPOCH = 1_790_000_000.0  # Unix seconds at virtual time 0; any fixed moment does
 SWEEP_S = 1.0
 
-Entry = tuple[float, int, Callable[..., None], object, object]
+Entry = tuple[float, int, Callable[..., None], Any, Any]
 
 
 class World:
@@ -105,10 +108,8 @@ class World:
 
     @property
     def program(self) -> Program:
-        """What computers of this world start: the real hub of the protocol unless the constructor was told otherwise."""
+        """What computers of this world start: the real hub, unless the constructor was told otherwise."""
         if self._program is None:
-            from simulations.host import MeshProgram
-
             self._program = MeshProgram(self)
         return self._program
 
@@ -240,8 +241,8 @@ class World:
         self.after(self._sweep_s, self._sweep)
 
 
-def _spread(call: object, arguments: object) -> None:
-    call(*arguments)  # type: ignore[operator]  # the heap holds what `after` put there
+def _spread(call: Any, arguments: Any) -> None:
+    call(*arguments)
 
 
 def _start(computer: Computer, _: object) -> None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 import click
 
-from meshnode.kernel.errors import ErrorCode, MeshError
 
 if TYPE_CHECKING:
     # At run time they are imported where they are used: `meshnode version` needs neither.
@@ -142,10 +141,7 @@ def with_session(function: Callable[Concatenate[Session, P], R]) -> Callable[P, 
     )
     @click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="Settings file to read.")
     @functools.wraps(function)
-    def command(
-        *arguments: P.args,
-        **named: P.kwargs,
-    ) -> R:
+    def command(*arguments: P.args, **named: P.kwargs) -> R:
         told: dict[str, Any] = {name: named.pop(name) for name in ("as_json", "api_port", "data_dir", "config")}
         return function(Session(**told), *arguments, **named)
 
@@ -155,8 +151,3 @@ def with_session(function: Callable[Concatenate[Session, P], R]) -> Callable[P, 
 def example(*lines: str) -> str:
     """The examples below a command's help, kept as they are."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def not_found(message: str) -> MeshError:
-    """Something on this machine that a command needs and that is not there."""
-    return MeshError(ErrorCode.NOT_FOUND, message)

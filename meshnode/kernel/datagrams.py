@@ -69,7 +69,7 @@ class DatagramSocket:
                     # An ICMP error of an earlier send; the next datagram is waiting behind it.
                     continue
                 self.received_bytes += len(data)
-                receive(data, Address(_plain(source[0]), source[1]))
+                receive(data, Address(_host(source), source[1]))
             else:
                 await trio.lowlevel.checkpoint()
 
@@ -79,8 +79,10 @@ class DatagramSocket:
             bound.close()
 
 
-def _plain(host: str) -> str:
-    return host.partition("%")[0]
+def _host(source: tuple[str, int] | tuple[str, int, int, int]) -> str:
+    """Where a datagram came from, so that an answer gets there: a link-local address needs its interface."""
+    host = source[0].partition("%")[0]
+    return f"{host}%{source[3]}" if len(source) == 4 and source[3] else host
 
 
 def open_datagrams(host: str, port: int) -> DatagramSocket:

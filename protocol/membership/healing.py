@@ -5,6 +5,8 @@ node tens of kilobytes; instead, a few signed view reports (one bit per member) 
 side bring back all of them.
 """
 
+from math import inf
+
 from protocol.ids import NodeId
 from protocol.membership.events import PeerUp
 from protocol.membership.state import State
@@ -47,19 +49,21 @@ class Healing:
         if digest == s.view.digest.to_bytes(8, "big"):
             self._differs_since = None
             return
+        first_seen = self._differs_since is None
         if self._differs_since is None:
             self._differs_since = s.now
-            return
         # Gossip is still at work while a view changes; a link repair is for what gossip missed.
-        wait_s = s.params.sync_wait_young_s if s.young() else s.params.sync_wait_s
-        settled = max(self._differs_since, s.view.changed_at) + wait_s
+        if s.young():
+            settled = s.view.changed_at + s.params.sync_wait_young_s
+        else:
+            settled = inf if first_seen else max(self._differs_since, s.view.changed_at) + s.params.sync_wait_s
         if s.now >= settled:
             self.sync(peer)
 
     def sync(self, peer: NodeId) -> None:
         """Compare views with a peer over the link, at most once per pause."""
         s = self._s
-        pause_s = s.params.sync_wait_young_s if s.young() else s.params.sync_pause_s
+        pause_s = s.params.sync_pause_young_s if s.young() else s.params.sync_pause_s
         if s.now < self._last_sync + pause_s:
             return
         # The pause is jittered so that a mesh that differs in one place does not repair in step.

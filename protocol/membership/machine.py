@@ -150,7 +150,8 @@ class Membership:
         s = self._begin(now)
         gap = now - self._last_event
         self._last_event = now
-        if gap > s.params.stall_s:
+        # The probe timer is this machine's pulse; with a long interval a pause of that length is no stall.
+        if gap > max(s.params.stall_s, 1.5 * s.params.probe_interval_s):
             self._stalled(gap)
         match event:
             case Packet():
@@ -171,7 +172,9 @@ class Membership:
                     self._refute()
             case RosterShrank(evicted):
                 for peer in evicted:
-                    self._forget(peer)
+                    # A node that learns of its own eviction stays in its own view: everything here counts on that.
+                    if peer != s.me:
+                        self._forget(peer)
             case ContactFound(peer, address):
                 self._contact_found(peer, address)
             case Depart():
@@ -210,7 +213,9 @@ class Membership:
             s.gossip(("alive", s.me), stated, ALIVE_LIFETIME_S)
 
     def _refute(self) -> None:
-        """A higher incarnation overrules whatever was said about the present one."""
+        """A higher incarnation overrules whatever was said about the present one, this node's own farewell included."""
+        if self._departed:
+            return
         self._s.incarnation += 1
         self._announce_self()
 

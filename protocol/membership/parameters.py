@@ -32,7 +32,8 @@ class Parameters:
     sync_wait_s: float = 3.0  # a difference of views must last so long before a link repairs it
     sync_pause_s: float = 5.0
     young_s: float = 5.0  # a node that just started repairs differences sooner
-    sync_wait_young_s: float = 0.3
+    sync_wait_young_s: float = 0.1
+    sync_pause_young_s: float = 0.25
     stall_s: float = 1.5  # no event for so long: this process did not run
     health_max: int = 8  # Lifeguard's local health multiplier saturates here
     leave_sends_max: int = 64  # a starting or leaving node tells so many peers itself

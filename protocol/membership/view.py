@@ -78,7 +78,8 @@ class View:
     def _not_up(self, peer: NodeId, now: float) -> None:
         if peer in self.up:
             self.up.discard(peer)
-            self.peers.remove(peer)
+            if peer != self._me:
+                self.peers.remove(peer)
             self.digest ^= self.known[peer].token
             self.changed_at = now
 

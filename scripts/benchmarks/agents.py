@@ -7,7 +7,9 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from typing import Any, Final, Self
 READY_S: Final = 90.0
 STOP_S: Final = 10.0
 ANSWER_S: Final = 20.0
+PORTS: Final = (12_000, 32_000)
 LOG_CHARS_SHOWN: Final = 2_000
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 
@@ -72,8 +75,7 @@ class LocalAgent:
         self.name = name
         self.node_id = ""
         self.mesh_id = ""
-        self.api_port = 0
-        self.peer_port = 0
+        self.api_port, self.peer_port, self._onboarding_port = free_ports(3)
         self.started_at = 0.0
         self.ready_at = 0.0
         self._options = tuple(options)
@@ -102,7 +104,8 @@ class LocalAgent:
             self.name,
         ]
         command += ["--api-port", str(self.api_port), "--peer-host", "127.0.0.1", "--peer-port", str(self.peer_port)]
-        command += ["--onboarding-port", "0", "--log-level", "warning", "--set", "discovery.multicast=false"]
+        command += ["--onboarding-port", str(self._onboarding_port), "--log-level", "warning"]
+        command += ["--set", "discovery.multicast=false"]
         for option in self._options:
             command += ["--set", option]
         if join_url is not None:
@@ -136,8 +139,7 @@ class LocalAgent:
             log = self._log.read_text(errors="replace")[-LOG_CHARS_SHOWN:]
             raise BenchmarkError(f"{self.name} ended, or was not ready within {READY_S:.0f} s. Its log:\n{log}")
         info = json.loads(line)
-        self.node_id, self.mesh_id, self.peer_port = info["node_id"], info["mesh_id"], info["peer_port"]
-        self.api_port = int(info["api"].rpartition(":")[2])
+        self.node_id, self.mesh_id = info["node_id"], info["mesh_id"]
 
     def client(self) -> Client:
         """A new connection to its API."""
@@ -180,6 +182,20 @@ class LocalAgent:
             self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody has, TCP and UDP. Not from the kernel's range for outgoing connections: an agent that is dead
+    for a while would find its port taken by one of them.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(*PORTS)
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                held.enter_context(socket.socket(socket.AF_INET, kind)).bind(("127.0.0.1", port))
+            found.append(port)
+    return found
 
 
 def _clean(folder: Path) -> dict[str, str]:

@@ -12,7 +12,6 @@ from scripts.benchmarks.figures import Outcome, figure
 
 RSS_MB_MAX: Final = 90.0
 CPU_PERCENT_MAX: Final = 1.5
-SETTLE_S: Final = 10.0
 MB: Final = 1e6
 
 
@@ -47,11 +46,11 @@ def cpu_percent(agents: list[LocalAgent], seconds: float) -> list[float]:
     return [100 * (late - early) / passed for early, late in zip(before, after, strict=True)]
 
 
-def footprint(*, nodes: int = 8, seconds: float = 60.0) -> Outcome:
+def footprint(*, nodes: int = 8, seconds: float = 60.0, settle_s: float = 10.0) -> Outcome:
     """A mesh that nobody asks anything for `seconds`, after a while to settle."""
     with LocalMesh() as mesh:
         mesh.form(nodes)
-        time.sleep(SETTLE_S)
+        time.sleep(settle_s)
         used = cpu_percent(mesh.agents, seconds)
         costs = [cost(agent.pid) for agent in mesh.agents]
         rss, pss = [one.rss_mb for one in costs], [one.pss_mb for one in costs if one.pss_mb is not None]

@@ -1,4 +1,4 @@
-"""What a re-injectable bug is: a name, a sentence, a patch of protocol classes, and the scenario that should find it."""
+"""What a re-injectable bug is: a name, a sentence, a patch of protocol classes, and the scenario that finds it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ class Patches:
         self._replaced: list[tuple[Any, str, Any]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> Any:
-        """Replace an attribute that exists; returns what was there. Raises AttributeError when the code has moved on."""
+        """Replace an attribute; returns what was there. Raises AttributeError when the code has moved on."""
         original = owner.__dict__[name] if name in vars(owner) else getattr(owner, name)
         self._replaced.append((owner, name, original))
         setattr(owner, name, value)

@@ -58,10 +58,26 @@ def _fence_forgets(patches: Patches) -> None:
 def election_bugs() -> tuple[Bug, ...]:
     """All bugs of this file."""
     return (
-        Bug("lease-counted-too-long", "a coordinator counts a lease for longer than it was promised", _lease_counted_too_long),
-        Bug("promise-not-kept", "a node that promised a lease promises another one before it is over", _promise_not_kept),
-        Bug("promise-forgotten", "a restarted node does not wait for the lease that it promised", _promise_forgotten),
-        Bug("ballot-not-durable", "whom a node follows is not on disk, so that terms fall after a crash", _ballot_not_durable),
+        Bug(
+            "lease-counted-too-long",
+            "a coordinator counts a lease for longer than it was promised",
+            _lease_counted_too_long,
+        ),
+        Bug(
+            "promise-not-kept", "a node that promised a lease promises another one before it is over", _promise_not_kept
+        ),
+        Bug(
+            "promise-forgotten",
+            "a restarted node does not wait for the lease that it promised",
+            _promise_forgotten,
+            nodes=3,
+            pattern="crash,split",
+        ),
+        Bug(
+            "ballot-not-durable",
+            "whom a node follows is not on disk, so that terms fall after a crash",
+            _ballot_not_durable,
+        ),
         Bug("half-is-enough", "half of the electorate counts as a majority", _half_is_enough),
         Bug("fence-open", "executors obey commands of any term", _fence_open),
         Bug("fence-forgets", "what an executor obeyed is not on disk", _fence_forgets),

@@ -1,7 +1,7 @@
 """Looks for each re-injected bug with the ordinary scenarios and checkers, seed after seed, until one of them objects.
 
-A bug counts as found when an invariant breaks or a goal is missed. An exception ends the hunt instead: then the code has
-moved on, and the patch no longer is the bug that it says.
+A bug counts as found when an invariant breaks or a goal is missed. An exception ends the hunt instead: then the code
+has moved on, and the patch no longer is the bug that it says.
 """
 
 import time

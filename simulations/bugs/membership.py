@@ -76,10 +76,6 @@ def _dead_stay_in_the_list(patches: Patches) -> None:
     original = patches.set(View, "_not_up", not_up)
 
 
-def _reports_revive_nobody(patches: Patches) -> None:
-    patches.set(Healing, "revive", lambda self, member: None)
-
-
 def _boot_never_learnt(patches: Patches) -> None:
     def learn_boot(self: Any, peer: Any, boot: int) -> None:
         self._boots.setdefault(peer, boot)
@@ -117,17 +113,31 @@ def membership_bugs() -> tuple[Bug, ...]:
             "an Alive statement of a higher incarnation does not clear the suspicion",
             _suspicion_survives_refutation,
         ),
-        Bug("older-boot-wins", "an Alive statement of an older boot or incarnation overrules a newer one", _older_boot_wins),
+        Bug(
+            "older-boot-wins",
+            "an Alive statement of an older boot or incarnation overrules a newer one",
+            _older_boot_wins,
+        ),
         Bug("no-announces", "nobody looks for the dead, and they are ignored when they speak", _no_announces),
         Bug("goodbye-is-for-ever", "a node that left and came back is not taken up again", _goodbye_is_for_ever),
-        Bug("gossip-without-end", "a statement is passed on without end", _gossip_without_end, "membership", 16, duration_s=24),
+        Bug(
+            "gossip-without-end",
+            "a statement is passed on without end",
+            _gossip_without_end,
+            "membership",
+            16,
+            duration_s=24,
+        ),
         Bug("dead-stay-in-the-list", "a dead peer stays in the list of peers to sample from", _dead_stay_in_the_list),
-        Bug("revives-nobody", "a private or mistaken verdict is never taken back", _reports_revive_nobody),
         Bug(
             "boot-never-learnt",
             "datagrams to a restarted peer are sealed for its first boot for ever",
             _boot_never_learnt,
+            nodes=3,
+            pattern="crash",
         ),
-        Bug("views-never-compared", "views that differ are not noticed, only gossip carries news", _digest_ignores_boots),
+        Bug(
+            "views-never-compared", "views that differ are not noticed, only gossip carries news", _digest_ignores_boots
+        ),
         Bug("probes-only-two", "only the first two peers of the list are ever probed", _probes_only_the_first),
     )

@@ -38,8 +38,22 @@ def _evicted_stays_listed(patches: Patches) -> None:
 def trust_bugs() -> tuple[Bug, ...]:
     """All bugs of this file."""
     return (
-        Bug("key-never-fetched", "who was away during a rotation never gets the new key", _never_fetches, "rotation", 16),
-        Bug("old-key-dropped-at-once", "the old key is dropped before the others use the new one", _drops_at_once, "rotation", 16),
-        Bug("each-side-keeps-its-key", "of two keys minted at once, each side keeps its own", _keeps_its_own, "rotation", 16),
+        Bug(
+            "key-never-fetched", "who was away during a rotation never gets the new key", _never_fetches, "rotation", 16
+        ),
+        Bug(
+            "old-key-dropped-at-once",
+            "the old key is dropped before the others use the new one",
+            _drops_at_once,
+            "rotation",
+            16,
+        ),
+        Bug(
+            "each-side-keeps-its-key",
+            "of two keys minted at once, each side keeps its own",
+            _keeps_its_own,
+            "rotation",
+            16,
+        ),
         Bug("evicted-stays-listed", "an eviction does not take the node out of the views", _evicted_stays_listed),
     )

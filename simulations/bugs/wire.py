@@ -86,7 +86,12 @@ def wire_bugs() -> tuple[Bug, ...]:
             _key_without_receiver_boot,
             "replay",
         ),
-        Bug("one-key-for-all", "every pair has the same key, so that a datagram opens anywhere", _one_key_for_all, "replay"),
+        Bug(
+            "one-key-for-all",
+            "every pair has the same key, so that a datagram opens anywhere",
+            _one_key_for_all,
+            "replay",
+        ),
         Bug("nonce-used-twice", "every 64th datagram reuses the nonce of the one before", _nonce_used_twice),
         Bug("statements-unverified", "signatures of statements are not checked", _statements_unverified, "replay"),
         Bug("tag-unverified", "a datagram's tag is not checked", _datagram_unverified, "replay"),

@@ -1,1 +1,1 @@
-"""Invariants, one file each. A checker watches a world from outside and speaks up when something that must hold does not."""
+"""Invariants, one file each. A checker watches a world from outside and speaks up when one does not hold."""

@@ -1,4 +1,4 @@
-"""Records agree: a while after the last fault, all running members hold the same records, and no acknowledged one is lost."""
+"""Records agree: a while after the last fault, all running members hold the same records."""
 
 from simulations.checkers.checker import Checker, Violation
 from simulations.world import World

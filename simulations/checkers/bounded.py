@@ -1,4 +1,4 @@
-"""Memory and queues are bounded: no datagram too large, no heap of timers, held effects, links or table that only grows.
+"""Memory and queues are bounded: no datagram too large, no heap of timers, held effects or table that only grows.
 
 The limits are those of a mesh of the world's size; a leak passes any of them soon enough.
 """

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from simulations.world import World
 
 
-class Violation(AssertionError):
+class Violation(AssertionError):  # noqa: N818  # it is what a checker reports, and the word that the reports use
     """An invariant does not hold. Carries the checker's name and the virtual time."""
 
     def __init__(self, checker: str, at: float, words: str) -> None:

@@ -58,13 +58,17 @@ class DeathWitnesses(Checker):
             return
         needed = 1 if others == 0 else 2
         if len(set(witnesses)) != len(witnesses) or len(witnesses) < needed:
-            self._object(f"{computer} believes {self._name(peer)} dead by {len(set(witnesses))} witnesses, not {needed}")
+            self._object(
+                f"{computer} believes {self._name(peer)} dead by {len(set(witnesses))} witnesses, not {needed}"
+            )
         target = self._world.find(peer)
         assert target is not None  # every member of a world is one of its computers
         short = self._world.short(peer)
         for witness in witnesses:
             if witness == peer or (witness, short) not in self._accused:
-                self._object(f"{computer} names {self._name(witness)} as a witness against {target}, who never accused it")
+                self._object(
+                    f"{computer} names {self._name(witness)} as a witness against {target}, who never accused it"
+                )
 
     def _name(self, node_id: NodeId) -> str:
         return repr(self._world.find(node_id))

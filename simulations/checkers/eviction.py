@@ -1,4 +1,4 @@
-"""No evicted node's message changes state: once a node knows of an eviction, the evicted is in nothing that it believes.
+"""No evicted node's message changes state: once a node knows of an eviction, it believes nothing of the evicted.
 
 Asked of every running node once a second, and of every event that it publishes.
 """
@@ -23,7 +23,9 @@ class EvictedStayOut(Checker):
 
     def started(self, computer: Computer) -> None:
         """What the process knows from its disk."""
-        strangers = [other.node_id for other in self._world.computers if not computer.program.knows(computer, other.node_id)]
+        strangers = [
+            other.node_id for other in self._world.computers if not computer.program.knows(computer, other.node_id)
+        ]
         self._evicted[computer.index] = set(strangers)
 
     def published(self, computer: Computer, event: object) -> None:
@@ -43,7 +45,9 @@ class EvictedStayOut(Checker):
         evicted = self._evicted[computer.index].intersection(named)
         if evicted:
             names = [self._world.find(NodeId(node_id)) for node_id in sorted(evicted)]
-            self._object(f"{computer} published {type(event).__name__} with {names} in it, and knows that they were evicted")
+            self._object(
+                f"{computer} published {type(event).__name__} with {names} in it, and knows that they were evicted"
+            )
 
     def swept(self, world: World) -> None:
         """The view holds members only."""

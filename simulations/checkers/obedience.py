@@ -38,7 +38,9 @@ class Obedience(Checker):
             term = None if computer.paused else computer.program.coordinating(computer)
             if term is not None:
                 for target in world.computers:
-                    delay = world.rng.uniform(0.0, LATE_S) if world.rng.random() < LATE_CHANCE else world.network.delay()
+                    delay = (
+                        world.rng.uniform(0.0, LATE_S) if world.rng.random() < LATE_CHANCE else world.network.delay()
+                    )
                     world.after(delay, self._arrives, computer, target, term)
         world.after(COMMAND_EVERY_S, self._command)
 

@@ -24,10 +24,8 @@ class Quorate(Checker):
 
     def published(self, computer: Computer, event: object) -> None:
         """Look at every change of a coordinator or its quorum."""
-        if isinstance(event, QuorumChanged):
-            self._claimants[computer.index] = computer
-            self._look()
-        elif isinstance(event, CoordinatorChanged) and event.leader == computer.node_id:
+        is_own = isinstance(event, CoordinatorChanged) and event.leader == computer.node_id
+        if is_own or isinstance(event, QuorumChanged):
             self._claimants[computer.index] = computer
             self._look()
 

@@ -1,4 +1,4 @@
-"""(epoch, sequence) only rises: no nonce is ever used twice, no statement number goes back, no view accepts an older boot.
+"""(epoch, sequence) only rises: no nonce is used twice, no statement number goes back, no view accepts an older boot.
 
 What an attacker replays is refused because these rise; what they must survive is crashes, torn writes and clocks.
 """
@@ -52,7 +52,9 @@ class Rising(Checker):
         else:
             gaps = self._gaps.get(source.index)
             if gaps is None or rank not in gaps:
-                self._object(f"{source} used boot {boot}, sequence {rank & limits.SEQUENCE_MAX} twice or after a later boot")
+                self._object(
+                    f"{source} used boot {boot}, sequence {rank & limits.SEQUENCE_MAX} twice or after a later boot"
+                )
                 return
             gaps.discard(rank)
 

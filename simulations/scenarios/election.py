@@ -1,4 +1,4 @@
-"""Who coordinates: crashes of the coordinator, partitions that cut it off, heals, pauses; elections counted, commands fenced."""
+"""Who coordinates: crashes of the coordinator, partitions that cut it off, heals; elections are counted."""
 
 from collections.abc import Sequence
 

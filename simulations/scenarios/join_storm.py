@@ -23,8 +23,8 @@ class Boots(Checker):
 
     def published(self, computer: Computer, event: object) -> None:
         """Note the boot."""
-        if type(event) is PeerUp:
-            self._seen[(computer.index, event.peer)] = event.boot  # type: ignore[attr-defined]  # `type is` narrows for readers only
+        if isinstance(event, PeerUp):
+            self._seen[(computer.index, event.peer)] = event.boot
 
     def seen_everywhere(self, target: Computer, observers: Sequence[Computer]) -> bool:
         """Whether all observers know the target's present boot."""

@@ -1,4 +1,4 @@
-"""Loss, duplicates and reordering on every path, 1 to 20%: nobody who runs may be declared dead, and the dead are found."""
+"""Loss, duplicates and reordering on every path, 1 to 20%: nobody who runs is declared dead, the dead are found."""
 
 from collections.abc import Sequence
 

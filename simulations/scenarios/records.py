@@ -1,4 +1,4 @@
-"""Shared records: how fast a write is everywhere, how states meet again after a partition, and a clock in the year 2040."""
+"""Shared records: how fast a write is everywhere, how states meet after a partition, and a clock in the year 2040."""
 
 from collections.abc import Sequence
 

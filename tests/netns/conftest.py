@@ -1,6 +1,7 @@
 """What the tests with several hosts share: whether they can run at all, hosts that always go away, and the figures.
 
 Times that were measured are printed at the end, and written as JSON to the file that MESHNODE_NETNS_FIGURES names.
+With MESHNODE_NETNS_KEEP=1 the agents' folders stay in the temporary folder, logs included.
 """
 
 import json
@@ -20,6 +21,7 @@ Figures = dict[str, float]
 Place = tuple[Lab, Mesh]
 
 FIGURES_VARIABLE = "MESHNODE_NETNS_FIGURES"
+KEEP_VARIABLE = "MESHNODE_NETNS_KEEP"
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +49,10 @@ def place(title: str) -> Iterator[Place]:
     """A switch without hosts yet and a mesh without agents; afterwards no process and no namespace is left."""
     folder = Path(tempfile.mkdtemp(prefix="mn-"))
     with ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        if os.environ.get(KEEP_VARIABLE):
+            print(f"\n{title}: {folder}")
+        else:
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
         lab = stack.enter_context(Lab(title))
         mesh = Mesh(folder)
         stack.callback(mesh.close)

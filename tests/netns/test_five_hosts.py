@@ -51,7 +51,9 @@ def mesh(five: Place) -> Iterator[Mesh]:
         agent.signal(signal.SIGCONT)
     mesh.start(agent for agent in mesh.agents.values() if not agent.runs)
     wait_agreed(mesh.running, NAMES, 20.0)
-    wait_until(lambda: one_coordinator(mesh.running), 20.0, lambda: str({a.name: a.coordinator() for a in mesh.running}))
+    wait_until(
+        lambda: one_coordinator(mesh.running), 20.0, lambda: str({a.name: a.coordinator() for a in mesh.running})
+    )
     yield mesh
     if mesh_failed_agents := [agent for agent in mesh.agents.values() if agent.process and not agent.runs]:
         mesh.start(mesh_failed_agents)
@@ -116,9 +118,7 @@ def test_a_partition_heals(mesh: Mesh, lab: Lab, figures: Figures) -> None:
     figures["partition: 3 see only themselves"] = wait_agreed([mesh[n] for n in right], right, 2 * ALL_KNOW_S)
     wait_agreed([mesh[name] for name in left], left, 2 * ALL_KNOW_S)
     figures["partition: 2 see only themselves"] = time.monotonic() - began
-    wait_until(
-        lambda: one_coordinator([mesh[name] for name in right]), 15.0, "a quorate coordinator of the three"
-    )
+    wait_until(lambda: one_coordinator([mesh[name] for name in right]), 15.0, "a quorate coordinator of the three")
     # Two of five are no majority: whoever coordinates there may not do exclusive work.
     wait_until(
         lambda: one_coordinator([mesh[name] for name in left], quorate=False), 15.0, "a coordinator without a majority"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.agent_process import Agents, agents, agree, coordinator, until
+from tests.node.loopback import Agents, agents, agree, coordinator, until
 
 YEAR_S = 365 * 86_400
 
@@ -43,7 +43,7 @@ def test_the_coordinator_is_killed_and_comes_back(house: Agents) -> None:
 @pytest.mark.parametrize("offset_s", [YEAR_S, -YEAR_S])
 def test_a_clock_that_is_wrong_by_a_year_joins_and_stays(house: Agents, offset_s: float) -> None:
     a, b = house.mesh("a", "b")
-    astray = house.make("astray", clock_offset_s=offset_s)
+    astray = house.make("astray", clock_ahead_s=offset_s)
     astray.start(a.invite())
     whole = [a, b, astray]
     agree(whole)

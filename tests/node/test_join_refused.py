@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.agent_process import Agent, Agents, agents, agree
+from tests.node.loopback import Agent, Agents, agents, agree
 
 
 @pytest.fixture(scope="module")

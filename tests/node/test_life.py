@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from meshnode.cluster.service.switch import DATABASE_FILE
-from tests.support.agent_process import LOOPBACK, Agents, agents
+from tests.node.loopback import LOOPBACK, Agents, agents
 
 
 @pytest.fixture

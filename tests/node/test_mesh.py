@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.agent_process import Agents, agents, agree, until
+from tests.node.loopback import Agents, agents, agree, until
 
 
 @pytest.fixture

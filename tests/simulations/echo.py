@@ -1,4 +1,4 @@
-"""A tiny program for tests of the world itself: it pings a neighbour on a timer, counts answers and keeps a number on disk."""
+"""A tiny program for tests of the world: it pings a neighbour on a timer, counts answers, keeps a number on disk."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +18,8 @@ from protocol.effects import (
     TimerFired,
 )
 from protocol.ids import Address, NodeId
-from simulations.computer import Computer, Machine
+from simulations.computer import Computer
+from simulations.program import Machine
 
 
 class EchoMachine:

@@ -71,9 +71,7 @@ class Events:
 class Agent:
     """One data folder on one host; its process comes and goes."""
 
-    def __init__(
-        self, host: Host, folder: Path, *, settings: Mapping[str, Any] | None = None, **world: Any
-    ) -> None:
+    def __init__(self, host: Host, folder: Path, *, settings: Mapping[str, Any] | None = None, **world: Any) -> None:
         """`world`: `clock_ahead_s`, `versions`; see `agent_process`."""
         self.host = host
         self.name = host.name
@@ -218,8 +216,10 @@ class Agent:
 
     def deaths(self, since: float) -> list[tuple[float, str]]:
         """Whom it called offline since then, and when."""
-        return [(at, data["node"]["name"] if "node" in data else data["name"])
-                for at, _, data in self.heard("node_offline", since=since)]
+        return [
+            (at, data["node"]["name"] if "node" in data else data["name"])
+            for at, _, data in self.heard("node_offline", since=since)
+        ]
 
 
 class Mesh:
@@ -285,7 +285,9 @@ def wait_agreed(agents: Sequence[Agent], names: Iterable[str], limit_s: float) -
     return wait_until(
         lambda: agree(agents, wanted),
         limit_s,
-        lambda: f"{sorted(wanted)} online everywhere; seen {({agent.name: sorted(agent.online()) for agent in agents})}",
+        lambda: (
+            f"{sorted(wanted)} online everywhere; seen { ({agent.name: sorted(agent.online()) for agent in agents}) }"
+        ),
     )
 
 
@@ -293,6 +295,8 @@ def one_coordinator(agents: Sequence[Agent], *, quorate: bool = True) -> bool:
     """Whether all follow the same one, which is quorate and one of them."""
     found = [agent.coordinator() for agent in agents]
     names = {each.get("name") for each in found}
-    return len(names) == 1 and names <= {agent.name for agent in agents} and all(
-        each.get("quorate") is quorate for each in found
+    return (
+        len(names) == 1
+        and names <= {agent.name for agent in agents}
+        and all(each.get("quorate") is quorate for each in found)
     )

@@ -28,9 +28,7 @@ class NetworkSetupError(RuntimeError):
 
 def command(*words: str, stdin: str = "") -> str:
     """Run a short command and return what it said. Raises NetworkSetupError with its words on failure."""
-    done = subprocess.run(
-        words, input=stdin, capture_output=True, text=True, timeout=COMMAND_LIMIT_S, check=False
-    )
+    done = subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=COMMAND_LIMIT_S, check=False)
     if done.returncode != 0:
         raise NetworkSetupError(f"{' '.join(words)}: {done.stderr.strip() or done.stdout.strip()}\n{stdin}")
     return done.stdout
@@ -90,11 +88,8 @@ class Cable:
 
     card: str
     port: str
+    mac: str
     addresses: list[str] = field(default_factory=list)
-
-    @property
-    def hosts(self) -> list[str]:
-        return [address.partition("/")[0] for address in self.addresses]
 
 
 class Host:
@@ -112,10 +107,11 @@ class Host:
 
     def plug(self, *addresses: str, card: str = "eth0", switch: str = BRIDGE) -> Self:
         """A card, cabled to a switch, up, with these addresses."""
-        port = f"p{self._lab.next_number()}"
-        cable = Cable(card, port)
+        number = self._lab.next_number()
+        port, mac = f"p{number}", f"02:00:00:00:00:{number:02x}"
+        cable = Cable(card, port, mac)
         self._lab.switch(
-            f"link add {port} type veth peer name {card} netns {self.namespace}",
+            f"link add {port} type veth peer name {card} address {mac} netns {self.namespace}",
             f"link set {port} master {switch} up",
         )
         self.cables[card] = cable
@@ -161,9 +157,8 @@ class Host:
         self.ignore(*(rule for other in others for rule in other.as_source()))
 
     def as_source(self) -> list[str]:
-        """nft expressions that match what this host sends."""
-        hosts = [host for cable in self.cables.values() for host in cable.hosts]
-        return [f"{'ip6' if ':' in host else 'ip'} saddr {host}" for host in hosts]
+        """nft expressions that match what this host sends, by any address: IPv6 gives each card one unasked."""
+        return [f"ether saddr {cable.mac}" for cable in self.cables.values()]
 
 
 class Lab:
@@ -185,7 +180,9 @@ class Lab:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from meshnode.cli.screen import note, say, say_json, table
-from meshnode.cli.session import Session, example, not_found, with_session
+from meshnode.cli.session import Session, example, with_session
+from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.redaction import printable
 
 if TYPE_CHECKING:
@@ -100,7 +101,9 @@ def _locked_database(session: Session) -> Iterator[Path]:
     from meshnode.kernel.datafolder import open_data_folder
 
     if not session.data_dir.is_dir():
-        raise not_found(f"There is no data folder {session.data_dir}. Name another with --data-dir.")
+        raise MeshError(
+            ErrorCode.NOT_FOUND, f"There is no data folder {session.data_dir}. Name another with --data-dir."
+        )
     with open_data_folder(session.data_dir) as folder:
         yield folder.database_path
 

@@ -6,7 +6,7 @@ from random import Random
 
 from protocol.effects import Persist
 from protocol.election.electorate import FOUNDING_VERSION, Electorate
-from protocol.election.events import ForgetLost
+from protocol.election.events import ForgetLost, Standing
 from protocol.election.ledger import Ledger
 from protocol.election.parameters import ElectionParameters
 from protocol.ids import NodeId
@@ -70,6 +70,7 @@ class History:
             self.partition, self.partition, self.one_way, self.heal, self.crash, self.crash_coordinator, self.restart,
             self.restart, self.pause, self.pause_coordinator, self.sleep_coordinator, self.slander, self.join,
             self.evict, self.jump, self.slow_disk, self.bounce, self.bounce_beyond_cut,
+            self.new_standing,
         ]  # fmt: skip
         pauses = [0.05, 0.5, 2.0, 5.0]
         if rng.random() < 0.4:
@@ -244,6 +245,14 @@ class History:
         # Set back by less than it sleeps while it sleeps: the one jump that LeaseClock says it cannot see.
         back = [-3e7] if host.asleep_since is not None else [-3e7, -10.0]
         host.wall_base += self.rng.choice([*back, 3.0, 3600.0, 3e7])
+
+    def new_standing(self) -> None:
+        """A node describes itself anew; some hear of it, some do not."""
+        node = self.any_host().node
+        standing = Standing(node, self.rng.randint(0, 4), self.rng.randint(0, 3))
+        for host in self.world.hosts:
+            if self.rng.random() < 0.7:
+                host.input(standing)
 
     def slow_disk(self) -> None:
         self.any_host().commit_s = self.rng.choice([0.002, 0.05, 0.5])

@@ -8,6 +8,7 @@ import heapq
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -111,7 +112,7 @@ class Hubs:
         self.sent: list[tuple[float, Host, SendDatagram]] = []
         self.links: set[frozenset[NodeId]] = set()
         self.cut: Callable[[Host, Host], bool] = lambda source, target: False
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._queue: list[tuple[float, int, Callable[[], object]]] = []
         self._count = 0
         roles = {labels[0], *admins}
         self.admissions = [self.root.admit(label, role="admin" if label in roles else "member") for label in labels]
@@ -127,20 +128,18 @@ class Hubs:
         host.tables["keys"] = dict(durable_keys([GOSSIP_KEY]))
         return host
 
-    def start(self, label: str) -> Host:
-        """Start, or start again after `stop`: the boot epoch rises."""
+    def build(self, label: str) -> Node:
+        """A hub on what the machine's disk holds, not started; the boot epoch rises."""
         host = self.hosts[label]
-        host.run += 1
         host.boot += 1
-        host.timers.clear()
         own = suite(label, self.root)
-        host.hub = Node(
+        return Node(
             me=host.node_id,
             mesh_id=self.root.mesh_id,
             boot=host.boot,
             founder=label == next(iter(self.hosts)),
             suite=own,
-            rng=random.Random(f"{label}/{host.run}"),
+            rng=random.Random(f"{label}/{host.boot}"),
             roster=Roster(root_public_key=self.root.public_key, verifier=own, statements=self.admissions),
             durable={name: dict(table) for name, table in host.tables.items()},
             collections=(trust_collection(self.root.public_key, own), Collection("shared")),
@@ -149,7 +148,14 @@ class Hubs:
             contacts={other.node_id: other.address for other in self.hosts.values() if other is not host},
             params=self.params,
         )
-        self.perform(host, host.hub.start(self.now, self.wall(host)))
+
+    def start(self, label: str) -> Host:
+        """Start, or start again after `stop`."""
+        host = self.hosts[label]
+        host.run += 1
+        host.timers.clear()
+        hub = host.hub = self.build(label)
+        self.perform(host, hub.start(self.now, self.wall(host)))
         self.give(host, SampleTaken(SAMPLE))
         return host
 
@@ -177,7 +183,7 @@ class Hubs:
 
     # ---- time and inputs -------------------------------------------------------------------------------------------
 
-    def after(self, seconds: float, do: Callable[[], None]) -> None:
+    def after(self, seconds: float, do: Callable[[], object]) -> None:
         """Do something later, in virtual time."""
         self._count += 1
         heapq.heappush(self._queue, (self.now + seconds, self._count, do))
@@ -239,7 +245,7 @@ class Hubs:
                     self._frame(host, to, data)
                 case SetTimer(key, at):
                     host.timers[key] = at
-                    self.after(max(at - self.now, 0.0), lambda h=host, k=key, t=at, r=host.run: self._fire(h, k, t, r))
+                    self.after(max(at - self.now, 0.0), partial(self._fire, host, key, at, host.run))
                 case CancelTimer(key):
                     host.timers.pop(key, None)
                 case CloseLink(to):
@@ -247,11 +253,7 @@ class Hubs:
                 case Publish(event):
                     host.published.append(event)
                     if isinstance(event, RotationDue):
-                        key = self.rng.randbytes(32)
-                        self.after(DELAY_S, lambda h=host, k=key: self._mint(h, k))
-
-    def _mint(self, host: Host, key: bytes) -> None:
-        self.give(host, MintKey(key))
+                        self.after(DELAY_S, partial(self.give, host, MintKey(self.rng.randbytes(32))))
 
     def _persist(self, host: Host, effect: Persist, machine: str, key: bytes, value: bytes | None) -> None:
         if machine == RECORDS:
@@ -269,31 +271,22 @@ class Hubs:
     def _datagram(self, source: Host, address: Address, data: bytes) -> None:
         target = next((host for host in self.hosts.values() if address in host.addresses), None)
         if target is not None and not self.cut(source, target):
-            self.after(DELAY_S, lambda t=target: self._arrive(t, data, source.address))
-
-    def _arrive(self, target: Host, data: bytes, source: Address) -> None:
-        self.deliver(target, data, source)
+            self.after(DELAY_S, partial(self.deliver, target, data, source.address))
 
     def _frame(self, source: Host, to: NodeId, data: bytes) -> None:
         target = self.find(to)
         if target is None or target.hub is None or self.cut(source, target) or source.node_id not in target.hub.roster:
-            self.after(0.01, lambda: self._lost(source, to))
+            self.after(0.01, partial(self.give, source, LinkLost(to, "unreachable")))
             return
         pair = frozenset((source.node_id, to))
         if pair not in self.links:
             self.links.add(pair)
-            self.after(0.004, lambda: self._opened(source, target))
-        self.after(0.005, lambda: self._frame_arrives(target, source, data))
-
-    def _lost(self, host: Host, to: NodeId) -> None:
-        self.give(host, LinkLost(to, "unreachable"))
+            self.after(0.004, partial(self._opened, source, target))
+        self.after(0.005, partial(self.give, target, FrameReceived(source.node_id, data)))
 
     def _opened(self, one: Host, other: Host) -> None:
         self.give(one, LinkOpened(other.node_id, other.boot))
         self.give(other, LinkOpened(one.node_id, one.boot))
-
-    def _frame_arrives(self, target: Host, source: Host, data: bytes) -> None:
-        self.give(target, FrameReceived(source.node_id, data))
 
 
 def settled(*labels: str, membership: Parameters = LAN) -> Hubs:

@@ -1,0 +1,16 @@
+"""Seeds that once failed, each with what was wrong: the tests run them for good."""
+
+from typing import Final, NamedTuple
+
+
+class Seed(NamedTuple):
+    """One history of a scenario at its default size."""
+
+    scenario: str
+    seed: int
+    what: str
+
+
+FAILED_ONCE: Final = (
+    Seed("churn", 21, "a timer for the end of a lease was set for the very instant that it fired in"),
+)
