@@ -69,7 +69,8 @@ def as_json(name: str, options: Options, outcome: Outcome, figures: Sequence[Fig
 def as_table(name: str, options: Options, outcome: Outcome, figures: Sequence[Figure]) -> str:
     """Lines for a terminal."""
     pattern = f", pattern {options.pattern}" if options.pattern else ""
-    lines = [f"{name}: {options.nodes} nodes, {outcome.seeds} seed(s) from {options.seed}{pattern}, commit {commit()}"]
+    size = f"{options.nodes} nodes" if options.nodes else "sizes drawn from the seeds"
+    lines = [f"{name}: {size}, {outcome.seeds} seed(s) from {options.seed}{pattern}, commit {commit()}"]
     width = max((len(figure.name) for figure in figures), default=0)
     for figure in figures:
         value = "-" if figure.value is None else f"{figure.value:,.3f}".rstrip("0").rstrip(".")

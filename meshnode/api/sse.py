@@ -4,6 +4,7 @@ Its job is the framing and one rule: a reader gets what it can take, a slow one 
 is buffered without bound. Which events there are is the subsystems' business.
 """
 
+import math
 from collections.abc import AsyncGenerator, Callable, Hashable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class EventStream:
     """An answer that is a stream of events. `source` yields finished frames and is closed when the stream ends.
 
     What it raises before its first frame becomes an ordinary error answer; later, an `error` event. With `flush_s`,
-    frames are gathered that long and leave together.
+    at most one piece leaves in that many seconds: the first at once, those that follow are gathered.
     """
 
     source: AsyncGenerator[bytes, None]
@@ -176,7 +177,7 @@ class StreamPump:
         self._size = 0
         self._changed = trio.Event()
         self._space = trio.Event()
-        self._started = False
+        self._given_at = -math.inf
         self.ended = False
         self.failure: MeshError | None = None
 
@@ -225,7 +226,9 @@ class StreamPump:
             if silence.cancelled_caught and not self._frames and not self.ended:
                 return HEARTBEAT
         if self._stream.flush_s > 0 and not self.ended:
-            await trio.sleep(self._stream.flush_s)
+            # What comes after a silence leaves at once; only what follows on its heels is gathered.
+            await trio.sleep_until(self._given_at + self._stream.flush_s)
+            self._given_at = trio.current_time()
         piece = self._frames[0] if len(self._frames) == 1 else b"".join(self._frames)
         self._frames.clear()
         self._size = 0

@@ -11,6 +11,7 @@ from typing import Any, Final, NoReturn
 
 import click
 
+from meshnode import __version__
 from meshnode.cli.commands.completion import completion
 from meshnode.cli.commands.config import config
 from meshnode.cli.commands.doctor import doctor
@@ -63,7 +64,7 @@ def command_group() -> click.Group:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
         epilog=example("meshnode up", "meshnode invite", "meshnode nodes --json"),
     )
-    @click.version_option(package_name=_NAME, message="%(prog)s %(version)s")
+    @click.version_option(__version__, message="%(prog)s %(version)s")
     @click.pass_context
     def group(ctx: click.Context) -> None:
         """One agent on every machine: they find each other, and any of them shows and uses them all."""

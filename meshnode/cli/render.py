@@ -176,7 +176,7 @@ def _node_row(node: Answer, wall: float) -> Sequence[str]:
         f"{node['cpu_percent']:.0f}%" if measured else "",
         used_text(node.get("ram_used", 0), node.get("ram_total", 0)) if measured else "",
         _gpu_text(node.get("gpu", {})),
-        _address_of(node),
+        _address_of(node) + (" (TCP only)" if node.get("udp_blocked") else ""),
         milliseconds_text(node.get("rtt_ms")),
         printable(node.get("version") or ""),
         _seen(node, wall),

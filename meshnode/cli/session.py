@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 import click
 
-
 if TYPE_CHECKING:
     # At run time they are imported where they are used: `meshnode version` needs neither.
     from meshnode.cli.client import AgentClient

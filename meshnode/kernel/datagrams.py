@@ -5,6 +5,7 @@ whether they are believed, is protocol.wire's.
 """
 
 import errno
+import os
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from protocol.ids import Address
 
 RECEIVE_BUFFER_BYTES: Final = 4 * 1024 * 1024
 DATAGRAM_READ_BYTES: Final = 1500  # more than the protocol allows, so that an oversized one is seen as such
+FREE_PORT_TRIES: Final = 16
 BATCH_MAX: Final = 64  # datagrams read before other tasks get their turn
 
 Receive = Callable[[bytes, Address], None]
@@ -86,11 +88,49 @@ def _host(source: tuple[str, int] | tuple[str, int, int, int]) -> str:
 
 
 def open_datagrams(host: str, port: int) -> DatagramSocket:
-    """Bind `host` (an IP literal; empty: all addresses of both families). MeshError(PORT_IN_USE) if it is taken."""
-    families = [socket.AF_INET, socket.AF_INET6] if not host else [socket.AF_INET6 if ":" in host else socket.AF_INET]
+    """Bind `host` (an IP literal; empty: all addresses of both families) on a port whose TCP side is free as well.
+
+    Port 0 finds one. Raises MeshError PORT_IN_USE if either side of a given port is taken, UNAVAILABLE without network.
+    """
+    for _ in range(FREE_PORT_TRIES if port == 0 else 1):
+        opened = _open(host, port)
+        if _tcp_is_free(host, opened.port):
+            return opened
+        opened.close()
+    raise MeshError(
+        ErrorCode.PORT_IN_USE,
+        f"TCP port {port} is taken by another program. Stop it, or choose another with --peer-port.",
+        detail={"port": port},
+    )
+
+
+def _tcp_is_free(host: str, port: int) -> bool:
+    """Whether the links could listen there. They bind for themselves a moment later."""
+    for family in _families(host):
+        with ExitStack() as stack:
+            try:
+                probe = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                if os.name != "nt":
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    return False
+    return True
+
+
+def _families(host: str) -> list[socket.AddressFamily]:
+    if not host:
+        return [socket.AF_INET, socket.AF_INET6]
+    return [socket.AF_INET6 if ":" in host else socket.AF_INET]
+
+
+def _open(host: str, port: int) -> DatagramSocket:
     with ExitStack() as undo:
         sockets: list[socket.socket] = []
-        for family in families:
+        for family in _families(host):
             bound = _bind(family, host, port)
             if bound is not None:
                 undo.callback(bound.close)

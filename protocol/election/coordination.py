@@ -73,7 +73,7 @@ class Coordination:
 
     def quorate(self, time: float) -> bool:
         """Whether more than half of the electorate holds to this node at this lease time."""
-        return self._committed is not None and self._tally.until(self._committed) > time
+        return self._committed is not None and self._tally.holds(self._committed, time)
 
     def status(self, time: float) -> QuorumChanged:
         """The quorum in figures and words."""
@@ -182,7 +182,7 @@ class Coordination:
         while self._ledger.held.ballot == self.ballot:
             held = self._ledger.held
             if self._committed is not held:
-                if self._tally.until(held) <= at.time:
+                if not self._tally.holds(held, at.time):
                     effects += self._revert(at)
                     break
                 effects += self._commit(held)
@@ -315,12 +315,16 @@ class Coordination:
 
     def report(self, at: Moment) -> list[Effect]:
         """Publish the quorum when it changed; a coordinator that gained or lost it also tells its followers at once."""
+        quorate, told = self.quorate(at.time), self._told
+        flipped = told is not None and told[0] != quorate
+        if not flipped and (told == (True, 0) or not self._recount):
+            return []  # counting voters after every answer would cost a large mesh a tenth of a core
+        self._recount = False
         status = self.status(at.time)
-        told = (status.quorate, 0 if status.quorate else status.have)
-        flipped = self._told is not None and self._told[0] != status.quorate
-        if told == self._told or not (flipped or self._recount):
+        told = (quorate, 0 if quorate else status.have)
+        if told == self._told:
             return []
-        self._told, self._recount = told, False
+        self._told = told
         effects: list[Effect] = [Publish(status)]
         if status.quorate:
             effects.append(self._watch(at))

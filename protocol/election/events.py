@@ -49,7 +49,7 @@ class CoordinatorChanged:
     """
 
     term: int
-    leader: str | None  # NodeId; None: none is known now
+    leader: NodeId | None  # None: none is known now
     quorate: bool
 
 

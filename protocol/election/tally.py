@@ -59,8 +59,8 @@ class Tally:
     def __init__(self, drift_max: float) -> None:
         self._counted = 1.0 - drift_max
         self._beats: dict[int, tuple[float, float]] = {}  # beat -> (sent at, counted until), oldest first
-        self._until: float | None = None
-        self._electorate = NO_ELECTORATE  # for which `_until` was computed
+        self._known = NO_ELECTORATE  # the electorate that `holds` was asked about last ...
+        self._until = -inf  # ... and up to when it held then; since then it can only hold longer
         self.voices: dict[bytes, Voice] = {}
 
     def sent(self, beat: int, lease_s: float, time: float) -> None:
@@ -84,15 +84,20 @@ class Tally:
         voice.stated = max(voice.stated, stated)
         if promised_beat is not None and promised_beat in self._beats:
             voice.until = max(voice.until, self._beats[promised_beat][1])
-        self._until = None
+
+    def holds(self, electorate: Electorate, time: float) -> bool:
+        """Whether more than half of these voters, each stating this or a later version, hold to this node now.
+
+        Asked after every event, so it counts only when the last answer does not settle it.
+        """
+        if self._known is not electorate or self._until <= time:
+            self._known, self._until = electorate, self.until(electorate)
+        return self._until > time
 
     def until(self, electorate: Electorate) -> float:
-        """Up to when more than half of these voters, each stating this or a later version, hold to this node."""
-        if self._until is None or electorate is not self._electorate:
-            self._electorate = electorate
-            ends = sorted(self._ends(electorate), reverse=True)
-            self._until = ends[electorate.need - 1] if len(ends) >= electorate.need else -inf
-        return self._until
+        """Up to when they do, with the promises heard so far; the past, if they do not."""
+        ends = sorted(self._ends(electorate), reverse=True)
+        return ends[electorate.need - 1] if len(ends) >= electorate.need else -inf
 
     def have(self, electorate: Electorate, time: float) -> int:
         """How many of these voters state this version and hold to this node now."""

@@ -16,10 +16,13 @@ from protocol.heartbeats.events import HeartbeatHeard, Sample, SampleTaken
 from protocol.ids import NodeId
 from protocol.membership.events import PeerDown, PeerLeft, PeerUp, StatementReceived
 from protocol.trust.view import RosterView
+from protocol.wire import limits
 from protocol.wire.messages import Gossip, Heartbeat, Spread
 from protocol.wire.statements import Stated, StatementCodec
 
 MACHINE = "heartbeats"
+ITEM_OVERHEAD_BYTES = 3  # MessagePack's length prefix of a bin value
+SPREAD_BYTES_MAX = limits.DATAGRAM_BODY_BYTES_MAX - 20  # what a Spread holds besides its items takes at most 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class Heartbeats:
         self._leader: NodeId | None = None
         self._deputies: tuple[NodeId, ...] = ()
         self._term = 0
+        self._passed: dict[NodeId, tuple[int, int]] = {}  # the newest that came down a tree: (boot, number)
         self.latest: dict[NodeId, tuple[Heartbeat, float]] = {}
 
     # ---- reading -----------------------------------------------------------------------------------------------
@@ -114,6 +118,7 @@ class Heartbeats:
                     del self._order[index]
                 if peer not in self._roster:
                     self.latest.pop(peer, None)
+                    self._passed.pop(peer, None)
                 return []
             case _:
                 return []
@@ -236,9 +241,12 @@ class Heartbeats:
             return []
         size, fanout = len(self._order), self._params.fanout
         rank = (mine - base) % size
-        message = Spread(self._roster.short(root), blobs)
         children = range(rank * fanout + 1, min(rank * fanout + 1 + fanout, size))
-        return [Send(self._order[(base + child) % size][1], (message,), ahead=True) for child in children]
+        return [
+            Send(self._order[(base + child) % size][1], (Spread(self._roster.short(root), packet),), ahead=True)
+            for packet in _packets(blobs)
+            for child in children
+        ]
 
     def _spread(self, spread: Spread, now: float) -> list[Effect]:
         root = self._roster.node(spread.root)
@@ -248,7 +256,7 @@ class Heartbeats:
         fresh: list[Stated] = []
         for blob in spread.items[: self._params.batch]:
             stated = self._codec.open(blob)
-            if stated is not None and self._newer(stated):
+            if stated is not None and self._first_time(stated):
                 fresh.append(stated)
                 out += self._heard(stated, now)
         if root == self._me:
@@ -257,6 +265,15 @@ class Heartbeats:
         else:
             out += self._send_down(root, [stated.blob for stated in fresh])
         return out
+
+    def _first_time(self, stated: Stated) -> bool:
+        """Whether this heartbeat did not come down a tree before. Whether it is news here is another question: the own
+        one, or one that came directly, is none, but the nodes below wait for it all the same."""
+        body = stated.body
+        if not isinstance(body, Heartbeat) or (body.boot, body.number) <= self._passed.get(stated.signer, (0, 0)):
+            return False
+        self._passed[stated.signer] = (body.boot, body.number)
+        return True
 
     def _hold(self, stated: Stated, now: float) -> list[Effect]:
         """Collect the heartbeats of this node's group for a moment, so that they share packets."""
@@ -283,6 +300,19 @@ class Heartbeats:
             return []
         self.latest[stated.signer] = (stated.body, now)
         return [Publish(HeartbeatHeard(stated.signer, stated.body, now))]
+
+
+def _packets(blobs: list[bytes]) -> list[list[bytes]]:
+    """What fits one datagram each: others state figures of any size, and later versions more of them."""
+    packets: list[list[bytes]] = []
+    room = 0
+    for blob in blobs:
+        room -= len(blob) + ITEM_OVERHEAD_BYTES
+        if room < 0 or not packets:
+            packets.append([])
+            room = SPREAD_BYTES_MAX - len(blob) - ITEM_OVERHEAD_BYTES
+        packets[-1].append(blob)
+    return packets
 
 
 def _significant(told: Sample, now: Sample) -> bool:

@@ -1,8 +1,9 @@
 """What still has to be gossiped: verified statements, each sent a bounded number of times, the freshest first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from protocol.wire import limits
+from protocol.wire.messages import Gossip
 
 BROADCASTS_MAX = 8192
 ITEM_OVERHEAD_BYTES = 3  # MessagePack's length prefix of a bin value
@@ -72,3 +73,8 @@ class _Item:
         self.transmits = transmits
         self.expires = expires
         self.sent = 0
+
+
+def gossip_bytes(messages: Sequence[object]) -> int:
+    """How many bytes of statements came with a packet."""
+    return sum(len(blob) for message in messages if isinstance(message, Gossip) for blob in message.items)

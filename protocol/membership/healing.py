@@ -8,10 +8,12 @@ side bring back all of them.
 from math import inf
 
 from protocol.ids import NodeId
+from protocol.membership.broadcasts import ITEM_OVERHEAD_BYTES
 from protocol.membership.events import PeerUp
 from protocol.membership.state import State
 from protocol.membership.suspicion import Suspicions
 from protocol.membership.view import View, addresses_of, alive_of, members_in
+from protocol.wire import limits
 from protocol.wire.messages import Alive, Gossip, ViewOffer, ViewReply, ViewReport
 from protocol.wire.statements import Stated
 
@@ -19,6 +21,8 @@ TELL_PAUSE_S = 1.0
 REPLY_STATEMENTS_MAX = 4000
 REPORT_LIFETIME_S = 3.0
 REPORTS_MAX = 64
+REPORT_ROSTER_MAX = (limits.STATEMENT_BYTES_MAX - 128) * 8  # a bit a member; in larger meshes no report fits a statement
+PROOF_BYTES_MAX = limits.DATAGRAM_BODY_BYTES_MAX - 40
 
 
 def peer_up(view: View, peer: NodeId) -> PeerUp:
@@ -34,6 +38,7 @@ class Healing:
         self._s = state
         self._suspicions = suspicions
         self._differs_since: float | None = None
+        self._differed_at = 0.0
         self._last_sync = -1e9
         self._told: dict[NodeId, float] = {}
         self._contested_at: float | None = None
@@ -47,8 +52,11 @@ class Healing:
         """A ping or ack brought the peer's view digest."""
         s = self._s
         if digest == s.view.digest.to_bytes(8, "big"):
-            self._differs_since = None
+            # That one peer agrees says nothing of those that do not: two camps would never look at each other.
+            if s.now >= self._differed_at + s.params.sync_wait_s:
+                self._differs_since = None
             return
+        self._differed_at = s.now
         first_seen = self._differs_since is None
         if self._differs_since is None:
             self._differs_since = s.now
@@ -133,12 +141,17 @@ class Healing:
         if s.now < self._told.get(peer, -1e9) + TELL_PAUSE_S:
             return
         self._told[peer] = s.now
-        if s.view.witnessed_down() >= s.params.report_mass:
+        if s.view.witnessed_down() >= s.params.report_mass and len(s.roster) <= REPORT_ROSTER_MAX:
             s.send(peer, Gossip([self._report().blob]))
-        else:
-            proof = self._suspicions.accusations(peer)[: s.params.witnesses_max]
-            if proof:
-                s.send(peer, Gossip([stated.blob for stated in proof]))
+            return
+        room, items = PROOF_BYTES_MAX, list[bytes]()
+        for stated in self._suspicions.accusations(peer)[: s.params.witnesses_max]:
+            # Another version may have made them longer; one that gets through is enough to be refuted.
+            room -= len(stated.blob) + ITEM_OVERHEAD_BYTES
+            if room >= 0:
+                items.append(stated.blob)
+        if items:
+            s.send(peer, Gossip(items))
 
     def _report(self) -> Stated:
         s = self._s
@@ -181,7 +194,7 @@ class Healing:
     def tell_back(self, peer: NodeId) -> None:
         """The peer lost many that are up here: it needs this node's report as one of its witnesses."""
         s = self._s
-        if s.now >= self._told.get(peer, -1e9) + TELL_PAUSE_S:
+        if s.now >= self._told.get(peer, -1e9) + TELL_PAUSE_S and len(s.roster) <= REPORT_ROSTER_MAX:
             self._told[peer] = s.now
             s.send(peer, Gossip([self._report().blob]))
 

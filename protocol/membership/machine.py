@@ -3,7 +3,7 @@
 What it leaves to others: who is a member at all (trust), resources (heartbeats), who coordinates (election).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from protocol.effects import (
     Effect,
@@ -15,6 +15,7 @@ from protocol.effects import (
     TimerFired,
 )
 from protocol.ids import Address, NodeId, pack_address
+from protocol.membership.broadcasts import gossip_bytes
 from protocol.membership.events import (
     AddressesChanged,
     ContactFound,
@@ -329,7 +330,7 @@ class Membership:
             s.came_from(sender, source)
         # What goes back to where this came from is never larger than it, or a forged source would make this node a
         # reflector: one question a packet, and with its answer no more gossip than came with it.
-        room = 1000 if tunnelled else _gossip_bytes(packet.messages)
+        room = 1000 if tunnelled else gossip_bytes(packet.messages)
         is_answered = False
         if sender not in s.view.up:
             self._healing.contact(sender)
@@ -460,8 +461,3 @@ class Membership:
         s.view.set_left(peer, stated, s.now)
         s.publish(PeerLeft(peer))
         s.gossip(("leaving", peer), stated, LEAVING_LIFETIME_S)
-
-
-def _gossip_bytes(messages: Sequence[object]) -> int:
-    """How many bytes of statements came with a packet."""
-    return sum(len(blob) for message in messages if isinstance(message, Gossip) for blob in message.items)

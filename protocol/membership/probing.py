@@ -46,6 +46,7 @@ class Probing:
         self._relays: dict[int, tuple[NodeId, int, Address, NodeId]] = {}  # asker, its number, from where; target
         self._number = state.rng.getrandbits(31)
         self._order: list[NodeId] = []
+        self._by_relay: set[NodeId] = set()  # peers that only relays reached the last time
 
     def tick(self) -> None:
         """Probe the next peer of a shuffled round (SWIM section 4.3: every peer within two rounds)."""
@@ -112,12 +113,15 @@ class Probing:
             self._drop(number)
             return
         params = s.params
-        if probe.stage == 0:
-            self._ask_relays(number, probe)
-            probe.due = probe.started + self._stretch(params.relay_timeout_s)
-        elif probe.stage == 1:
-            s.send(probe.target, self._ping(number), address=TUNNEL)
-            probe.due = probe.started + self._stretch(params.probe_timeout_s)
+        if probe.stage < 2:
+            # Whom only relays reached the last time, the link is tried first: relays answer sooner, and while they do,
+            # nobody would ever see that what is sent there directly is lost.
+            if (probe.stage == 0) != (probe.target in self._by_relay):
+                self._ask_relays(number, probe)
+            else:
+                s.send(probe.target, self._ping(number), address=TUNNEL)
+            due_s = params.relay_timeout_s if probe.stage == 0 else params.probe_timeout_s
+            probe.due = probe.started + self._stretch(due_s)
         else:
             self._fail(number, probe)
             return
@@ -140,7 +144,9 @@ class Probing:
         s = self._s
         self._drop(number)
         others = len(s.view.peers) - 1
-        if s.heard_since(probe.asked_at, probe.target, 2) >= min(2, others):
+        # Where only one other was heard lately, that one is all that is left: two survivors must not wait for a third.
+        company = s.heard_since(s.now - s.params.reach_window_s, probe.target, 2)
+        if s.heard_since(probe.asked_at, probe.target, 2) >= min(2, others, max(1, company)):
             self._accuse(probe.target)
         else:
             s.suffer()
@@ -160,6 +166,7 @@ class Probing:
         probe = self._probes.get(number)
         if probe is None or probe.target != sender:
             return
+        self._by_relay.discard(sender)
         if source == probe.claim:
             s.routes[sender] = source
         tunnelled = source == TUNNEL
@@ -174,6 +181,7 @@ class Probing:
         """A relay reached the target for us. Nobody else's word counts: numbers can be guessed."""
         probe = self._probes.get(number)
         if probe is not None and relay in probe.relays:
+            self._by_relay.add(probe.target)
             self._drop(number)
             self._s.recover()
 
@@ -208,6 +216,7 @@ class Probing:
 
     def forget(self, target: NodeId) -> None:
         """The target is no longer of interest: dead, left or evicted."""
+        self._by_relay.discard(target)
         number = self._targets.get(target)
         if number is not None:
             self._drop(number)

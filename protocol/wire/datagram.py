@@ -177,6 +177,8 @@ class DatagramCodec:
             self._drop("malformed")
             return None
         self.accepted += len(messages)
+        if sender in self.version_seen:
+            del self.version_seen[sender]
         return Opened(sender, boot, messages)
 
     def _incoming_key(self, sender: NodeId, key_id: bytes, gossip_key: bytes) -> bytes | None:

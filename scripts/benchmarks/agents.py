@@ -26,6 +26,7 @@ READY_S: Final = 90.0
 STOP_S: Final = 10.0
 ANSWER_S: Final = 20.0
 PORTS: Final = (12_000, 32_000)
+ASKED_AT_ONCE: Final = 16
 LOG_CHARS_SHOWN: Final = 2_000
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 
@@ -70,12 +71,20 @@ class Client:
 class LocalAgent:
     """One agent: a data folder of its own, ports that it keeps over restarts."""
 
-    def __init__(self, folder: Path, name: str, *, options: Sequence[str] = (), cores: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        ports: tuple[int, int, int],
+        *,
+        options: Sequence[str] = (),
+        cores: Iterable[int] = (),
+    ) -> None:
         self.folder = folder
         self.name = name
         self.node_id = ""
         self.mesh_id = ""
-        self.api_port, self.peer_port, self._onboarding_port = free_ports(3)
+        self.api_port, self.peer_port, self._onboarding_port = ports
         self.started_at = 0.0
         self.ready_at = 0.0
         self._options = tuple(options)
@@ -184,20 +193,6 @@ class LocalAgent:
             self._process.stdout.close()
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody has, TCP and UDP. Not from the kernel's range for outgoing connections: an agent that is dead
-    for a while would find its port taken by one of them.
-    """
-    found: list[int] = []
-    while len(found) < count:
-        port = random.randrange(*PORTS)
-        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
-            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-                held.enter_context(socket.socket(socket.AF_INET, kind)).bind(("127.0.0.1", port))
-            found.append(port)
-    return found
-
-
 def _clean(folder: Path) -> dict[str, str]:
     """The environment without the settings of whoever runs the benchmark, those in files included."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MESHNODE_")}
@@ -210,6 +205,7 @@ class LocalMesh:
     def __init__(self, *, options: Sequence[str] = ()) -> None:
         self._options = tuple(options)
         self._folder = Path(tempfile.mkdtemp(prefix="meshnode-bench-"))
+        self._ports: set[int] = set()
         self.agents: list[LocalAgent] = []
 
     def __enter__(self) -> Self:
@@ -227,9 +223,23 @@ class LocalMesh:
     def add(self, *, cores: Iterable[int] = (), options: Sequence[str] = ()) -> LocalAgent:
         """One more agent, not yet started."""
         name = f"n{len(self.agents)}"
-        agent = LocalAgent(self._folder / name, name, options=(*self._options, *options), cores=cores)
+        ports = (self._free_port(), self._free_port(), self._free_port())
+        agent = LocalAgent(self._folder / name, name, ports, options=(*self._options, *options), cores=cores)
         self.agents.append(agent)
         return agent
+
+    def _free_port(self) -> int:
+        """A port that nobody has, TCP and UDP. Not from the kernel's range for outgoing connections: an agent that is
+        dead for a while would find its port taken by one of them.
+        """
+        while True:
+            port = random.randrange(*PORTS)
+            with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+                for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                    held.enter_context(socket.socket(socket.AF_INET, kind)).bind(("127.0.0.1", port))
+                if port not in self._ports:
+                    self._ports.add(port)
+                    return port
 
     def form(self, count: int, *, at_once: int = 8) -> None:
         """Start agents until there are `count`, the first founding, the others joining it by a URL each."""
@@ -241,12 +251,14 @@ class LocalMesh:
             list(pool.map(lambda agent: agent.start(invite(founder)), joiners))
         self.wait_all_online()
 
-    def wait_all_online(self, within_s: float = 60.0) -> float:
-        """Wait until every agent sees all of them online; seconds that took."""
-        began = time.monotonic()
-        for agent in self.agents:
-            until(partial(self._sees_all, agent), within_s, f"{agent.name} sees all")
-        return time.monotonic() - began
+    def wait_all_online(self, within_s: float = 60.0) -> None:
+        """Wait until every agent sees all of them online. Raises BenchmarkError."""
+
+        def one(agent: LocalAgent) -> None:
+            until(partial(self._sees_all, agent), within_s, f"{agent.name} sees all {len(self.agents)} online")
+
+        with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+            list(pool.map(one, self.agents))
 
     def _sees_all(self, agent: LocalAgent) -> bool:
         return online(agent) == len(self.agents)

@@ -258,7 +258,7 @@ def test_case_08_the_answer_is_never_larger_than_the_question(kind: type, index:
 @pytest.mark.parametrize("kind", [Ping, Gossip, Beacon])
 def test_case_08_without_the_defence(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sources believed, and answers as long as there is something to say."""
-    monkeypatch.setattr(membership_machine, "_gossip_bytes", lambda messages: 1000)
+    monkeypatch.setattr(membership_machine, "gossip_bytes", lambda messages: 1000)
     monkeypatch.setattr(State, "came_from", lambda self, peer, source: self.routes.__setitem__(peer, source))
     packets = questions(settled("reader", "liar", "third", "fourth"))[kind]
     assert any(answered > asked for answered, asked in map(reflected, packets))

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import stat
 import subprocess
 import sys
@@ -37,9 +38,7 @@ def test_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["version"]) == run(["--version"]) == 0
-    assert (
-        capsys.readouterr().out.splitlines() == [f"meshnode {__version__}", f"meshnode, version {__version__}"] or True
-    )
+    assert capsys.readouterr().out == f"meshnode {__version__}\n" * 2
     assert run(["version", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["version"], said["python"]) == (__version__, platform.python_version())
@@ -52,9 +51,9 @@ def test_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setenv("MESHNODE_NODE_NAME", "de\u202en")
     assert run(["config", "--changed", "--config", str(file), "--api-port", "5000"]) == 0
     out = capsys.readouterr().out
-    assert f"discovery.multicast  false         {file}, line 2\n" in out
-    assert 'node.name            "de\\u202en"   environment variable MESHNODE_NODE_NAME\n' in out
-    assert "api.port             5000          command line\n" in out
+    assert f"discovery.multicast  false        {file}, line 2\n" in out
+    assert 'node.name            "de\\u202en"  environment variable MESHNODE_NODE_NAME\n' in out
+    assert "api.port             5000         command line\n" in out
     assert len(out.splitlines()) == 4
     assert run(["config", "--json"]) == 0
     views = json.loads(capsys.readouterr().out)
@@ -102,6 +101,15 @@ def test_the_database_is_exported_and_repaired(data_dir: Path, capsys: pytest.Ca
     assert [table["table"] for table in said["tables"]] == ["things"]
 
 
+@pytest.mark.parametrize("command", ["export-db", "repair-db"])
+def test_a_database_of_which_nothing_is_left(command: str, data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data_dir / "meshnode.db").write_bytes(b"\x7f" * 16_384)
+    assert run(["config", command, "--data-dir", str(data_dir)]) == 1
+    err = capsys.readouterr().err
+    assert "join with a new invitation" in err
+    assert "repair-db" not in err, "the command that just failed is no advice"
+
+
 def test_a_database_in_use_is_left_alone(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_database(data_dir)
     hold = "import sys, time; from pathlib import Path; from meshnode.kernel.datafolder import open_data_folder\n"
@@ -137,7 +145,7 @@ def complete(words: str, **environment: str) -> list[str]:
         check=False,
     )
     assert done.stderr == ""
-    return [line.partition(",")[2] for line in done.stdout.splitlines()]
+    return [line.partition(",")[2] for line in done.stdout.splitlines() if line]
 
 
 def test_commands_are_completed() -> None:
@@ -162,7 +170,7 @@ def test_doctor_for_people(data_dir: Path, capsys: pytest.CaptureFixture[str]) -
     assert run(["doctor", "--data-dir", str(blocked / "inside")]) == 1
     out = capsys.readouterr().out
     assert "fail  data_folder  " in out
-    assert "\n" + " " * 17 + "-> " in out
+    assert re.search(r"\n +-> meshnode up --data-dir", out)
     assert "to mend before the agent can work" in out.splitlines()[-1]
 
 

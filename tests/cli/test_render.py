@@ -75,6 +75,11 @@ def test_a_node_that_has_not_told_its_load_shows_none() -> None:
     assert "0%" not in nodes_text([fresh], WALL)
 
 
+def test_a_peer_whose_datagrams_are_blocked_is_marked() -> None:
+    assert "192.0.2.2:4893 (TCP only)" in nodes_text([peer(udp_blocked=True)], WALL)
+    assert "TCP only" not in nodes_text([peer(udp_blocked=False)], WALL)
+
+
 def test_node() -> None:
     assert (
         plain(node_text(peer(battery_percent=41, on_battery=True, udp_blocked=True, cores=8), WALL))

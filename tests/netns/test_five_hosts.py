@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.netns.conftest import Figures, Place, place
-from tests.support.agents import Agent, Mesh, one_coordinator, wait_agreed, wait_until
+from tests.support.agents import Agent, AgentFailedError, Mesh, one_coordinator, wait_agreed, wait_until
 from tests.support.netns import Lab, cut_between, heal
 
 pytestmark = pytest.mark.serial
@@ -75,6 +75,14 @@ def false_deaths(agents: list[Agent], since: float, gone: set[str]) -> list[tupl
     return [(agent.name, who) for agent in agents for _, who in agent.deaths(since) if who not in gone]
 
 
+def reaches(agent: Agent, other: Agent) -> bool:
+    """Whether a call goes through; one may still run into a link that is dead and not yet seen to be."""
+    try:
+        return bool(agent.ask(f"/api/nodes/{other.node_id}/ping", {"count": 1})["received"])
+    except AgentFailedError:
+        return False
+
+
 def test_joined_by_url_over_the_switch_at_the_address_that_leads_there(mesh: Mesh) -> None:
     for agent in mesh.running:
         for name, node in agent.nodes().items():
@@ -94,9 +102,7 @@ def test_a_link_cut_one_way_and_then_both_ways_kills_nobody(mesh: Mesh, lab: Lab
     assert false_deaths(mesh.running, since, set()) == []
     assert all(agent.online() == set(NAMES) for agent in mesh.running)
     heal([a, b])
-    figures["cut pair: ping by link after heal"] = wait_until(
-        lambda: mesh["h2"].ask(f"/api/nodes/{mesh['h3'].node_id}/ping", {"count": 1})["received"] == 1, 10.0, "a ping"
-    )
+    figures["cut pair: ping by link after heal"] = wait_until(lambda: reaches(mesh["h2"], mesh["h3"]), 20.0, "a ping")
 
 
 def test_an_unplugged_host_is_offline_to_all_and_comes_back(mesh: Mesh, lab: Lab, figures: Figures) -> None:
@@ -141,9 +147,9 @@ def test_a_host_whose_address_changes_stays_and_all_learn_it(mesh: Mesh, lab: La
     )
     time.sleep(3.0)
     assert false_deaths(mesh.running, since, set()) == []
-    for agent in others:
-        assert mesh["h4"].node_id in {node["id"] for node in agent.nodes().values()}
-        assert agent.ask(f"/api/nodes/{mesh['h4'].node_id}/ping", {"count": 1})["received"] == 1
+    figures["new address: calls over links again"] = 3.0 + wait_until(
+        lambda: all(reaches(agent, mesh["h4"]) for agent in others), 20.0, "calls to the host that moved"
+    )
     lab.hosts["h4"].address("10.77.0.4/24")
     wait_until(
         lambda: all(agent.nodes()["h4"].get("address") == "10.77.0.4:4893" for agent in others), ALL_KNOW_S, "back"

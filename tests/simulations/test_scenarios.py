@@ -18,6 +18,7 @@ from simulations.faults import SHAPES, Faults, Shape, draw
 from simulations.report import as_table, replay
 from simulations.runner import Failure, Outcome, run_seeds
 from simulations.scenarios.scenario import Figure, Options, Samples, quantile
+from simulations.seeds import FAILED_ONCE, Seed
 from simulations.views import Views
 from simulations.world import World
 
@@ -73,6 +74,14 @@ def test_every_kind_of_fault_is_undone(shape: Shape) -> None:
         assert abs(computer.wall_error()) < 5.0
     assert world.network.open(world.computers[0], world.computers[1])
     assert world.network.params.loss == 0.0
+
+
+@pytest.mark.parametrize("seed", FAILED_ONCE, ids=lambda seed: f"{seed.scenario}-{seed.seed}")
+def test_a_seed_that_failed_once_never_fails_again(seed: Seed) -> None:
+    scenario = scenarios()[seed.scenario]
+    options = Options(nodes=scenario.nodes, seed=seed.seed)
+    samples = scenario.measure(options)
+    assert not [figure.name for figure in scenario.judge(samples, options) if figure.met is False]
 
 
 def test_json_has_every_figure_with_its_goal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,11 +125,17 @@ class Host:
         gone = [address for address in cable.addresses if address not in addresses]
         fresh = [address for address in addresses if address not in cable.addresses]
         # Without duplicate address detection an IPv6 address is usable at once.
+        # Deleted first, because with the first address of a network Linux deletes the others of the same network too.
+        # Without duplicate address detection an IPv6 address is usable at once.
         self.ip(
-            *(f"addr add {address} dev {card}{' nodad' if ':' in address else ''}" for address in fresh),
             *(f"addr del {address} dev {card}" for address in gone),
+            *(f"addr add {address} dev {card}{' nodad' if ':' in address else ''}" for address in fresh),
         )
         cable.addresses = list(addresses)
+
+    def set(self, name: str, value: str) -> None:
+        """Set a kernel parameter of this host's network."""
+        command("ip", "netns", "exec", self.namespace, "sysctl", "-q", "-w", f"{name}={value}")
 
     def bridge(self, address: str, name: str = "docker0") -> Self:
         """A bridge of containers with an address that leads to nobody else."""

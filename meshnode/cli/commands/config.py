@@ -105,7 +105,18 @@ def _locked_database(session: Session) -> Iterator[Path]:
             ErrorCode.NOT_FOUND, f"There is no data folder {session.data_dir}. Name another with --data-dir."
         )
     with open_data_folder(session.data_dir) as folder:
-        yield folder.database_path
+        try:
+            yield folder.database_path
+        except MeshError as error:
+            if error.code is not ErrorCode.DATABASE_CORRUPT:
+                raise
+            # Its own words name the commands that help, and this is one of them.
+            message = (
+                f"Nothing of the database {folder.database_path} can be read ({error.detail.get('reason', 'damaged')}). It "
+                f"was left as it is. Put a backup of {folder.path} back; without one, move the folder away, start the "
+                "agent and join with a new invitation: it will be a new node."
+            )
+            raise MeshError(error.code, message, detail=error.detail) from error
 
 
 def _salvage_text(report: "SalvageReport") -> str:

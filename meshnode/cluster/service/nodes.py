@@ -23,6 +23,7 @@ from meshnode.cluster.model import (
     PeerLine,
     Summary,
 )
+from meshnode.cluster.service.clocks import Clocks
 from meshnode.kernel.bus import EventBus
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.metrics import Metrics
@@ -44,7 +45,7 @@ from protocol.membership.events import (
 )
 from protocol.membership.view import alive_of
 from protocol.node import Node
-from protocol.records.events import ClockContradicted, RecordChanged
+from protocol.records.events import ClockContradicted, RecordChanged, RecordHeld
 from protocol.trust.events import RosterChanged
 
 PROFILE_COLLECTION: Final = "nodes"
@@ -79,6 +80,8 @@ class Nodes:
         self._profiles: dict[NodeId, Profile] = {}
         self._quorum: QuorumChanged | None = None
         self._warnings: dict[str, str] = {}
+        self._clocks = Clocks()
+        self._no_version_in_common: set[NodeId] = set()  # as the last attempt to open a link showed
         self._summary: tuple[float, Summary] | None = None
         metrics.track("fabric_uptime_seconds", facts.uptime_s)
         metrics.track("fabric_nodes_online", lambda: float(len(hub.membership.view.up)))
@@ -203,6 +206,10 @@ class Nodes:
     def warnings(self) -> Sequence[str]:
         """What the person should know and do something about."""
         found = list(self._warnings.values())
+        found += filter(None, [self._clocks.warning(self.name_of)])
+        odd = [self.name_of(member) for member in self._hub.roster.members() if self._incompatible(member)]
+        if odd:
+            found.append(f"no protocol version in common with {', '.join(odd)}: update meshnode there or here")
         if self._hub.me not in self._hub.roster:
             found.append(
                 "this node was evicted from its mesh; nobody talks to it any more. "
@@ -249,8 +256,7 @@ class Nodes:
             coordinator=hub.election.coordinator == node,
             suspect=node in hub.membership.suspects(),
             left=node in view.left,
-            incompatible=node in hub.datagrams.version_seen
-            or (stated is not None and not core.compatible(alive_of(stated))),
+            incompatible=self._incompatible(node),
             this_node=node == hub.me,
             address=str(addresses[0]) if up and addresses and node != hub.me else None,
             rtt_ms=round(rtt * 1000, 3) if rtt is not None and up else None,
@@ -260,10 +266,15 @@ class Nodes:
         )
 
     def _incompatible(self, node: NodeId) -> bool:
-        """Whether it says, or its datagrams show, that it speaks no protocol version of ours."""
-        stated = self._hub.membership.view.known.get(node)
-        spoken = stated is None or core.compatible(alive_of(stated))
-        return not spoken or node in self._hub.datagrams.version_seen
+        """Whether it says, or its links and datagrams show, that it speaks no protocol version of ours.
+
+        What a datagram claims is not proven, so it counts only of a member that is not up: nobody else can slander it.
+        """
+        view = self._hub.membership.view
+        stated = view.known.get(node)
+        if stated is not None and not core.compatible(alive_of(stated)):
+            return True
+        return node not in view.up and (node in self._no_version_in_common or node in self._hub.datagrams.version_seen)
 
     def _profile(self, node: NodeId) -> Profile | None:
         known = self._profiles.get(node)
@@ -312,6 +323,8 @@ class Nodes:
                     self._metrics.count("fabric_node_evictions_total")
                     self._bus.publish(NodeEvicted(node, self.name_of(node)))
                     self._profiles.pop(node, None)
+                    self._no_version_in_common.discard(node)
+                    self._clocks.agreed(node)
             case CoordinatorChanged(term, leader, quorate):
                 self._changed()
                 self._followed_quorate = quorate
@@ -319,8 +332,14 @@ class Nodes:
             case QuorumChanged():
                 self._quorum = event
                 self._changed()
-            case RecordChanged(collection, key) if collection == PROFILE_COLLECTION:
-                self._profiles.pop(NodeId(key.decode("ascii", "replace")), None)
+            case RecordChanged(collection, key, record):
+                if record.author is not None and self._clocks.agreed(record.author):
+                    self._changed()
+                if collection == PROFILE_COLLECTION:
+                    self._profiles.pop(NodeId(key.decode("ascii", "replace")), None)
+                    self._changed()
+            case RecordHeld(author=author, ahead_s=ahead_s):
+                self._clocks.held(author, ahead_s)
                 self._changed()
             case IdentityInUse():
                 self._warnings["identity"] = (
@@ -333,7 +352,13 @@ class Nodes:
                     "`meshnode leave --force` starts afresh; then join with a new invitation"
                 )
                 self._changed()
-            case LinkOpened():
+            case LinkLost(peer=peer, code=ErrorCode.INCOMPATIBLE_VERSION):
+                if peer in self._hub.roster and peer not in self._no_version_in_common:
+                    self._no_version_in_common.add(peer)
+                    self._changed()
+                    self._bus.publish(NodeUpdated(self._info(peer)))
+            case LinkOpened(peer):
+                self._no_version_in_common.discard(peer)
                 if self._warnings.pop("evicted", None):
                     self._changed()
             case ClockContradicted(_, ahead_s):

@@ -274,6 +274,10 @@ class Links:
         await stream.send_all(encode_link_message(Refused(DUPLICATE, message, True)))
         return False
 
+    def incompatible(self, node_id: NodeId, why: str) -> None:
+        """A member was refused because of its version: told like a dial that failed for that, so that it is named."""
+        self._pool.turned_away(node_id, why)
+
     async def _receive_bulk(self, node_id: NodeId, stream: TlsStream, hello: Hello, welcome: HelloOk) -> bool:
         grant = self._grants.redeem(node_id, hello.grant, hello.purpose, trio.current_time())
         if grant is None:

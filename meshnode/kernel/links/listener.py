@@ -40,6 +40,10 @@ class Reception(Protocol):
         """True if the stream was taken over. False if it is to be closed; raises MeshError to refuse it with that."""
         ...
 
+    def incompatible(self, node_id: NodeId, why: str) -> None:
+        """A member that speaks no version of ours was refused."""
+        ...
+
 
 async def open_listeners(settings: LinkSettings) -> list[trio.SocketListener]:
     """Listen. Raises MeshError PORT_IN_USE, or BAD_SETTING if the address is not this machine's."""
@@ -156,7 +160,9 @@ class Listener:
         theirs = Versions(hello.version_min, hello.version_max)
         version = agree(self._settings.versions, theirs)
         if version is None:
-            await self._refuse(stream, refuse_versions(self._settings.versions, theirs))
+            refused = refuse_versions(self._settings.versions, theirs)
+            self._reception.incompatible(node_id, refused.message)
+            await self._refuse(stream, refused)
             return False
         return await self._reception.receive(node_id, stream, address, hello, version)
 

@@ -374,6 +374,12 @@ class Pool:
                 peer.dial.supersede()
             self._drop(peer, "the links of this node are stopped")
 
+    def turned_away(self, node_id: NodeId, reason: str) -> None:
+        """The peer dialled and was refused for its version. A link that stands is none of that dial's business."""
+        peer = self._peers.get(node_id)
+        if peer is None or (peer.connection is None and peer.dial is None):
+            self._spawn(self._tell_lost, node_id, reason, ErrorCode.INCOMPATIBLE_VERSION)
+
     async def _tell_lost(self, node_id: NodeId, reason: str, code: str = "") -> None:
         try:
             await self._events.send(LinkLost(node_id, reason, code))

@@ -12,6 +12,7 @@ from protocol.election.messages import Beacon, Follow, Version
 from protocol.election.parameters import ElectionParameters
 from protocol.ids import Address, NodeId, short_id
 from protocol.membership.events import PeerUp
+from protocol.trust.events import RosterChanged
 from tests.protocol.election.rosters import SetRoster, node_ids
 
 SOURCE = Address("127.0.0.1", 4893)
@@ -168,3 +169,8 @@ def answer(bench: Bench, peers: Iterable[NodeId]) -> list[Effect]:
             version = bench.machine.electorate.version
             effects += bench.hear(peer, follow(bench.machine.term, bench.me, coordination._beat, version=version))
     return effects
+
+
+def evict(bench: Bench, *nodes: NodeId) -> None:
+    bench.roster.merge(SetRoster([], nodes))
+    bench.do(RosterChanged(removed=nodes))

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.membership.events import PeerDown, PeerUp
+from protocol.membership import healing
+from protocol.membership.events import PeerDown, PeerUp, RosterShrank
 from protocol.membership.healing import TELL_PAUSE_S
 from protocol.membership.parameters import LAN
 from protocol.wire import limits
@@ -292,19 +293,25 @@ def test_a_report_of_the_evicted_counts_for_nothing() -> None:
     for by in (16, 17):
         subject.told(subject.mesh.report(by, range(SIZE)), via=by)
     subject.mesh.roster.apply(evicted(16))
-    from protocol.membership.events import RosterShrank
-
     subject.give(RosterShrank((subject.mesh.id(16),)))
     subject.told(subject.mesh.report(18, range(17, SIZE)), via=18)
     assert subject.down() == set(LOST) - {16}
 
 
-def test_a_report_of_a_mesh_of_any_size_can_be_signed() -> None:
-    """One bit a member must fit a statement, or the node that has to report fails."""
-    members = Mesh(4)
-    statement = members.report(1, [0])
-    overhead = len(statement.blob) - 1
-    assert overhead + limits.ROSTER_MAX // 8 + 2 <= limits.STATEMENT_BYTES_MAX
+def test_where_a_report_would_not_fit_a_statement_the_proof_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    overhead = len(Mesh(4).report(1, [0]).blob) - 1
+    assert overhead + healing.REPORT_ROSTER_MAX // 8 + 16 <= limits.STATEMENT_BYTES_MAX
+    subject = parted()
+    monkeypatch.setattr(healing, "REPORT_ROSTER_MAX", SIZE - 1)
+    bodies = [
+        type(stated.body)
+        for _, gossip, _ in sends(subject.packet(20), Gossip)
+        for stated in map(subject.mesh.codec(20).open, gossip.items)
+        if stated is not None
+    ]
+    assert bodies == [Accusation] * 3
+    effects = subject.told(subject.mesh.report(21, [21]), via=21)
+    assert sends(effects, Gossip) == [], "nor is it told back"
 
 
 def test_private_verdicts_end_with_the_first_word() -> None:

@@ -97,16 +97,40 @@ def test_one_that_is_cut_off_itself_accuses_nobody() -> None:
     assert subject.machine.health == before + 1, "it distrusts itself instead"
 
 
-def test_one_voice_is_not_enough_where_there_could_be_two_but_nacks_count() -> None:
-    for hearers, expected in (((2,), set()), ((2, 3), {1}), ((1,), set())):
-        subject = Subject(6)
-        subject.know(1, 2, 3, 4, 5)
-        number, _ = subject.start_probe(1)
-        subject.fire("stage", number)
-        subject.fire("stage", number)
-        for hearer in hearers:
-            subject.packet(hearer, Nack(number))
-        assert accused(subject.fire("stage", number), subject) == expected
+@pytest.mark.parametrize(
+    ("company", "hearers", "accuses"),
+    [((2, 3, 4), (2,), False), ((2, 3, 4), (2, 3), True), ((2, 3), (), False), ((2,), (2,), True), ((), (1,), False)],
+)
+def test_one_voice_is_not_enough_where_two_were_there_lately(
+    company: tuple[int, ...], hearers: tuple[int, ...], accuses: bool
+) -> None:
+    subject = Subject(6)
+    subject.know(1, 2, 3, 4, 5)
+    number, _ = subject.start_probe(1)
+    subject.now += LAN.reach_window_s + 1
+    probe = subject.machine._probing._probes[number]
+    probe.started = probe.due = subject.now
+    subject.hear(*company)
+    subject.now += 0.001
+    subject.give(TimerFired(("membership", "stage", number)))
+    subject.fire("stage", number)
+    for hearer in hearers:
+        subject.packet(hearer, Nack(number))
+    assert accused(subject.fire("stage", number), subject) == ({1} if accuses else set())
+
+
+def test_whom_only_relays_reach_is_tried_by_link_before_them() -> None:
+    """While relays answer sooner, nobody would ever see that what is sent directly is lost."""
+    subject = Subject(4)
+    subject.know(1, 2, 3)
+    number, _ = subject.start_probe(1)
+    asked = sends(subject.fire("stage", number), PingRequest)
+    subject.packet(subject.mesh.number(asked[0][0]), Relayed(number))
+    number, _ = subject.start_probe(1)
+    effects = subject.fire("stage", number)
+    assert [address for _, _, address in sends(effects, Ping)] == [TUNNEL]
+    assert sends(effects, PingRequest) == []
+    assert sends(subject.fire("stage", number), PingRequest) != []
 
 
 def test_of_two_nodes_one_may_accuse_the_other_alone() -> None:

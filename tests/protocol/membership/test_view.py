@@ -36,7 +36,7 @@ def test_the_view_is_what_a_naive_model_says(operations: list[tuple[str, int, in
             view.forget(node, step)
             state.pop(index, None)
             newest.pop(index, None)
-        elif index in newest:  # nobody goes down or leaves who was never known
+        elif index in newest and (what == "left" or state[index] == "up"):  # the machine does nothing else
             if what == "down":
                 proof = (MESH.accusation(1 if index != 1 else 2, index),) if witnessed else ()
                 view.set_down(node, proof, step)

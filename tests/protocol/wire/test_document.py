@@ -1,0 +1,145 @@
+"""docs/protocol.md against the code: every message with its tag, fields, types and ranges, and every limit.
+
+`python -m tests.protocol.wire.test_document` prints the tables as they should stand in the document.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args
+
+import msgspec.inspect
+import pytest
+
+from protocol.election import messages as election
+from protocol.membership import broadcasts, healing, probing, suspicion
+from protocol.records import messages as records
+from protocol.records import record
+from protocol.rpc import messages as rpc
+from protocol.trust import join, keys
+from protocol.trust import statements as trust
+from protocol.wire import announcement, frames, limits, messages
+
+TEXT = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text(encoding="utf-8")
+
+TABLES: dict[str, Iterable[type]] = {
+    "Datagram messages": get_args(messages.DatagramMessage),
+    "Statements": get_args(messages.StatementBody),
+    "Channel 0: messages of the machines": get_args(messages.LinkMessage),
+    "Channel 1: calls": get_args(rpc.RpcMessage),
+    "Channel 2: the link's own messages": get_args(frames.LinkMessage),
+    "Trust statements": get_args(trust.TrustStatement),
+    "Joining": (*get_args(join.FromIssuer), *get_args(join.FromJoiner)),
+    "Parts of messages": (election.Version, record.Body, join.Peer, keys.GossipKey),
+}
+
+MODULES: tuple[ModuleType, ...] = (
+    limits, frames, announcement, rpc, records, record, join, keys, trust, election,
+    probing, suspicion, healing, broadcasts,
+)  # fmt: skip
+
+
+def power(value: int) -> str:
+    """A number as people write it."""
+    for exponent in (16, 31, 32, 40, 48, 53, 63):
+        if value in (2**exponent, 2**exponent - 1):
+            return f"2^{exponent}" if value == 2**exponent else f"2^{exponent} - 1"
+    return str(value)
+
+
+def sized(low: int | None, high: int | None) -> str:
+    """A range of lengths."""
+    if high is None:
+        return ""
+    return f" {high}" if low == high else f" {low or 0}..{high}"
+
+
+def spelled(kind: Any) -> str:
+    """A field's type and range in a few words."""
+    match type(kind).__name__:
+        case "IntType":
+            return "int" if kind.le is None else f"int {kind.ge}..{power(kind.le)}"
+        case "BytesType":
+            return "bytes" + sized(kind.min_length, kind.max_length)
+        case "StrType":
+            return "text" + sized(kind.min_length, kind.max_length)
+        case "ListType":
+            return f"list{sized(kind.min_length, kind.max_length)} of {spelled(kind.item_type)}"
+        case "DictType":
+            size = sized(kind.min_length, kind.max_length)
+            return f"map{size} of {spelled(kind.key_type)} to {spelled(kind.value_type)}"
+        case "StructType":
+            return str(kind.cls.__name__)
+        case "UnionType":
+            return "datagram message"
+        case "BoolType":
+            return "bool"
+        case other:
+            raise AssertionError(other)
+
+
+def row(message: type) -> str:
+    """The table's line on one message."""
+    info: Any = msgspec.inspect.type_info(message)
+    fields = [
+        f"`{field.encode_name}` {spelled(field.type)}" + ("" if field.required else " (optional)")
+        for field in info.fields
+    ]
+    tag = "none" if info.tag is None else str(info.tag)
+    return f"| {tag} | `{message.__name__}` | {'; '.join(fields) or 'no fields'} |"
+
+
+def section(title: str) -> str:
+    """The text under a heading, up to the next heading of any level."""
+    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#|\Z)", TEXT, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"docs/protocol.md has no heading '{title}'"
+    return found[1]
+
+
+@pytest.mark.parametrize("title", TABLES)
+def test_the_tables_of_messages_are_true(title: str) -> None:
+    written = re.findall(r"^\| (?:\d+|none) \| `.*\|$", section(title), re.MULTILINE)
+    assert written == [row(message) for message in TABLES[title]]
+
+
+def test_every_message_is_explained_in_words() -> None:
+    """A name in the table alone tells nobody what the message is for."""
+    prose = "\n".join(line for line in TEXT.splitlines() if not re.match(r"\| (?:\d+|none) \| `", line))
+    names = {message.__name__ for kinds in TABLES.values() for message in kinds}
+    assert {name for name in names if f"`{name}`" not in prose} == set()
+
+
+def constants() -> dict[str, int | float]:
+    """Every number that these modules name, by that name."""
+    found: dict[str, int | float] = {}
+    for module in MODULES:
+        for name, value in vars(module).items():
+            if name.isupper() and not name.startswith("_") and isinstance(value, int | float):
+                assert found.setdefault(name, value) == value, f"{name} means two things"
+    return found
+
+
+def test_the_table_of_limits_is_true() -> None:
+    rows = re.findall(r"^\| `([A-Z_0-9]+)` \| ([0-9^ .-]+) \|", section("Limits"), re.MULTILINE)
+    written = {name: value.strip() for name, value in rows}
+    known = constants()
+    assert len(rows) == len(written)
+    assert {name: value for name, value in written.items() if value != number(known.get(name))} == {}
+    own = {name for name, value in vars(limits).items() if name.isupper() and isinstance(value, int)}
+    assert own - written.keys() == set()
+
+
+def number(value: int | float | None) -> str:
+    """A limit as the table writes it."""
+    if value is None:
+        return "no such constant"
+    return power(value) if isinstance(value, int) else f"{value:g}"
+
+
+if __name__ == "__main__":
+    for title, kinds in TABLES.items():
+        print(f"\n### {title}\n\n| tag | message | fields |\n|---|---|---|")
+        print("\n".join(row(message) for message in kinds))
+    print("\n### Limits\n")
+    print("\n".join(f"| `{name}` | {number(value)} |" for name, value in constants().items()))
