@@ -4,6 +4,7 @@ import os
 import random
 import socket
 import sys
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -31,6 +32,7 @@ from protocol.trust.statements import record_key
 
 DEPARTURE_S: Final = 0.3  # how long the farewell may take to leave
 STATES_PROFILE_S: Final = 60.0
+CLOCK_SLACK_S: Final = 60.0
 
 
 class DatabaseWatch:
@@ -120,7 +122,8 @@ class ProfileKeeper:
     def _tell(self, profile: Profile) -> None:
         key, value = self._hub.me.encode("ascii"), msgspec.msgpack.encode(profile)
         known = self._hub.records.get(PROFILE_COLLECTION, key)
-        if known is None or known.value != value:
+        # What was written while this machine's clock was ahead is held back by all others until they get there.
+        if known is None or known.value != value or known.wall > time.time() + CLOCK_SLACK_S:
             self._driver.submit(PutRecord(PROFILE_COLLECTION, key, value))
 
 

@@ -243,17 +243,10 @@ class Membership:
         s.link(peer, ViewReply([s.view.known[s.me].blob], []))
         self._healing.offer(peer)
 
-    def _tell_many(self, stated: Stated) -> None:
-        """Tell a bounded number of peers directly; gossip does the rest."""
-        s = self._s
-        peers = s.view.peers
-        for peer in s.rng.sample(peers, min(len(peers), s.params.leave_sends_max)):
-            s.send(peer, Gossip([stated.blob]))
-
     def _depart(self) -> None:
         s = self._s
         self._departed = True
-        self._tell_many(s.state(Leaving(s.roster.short(s.me), s.boot, s.incarnation)))
+        s.tell_many(s.state(Leaving(s.roster.short(s.me), s.boot, s.incarnation)))
 
     def _forget(self, peer: NodeId) -> None:
         s = self._s
@@ -339,7 +332,7 @@ class Membership:
             match message:
                 case Ping() as ping if not is_answered:
                     is_answered = True
-                    s.send(sender, self._probing.ack(ping), *self._piggyback(room), address=source)
+                    s.send(sender, self._probing.ack(ping), *s.piggyback(room), address=source)
                     self._healing.compare(sender, ping.digest)
                 case Ack(probe, digest):
                     if not tunnelled:
@@ -351,11 +344,6 @@ class Membership:
                     self._probing.asked(sender, source, request)
                 case Relayed(probe):
                     self._probing.relayed(probe, sender)
-
-    def _piggyback(self, room_bytes: int) -> tuple[Gossip, ...]:
-        s = self._s
-        items = s.broadcasts.take(room_bytes, s.now)
-        return (Gossip(items),) if items else ()
 
     def _link_opened(self, peer: NodeId, boot: int) -> None:
         s = self._s
@@ -381,7 +369,7 @@ class Membership:
                 if alone and s.view.peers:
                     # Just arrived: tell as many as is fair at once, instead of waiting for gossip's tail.
                     own = s.view.known[s.me]
-                    self._tell_many(own)
+                    s.tell_many(own)
                     s.gossip(("alive", s.me), own, ALIVE_LIFETIME_S)
 
     # ---- statements --------------------------------------------------------------------------------------------

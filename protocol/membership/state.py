@@ -104,6 +104,17 @@ class State:
         if self.gossiping:
             self.timer(self.now + params.gossip_interval_s, "gossip")
 
+    def piggyback(self, room_bytes: int) -> tuple[Gossip, ...]:
+        """What is to be gossiped, as far as it finds room beside another message."""
+        items = self.broadcasts.take(room_bytes, self.now)
+        return (Gossip(items),) if items else ()
+
+    def tell_many(self, stated: Stated) -> None:
+        """Tell a bounded number of peers directly; gossip does the rest."""
+        peers = self.view.peers
+        for peer in self.rng.sample(peers, min(len(peers), self.params.leave_sends_max)):
+            self.send(peer, Gossip([stated.blob]))
+
     # ---- hearing ----
 
     def heard(self, peer: NodeId) -> None:

@@ -84,7 +84,7 @@ class Links:
             raise MeshError(ErrorCode.EVICTED, "This node was evicted.")
         known = peer.methods[method]
         request = msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=known.params)
-        reply = await known.handler(self._me, request)
+        reply = await known.handle(self._me, request)
         return msgspec.msgpack.decode(msgspec.msgpack.encode(reply), type=answer)
 
     def facts(self) -> list[Any]:

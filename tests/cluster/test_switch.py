@@ -36,7 +36,6 @@ from protocol.trust.keys import GossipKey
 from tests.support.hub import admitted, keys_of
 from tests.support.onboarding import MIGRATIONS
 
-
 NOWHERE = Address("127.0.0.1", 1)
 
 

@@ -6,8 +6,15 @@ import pytest
 
 from meshnode.cluster.service.trust import AdmitRequest, Done, LostVoter, RootOffer
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.kernel.identity import certificate_public_key, found_root, load_root, make_csr, open_sealed_root, seal_root
-from meshnode.kernel.identity import NodeIdentity
+from meshnode.kernel.identity import (
+    NodeIdentity,
+    certificate_public_key,
+    found_root,
+    load_root,
+    make_csr,
+    open_sealed_root,
+    seal_root,
+)
 from protocol.trust.statements import open_statement
 from tests.cluster.parts import ROOT, House
 from tests.support.hub import evicted, keys_of, suite_of
@@ -147,7 +154,11 @@ async def test_promoting_one_that_does_not_answer_changes_nothing(house: House) 
 async def test_the_root_key_is_taken_from_admins_only_and_must_be_the_meshs(house: House) -> None:
     offer = RootOffer(seal_root(ROOT, house[2].identity.public_key))
     await refused(ErrorCode.FORBIDDEN, house[2].trust.take_root(house.id(1), offer))
-    for bad in (seal_root(ROOT, house[1].identity.public_key), seal_root(found_root(), house[2].identity.public_key), b""):
+    for bad in (
+        seal_root(ROOT, house[1].identity.public_key),
+        seal_root(found_root(), house[2].identity.public_key),
+        b"",
+    ):
         with pytest.raises(MeshError):
             await house[2].trust.take_root(house.id(0), RootOffer(bad))
     assert not house[2].trust.is_admin

@@ -1,6 +1,8 @@
 """The peers' UDP socket: both families on one port, words for a port that is taken, losses counted and never raised."""
 
 import socket
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 import trio
@@ -130,3 +132,41 @@ async def test_nobody_there_does_not_end_receiving(nursery: trio.Nursery) -> Non
     await inbox.until(1)
     assert inbox.got[0][0] == b"still here"
     bound.close()
+
+
+async def first_source(receiver: DatagramSocket) -> Address:
+    """Where the next datagram came from."""
+    sources: list[Address] = []
+    with trio.fail_after(5.0):
+        async with trio.open_nursery() as nursery:
+
+            def receive(data: bytes, source: Address) -> None:
+                sources.append(source)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(receiver.run, receive)
+    return sources[0]
+
+
+def link_local() -> str | None:
+    """A link-local address of this machine with the number of its interface."""
+    try:
+        lines = Path("/proc/net/if_inet6").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    for raw, index, _, scope, flags, _ in (line.split() for line in lines):
+        if scope == "20" and not int(flags, 16) & 0x40:
+            return f"{socket.inet_ntop(socket.AF_INET6, bytes.fromhex(raw))}%{int(index, 16)}"
+    return None
+
+
+async def test_a_link_local_source_can_be_answered() -> None:
+    here = link_local()
+    if here is None:
+        pytest.skip("this machine has no link-local IPv6 address")
+    with closing(open_datagrams(here, 0)) as one, closing(open_datagrams(here, 0)) as other:
+        one.send(Address(here, other.port), b"hello")
+        source = await first_source(other)
+        assert source == Address(here, one.port)
+        other.send(source, b"and back")
+        assert await first_source(one) == Address(here, other.port)

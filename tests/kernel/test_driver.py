@@ -287,9 +287,7 @@ async def test_a_timer_behind_a_persist_does_not_wait_for_the_disk(tmp_path: Pat
 
 
 @given(
-    st.lists(
-        st.tuples(st.sampled_from(["set", "cancel", "take"]), st.integers(0, 5), st.floats(0, 100)), max_size=200
-    )
+    st.lists(st.tuples(st.sampled_from(["set", "cancel", "take"]), st.integers(0, 5), st.floats(0, 100)), max_size=200)
 )
 def test_timers_are_what_a_dictionary_says(steps: list[tuple[str, int, float]]) -> None:
     timers, model = Timers(), dict[Any, float]()

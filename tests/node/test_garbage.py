@@ -10,7 +10,21 @@ from tests.node.loopback import Agent, agents
 
 # These would end the agent's mesh; what they do with good input has tests of its own.
 EFFECTIVE = {("POST", "/api/cluster/leave")}
-TEXTS = ("%20", "..", "%2e%2e", "%00", "a" * 300, "%F0%9F%A6%8A", "-1", "0", "null", "'%20OR%201", "%ff%fe", "a%2Fb", "~")
+TEXTS = (
+    "%20",
+    "..",
+    "%2e%2e",
+    "%00",
+    "a" * 300,
+    "%F0%9F%A6%8A",
+    "-1",
+    "0",
+    "null",
+    "'%20OR%201",
+    "%ff%fe",
+    "a%2Fb",
+    "~",
+)
 QUERIES = ("", "?", "?limit=-1", "?limit=x", "?cursor=nowhere", "?scope=galaxy", "?a=b&a=c", "?%ff=%ff", "?lost=maybe")
 BODIES: tuple[Any, ...] = (
     None, b"", b"{", b"\xff\xfe\x00", b"[]", b"null", b"1e999", b'"' + b"x" * 5000 + b'"', b"[" * 3000, b'{"a":1,"a":2}',

@@ -133,4 +133,3 @@ def test_the_last_admin_is_warned_before_it_leaves(house: Agents) -> None:
     # A member may always go, and the admin takes it off the list.
     b.ok("POST", "/api/cluster/leave", {})
     until(lambda: a.online() == {"a"} and len(a.get("/api/nodes")) == 1, "b to be gone from a's list")
-

@@ -30,7 +30,7 @@ from protocol.ids import Address, NodeId
 from protocol.membership.events import Depart, PeerUp
 from protocol.membership.state import TUNNEL
 from protocol.node import DATAGRAMS, FRAMES, INPUTS, TRUST_COLLECTION, Input, Node
-from protocol.records.collection import Collection
+from protocol.records.collection import Collection, only_owner
 from protocol.records.events import PutRecord
 from protocol.records.store import MemoryStore
 from protocol.trust.events import RosterChanged
@@ -85,7 +85,10 @@ class Hubs:
         hub = Node(
             me=node, mesh_id=MESH_ID, boot=BOOT, founder=index == 0, suite=suite, rng=Random(index),
             roster=roster_of(range(self.mesh.size)), durable={"keys": KEYS},
-            collections=[Collection(TRUST_COLLECTION, validate=rules.validate, order=rules.order)],
+            collections=[
+                Collection(TRUST_COLLECTION, validate=rules.validate, order=rules.order),
+                Collection("nodes", may_write=only_owner),
+            ],
             record_store=MemoryStore(), addresses=(address_of(index),),
             contacts={self.mesh.id(0): address_of(0)} if index else {}, **changes,
         )  # fmt: skip

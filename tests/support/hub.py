@@ -150,9 +150,7 @@ def sends(effects: Iterable[Effect], message: type[T]) -> list[tuple[NodeId, T, 
 
 
 def links(effects: Iterable[Effect], message: type[T]) -> list[tuple[NodeId, T]]:
-    return [
-        (effect.to, effect.message) for effect in of_kind(effects, SendLink) if isinstance(effect.message, message)
-    ]
+    return [(effect.to, effect.message) for effect in of_kind(effects, SendLink) if isinstance(effect.message, message)]
 
 
 def events(effects: Iterable[Effect], kind: type[T]) -> list[T]:

@@ -112,9 +112,10 @@ def _locked_database(session: Session) -> Iterator[Path]:
                 raise
             # Its own words name the commands that help, and this is one of them.
             message = (
-                f"Nothing of the database {folder.database_path} can be read ({error.detail.get('reason', 'damaged')}). It "
-                f"was left as it is. Put a backup of {folder.path} back; without one, move the folder away, start the "
-                "agent and join with a new invitation: it will be a new node."
+                f"Nothing of the database {folder.database_path} can be read "
+                f"({error.detail.get('reason', 'damaged')}). It was left as it is. Put a backup of {folder.path} back; "
+                "without one, move the folder away, start the agent and join with a new invitation: it will be a new "
+                "node."
             )
             raise MeshError(error.code, message, detail=error.detail) from error
 

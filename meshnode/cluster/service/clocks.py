@@ -39,8 +39,8 @@ class Clocks:
         ahead = _duration(min(self._ahead_s.values()))
         if len(authors) > 1:
             return (
-                f"this machine's clock is {ahead} behind the clocks of {names}: what they write is held back here until "
-                f"it is right; {_REMEDY}"
+                f"this machine's clock is {ahead} behind the clocks of {names}: what they write is held back here "
+                f"until it is right; {_REMEDY}"
             )
         return (
             f"the clock of {names} is {ahead} ahead of this machine's: what it writes is held back here; on whichever "

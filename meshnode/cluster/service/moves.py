@@ -55,8 +55,7 @@ class Moves:
         with self._alone():
             identity = prepare_identity(self._data_dir, keep=others == 0 and self._hub.me in self._hub.roster)
             grant = await Joiner(identity=identity).join(parsed, self._name)
-            if others > 0:
-                await self._trust.leave(force=True)
+            # Written down before the old mesh is told: a full disk must not leave this machine in no mesh at all.
             await stage_join(
                 self._data_dir,
                 identity,
@@ -65,6 +64,8 @@ class Moves:
                 former=former_name(self._hub.mesh_id, self._wall()),
                 wall=self._wall(),
             )
+            if others > 0:
+                await self._trust.leave(force=True)
             self._restart()
         return Joining(
             status="success",

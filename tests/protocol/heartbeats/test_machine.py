@@ -115,7 +115,9 @@ def test_what_is_no_news_here_is_passed_on_all_the_same() -> None:
             beats.give(other, StatementReceived(node, beats.mesh.heartbeat(3, number=99)))
     for send in first:
         beats.deliver(node, [send])
-    assert {receiver for receiver, signers in beats.packets.items() if signers == [node]} == set(beats.machines) - {node}
+    assert {receiver for receiver, signers in beats.packets.items() if signers == [node]} == set(beats.machines) - {
+        node
+    }
 
 
 @pytest.mark.parametrize("size", [100, 104, 107])
@@ -250,7 +252,9 @@ def test_whatever_members_state_it_fits_the_packets_of_those_who_pass_it_on(padd
         blob = beats.mesh.heartbeat(index, large=True).blob
         if padding:
             blob = beats.mesh.padded(index, blob[: -limits.SIGNATURE_BYTES], padding)
-        effects += beats.give(root, Received(node, address_of(1), Spread(beats.mesh.short(beats.mesh.number(root)), [blob])))
+        effects += beats.give(
+            root, Received(node, address_of(1), Spread(beats.mesh.short(beats.mesh.number(root)), [blob]))
+        )
     effects += beats.fire(root, "hold")
     sent = of_kind(effects, Send)
     assert sent != []

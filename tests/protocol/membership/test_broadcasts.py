@@ -81,7 +81,9 @@ def test_the_least_sent_go_first_when_not_all_fit() -> None:
 
 
 @given(
-    items=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 400), st.integers(1, 4), st.floats(0, 20)), max_size=60),
+    items=st.lists(
+        st.tuples(st.integers(0, 30), st.integers(1, 400), st.integers(1, 4), st.floats(0, 20)), max_size=60
+    ),
     takes=st.lists(st.tuples(st.integers(0, 1100), st.integers(1, 4)), max_size=40),
 )
 def test_every_datagram_fits_and_every_count_holds(

@@ -257,7 +257,11 @@ def test_many_lost_are_told_by_one_report_instead_of_proof() -> None:
     assert stated is not None
     body = stated.body
     assert isinstance(body, ViewReport)
-    up = {n for n in range(SIZE) if int.from_bytes(body.up, "little") >> (subject.mesh.roster.index(subject.mesh.id(n)) or 0) & 1}
+    up = {
+        n
+        for n in range(SIZE)
+        if int.from_bytes(body.up, "little") >> (subject.mesh.roster.index(subject.mesh.id(n)) or 0) & 1
+    }
     assert up == subject.up()
     # The same view within moments is the same report: it is signed once.
     again = sends(subject.packet(21), Gossip)

@@ -135,7 +135,9 @@ def test_a_dead_one_that_refutes_is_up_again() -> None:
     subject.fire("suspect", subject.mesh.id(7))
     assert events(subject.told(subject.mesh.alive(7)), PeerUp) == [], "the old word does not raise the dead"
     assert subject.down() == {7}
-    assert [up.peer for up in events(subject.told(subject.mesh.alive(7, incarnation=1)), PeerUp)] == [subject.mesh.id(7)]
+    assert [up.peer for up in events(subject.told(subject.mesh.alive(7, incarnation=1)), PeerUp)] == [
+        subject.mesh.id(7)
+    ]
     assert subject.down() == set()
 
 

@@ -1,0 +1,88 @@
+"""How what is known of a member becomes what people see."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshnode.cluster import core
+from meshnode.cluster.model import Gpu
+from meshnode.kernel.errors import ErrorCode, MeshError
+from protocol.heartbeats.events import HeartbeatFlag
+from protocol.ids import Address, NodeId
+from protocol.membership.view import alive_of
+from protocol.wire.limits import PROTOCOL_VERSION, PROTOCOL_VERSION_MIN
+from protocol.wire.messages import Alive, Heartbeat
+from tests.support.hub import Mesh
+
+NODES = [(NodeId("aaaa1111"), "kitchen"), (NodeId("aaaa2222"), "Büro"), (NodeId("bbbb3333"), "kitchen"),
+         (NodeId("cccc4444"), "aaaa1111"), (NodeId("dddd5555"), "attic")]  # fmt: skip
+BEAT = Heartbeat(b"\0" * 8, 1, 1, 40, 425, 150, 2000, 30, 500, 61, 990, 0, -1, 3, 100, 7, b"\0" * 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [("aaaa1111", "aaaa1111"), ("Büro", "aaaa2222"), ("BÜRO", "aaaa2222"), ("bbbb", "bbbb3333"), ("attic", "dddd5555"),
+     ("kitchen", ErrorCode.CONFLICT), ("aaaa", ErrorCode.CONFLICT), ("bbb", ErrorCode.NOT_FOUND),
+     ("", ErrorCode.NOT_FOUND), ("nobody", ErrorCode.NOT_FOUND)],
+)  # fmt: skip
+def test_whom_a_person_means(wanted: str, found: str | ErrorCode) -> None:
+    if isinstance(found, ErrorCode):
+        with pytest.raises(MeshError) as caught:
+            core.find(NODES, wanted)
+        assert caught.value.code is found
+    else:
+        assert core.find(NODES, wanted) == found
+
+
+def test_several_of_one_name_are_listed() -> None:
+    with pytest.raises(MeshError) as caught:
+        core.find(NODES, "kitchen")
+    assert caught.value.detail["candidates"] == ["aaaa1111", "bbbb3333"]
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1).map(sorted), st.floats(0, 1))
+def test_a_quantile_is_one_of_the_values_and_so_many_are_not_above_it(values: list[float], fraction: float) -> None:
+    found = core.quantile(values, fraction)
+    assert found in values
+    assert sum(value <= found for value in values) >= fraction * len(values) - 1e-9
+    assert core.quantile(values, 0.0) == values[0]
+    assert core.quantile(values, 1.0) == values[-1]
+
+
+def test_devices_are_summed_up() -> None:
+    assert core.gpu_of(BEAT, []) == Gpu()
+    two = [("RTX 4090", "555", 24_000_000_000, "cuda"), ("RTX 3060", "555", 12_000_000_000, "cuda")]
+    shown = core.gpu_of(BEAT, two)
+    assert (shown.available, shown.name, shown.vram, shown.vram_free) == (True, "RTX 4090", 36_000_000_000, 500_000_000)
+    assert (shown.backend, shown.temp_celsius, shown.utilization) == ("cuda", 61.0, 99.0)
+    unknown = core.gpu_of(None, two)
+    assert (unknown.vram_free, unknown.temp_celsius, unknown.utilization) == (36_000_000_000, None, None)
+    assert core.gpu_of(BEAT, [("odd", "", 1, "vulkan")]).backend == "cpu"
+    assert core.gpu_of(BEAT, [("small", "", 1_000_000, "cuda")]).vram_free == 1_000_000, "never more free than there is"
+
+
+def test_figures_of_a_heartbeat() -> None:
+    fields = core.load_fields(BEAT, 2.5)
+    assert fields["cpu_percent"] == 42.5
+    assert fields["ram_used"] == 2_000_000_000
+    assert fields["uptime_seconds"] == 102
+    assert (fields["battery_percent"], fields["on_battery"]) == (None, None)
+    laptop = Heartbeat(
+        b"\0" * 8, 1, 1, 40, 0, 0, 0, 0, -1, 0, -1, int(HeartbeatFlag.ON_BATTERY), 55, 0, 0, 0, b"\0" * 8, 1
+    )
+    assert core.load_fields(laptop, 0.0)["on_battery"] is True
+    assert core.load_fields(laptop, 0.0)["battery_percent"] == 55
+
+
+@pytest.mark.parametrize(("low", "high", "fits"), [(0, 0, False), (PROTOCOL_VERSION_MIN, PROTOCOL_VERSION, True),
+                                                   (PROTOCOL_VERSION + 1, 255, False), (0, 255, True)])  # fmt: skip
+def test_versions_overlap_or_not(low: int, high: int, fits: bool) -> None:
+    alive = alive_of(Mesh(1).alive(0))
+    assert core.compatible(Alive(alive.signer, 1, 1, low, high, [])) is fits
+
+
+def test_small_words() -> None:
+    assert [core.status_of(up=up) for up in (True, False)] == ["online", "offline"]
+    assert [core.role_of(raw) for raw in ("admin", "member", None, "king")] == ["admin", "member", "member", "member"]
+    assert core.addresses_text([Address("fe80::1", 5), Address("10.0.0.1", 6)]) == ("[fe80::1]:5", "10.0.0.1:6")
+    assert core.stated_addresses(None) == ()

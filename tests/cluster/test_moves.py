@@ -1,0 +1,134 @@
+"""Joining and leaving: what is refused before anything happens, and that a failure on the way changes nothing."""
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from meshnode.cluster.service.moves import Moves, former_name, parse
+from meshnode.cluster.service.switch import MARKER, STAGING
+from meshnode.kernel.errors import ErrorCode, MeshError
+from tests.cluster.parts import House
+from tests.support.hub import MESH_ID
+from tests.support.onboarding import MIGRATIONS, open_mesh
+
+
+class Restarts:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> None:
+        self.count += 1
+
+
+def moves_of(house: House, index: int, restart: Restarts) -> Moves:
+    member = house[index]
+    return Moves(
+        data_dir=member.folder, hub=member.driver.node, trust=member.trust, name=f"n{index}", migrations=MIGRATIONS,
+        wall=lambda: 1_700_000_000.0, restart=restart,
+    )  # fmt: skip
+
+
+def staged(house: House, index: int) -> bool:
+    return (house[index].folder / STAGING / MARKER).exists()
+
+
+async def test_a_machine_with_others_around_it_does_not_join_elsewhere_by_accident(tmp_path: Path) -> None:
+    restart = Restarts()
+    (tmp_path / "house").mkdir()
+    house = House(tmp_path / "house")
+    async with open_mesh(tmp_path / "other") as other:
+        url = (await other.invite()).url
+        moves = moves_of(house, 2, restart)
+        with pytest.raises(MeshError) as caught:
+            await moves.join(url, leave_first=False)
+        assert caught.value.code is ErrorCode.ALREADY_MEMBER
+        assert caught.value.detail == {"mesh_id": MESH_ID, "others": 2}
+        assert (restart.count, staged(house, 2)) == (0, False)
+        assert other.admin.admitted == []
+        # Told to, it goes: the old mesh hears of it, the new one has it, the files wait for the change.
+        joined = await moves.join(url, leave_first=True)
+        assert joined.mesh_id == other.root.mesh_id
+        assert other.admin.admitted == [joined.node_id]
+        assert joined.node_id != house.id(2), "another mesh, another identity"
+    assert (restart.count, staged(house, 2)) == (1, True)
+    assert house.id(2) not in house.hubs.hub(0).roster
+
+
+async def test_a_join_that_fails_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    restart = Restarts()
+    (tmp_path / "house").mkdir()
+    house = House(tmp_path / "house")
+    async with open_mesh(tmp_path / "other") as other:
+        url = (await other.invite()).url
+        await other.onboarding.revoke(url.rpartition("/")[2].partition("#")[0])
+        with pytest.raises(MeshError):
+            await moves_of(house, 2, restart).join(url, leave_first=True)
+    assert (restart.count, staged(house, 2)) == (0, False)
+    assert house.id(2) in house.hubs.hub(0).roster
+
+
+async def test_a_disk_that_is_full_while_the_new_mesh_is_written_does_not_cost_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from meshnode.cluster.service import switch
+
+    def full(*_: object) -> None:
+        raise MeshError(ErrorCode.DISK_FULL, "The disk is full. Free some space.")
+
+    restart = Restarts()
+    (tmp_path / "house").mkdir()
+    house = House(tmp_path / "house")
+    async with open_mesh(tmp_path / "other") as other:
+        url = (await other.invite()).url
+        with monkeypatch.context() as patch:
+            patch.setattr(switch, "open_database", full)
+            with pytest.raises(MeshError, match="disk is full"):
+                await moves_of(house, 2, restart).join(url, leave_first=True)
+    assert (restart.count, staged(house, 2)) == (0, False)
+    assert house.id(2) in house.hubs.hub(0).roster, "it still belongs to the mesh that it was in"
+
+
+async def test_one_move_at_a_time(tmp_path: Path) -> None:
+    restart = Restarts()
+    moves = moves_of(House(tmp_path), 2, restart)
+    errors: list[MeshError] = []
+
+    async def leave() -> None:
+        try:
+            await moves.leave(force=False)
+        except MeshError as error:
+            errors.append(error)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(leave)
+        nursery.start_soon(leave)
+    assert [error.code for error in errors] == [ErrorCode.CONFLICT]
+    assert restart.count == 1
+
+
+async def test_leaving_that_is_refused_stages_nothing(tmp_path: Path) -> None:
+    restart, house = Restarts(), House(tmp_path)
+    with pytest.raises(MeshError):
+        await moves_of(house, 0, restart).leave(force=False)
+    assert (restart.count, staged(house, 0)) == (0, False)
+    await moves_of(house, 0, restart).leave(force=True)
+    assert (restart.count, staged(house, 0)) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("url", "part"),
+    [("", "url"), ("ftp://h:1/join/nmi6disugpbgctu2#a.b", "scheme"), ("http://h:4894/elsewhere#a.b", "path"),
+     ("http://h:4894/join/short#a.b", "token"), ("http://127.0.0.1:4894/join/nmi6disugpbgctu2", "fragment"),
+     ("http://:99999/join/nmi6disugpbgctu2#a.b", "host")],
+)  # fmt: skip
+def test_a_malformed_url_names_the_part(url: str, part: str) -> None:
+    with pytest.raises(MeshError) as caught:
+        parse(url)
+    assert caught.value.code is ErrorCode.BAD_REQUEST
+    assert caught.value.detail["part"] == part
+
+
+def test_former_files_are_named_by_mesh_and_time() -> None:
+    assert former_name(MESH_ID, 0.0) == f"{MESH_ID}-19700101-000000"
+    assert former_name(MESH_ID, -5.0) == f"{MESH_ID}-19700101-000000"
