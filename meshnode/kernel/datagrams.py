@@ -46,7 +46,7 @@ class DatagramSocket:
             self.unsent += 1
             return
         try:
-            bound.sendto(data, (address.host, address.port))
+            bound.sendto(data, _target(address.host, address.port))
         except OSError:
             # No route, interface down, buffer full, an address of a family that is gone: all of it mends itself or not.
             self.unsent += 1
@@ -79,6 +79,15 @@ class DatagramSocket:
         """Release the port."""
         for bound in self._sockets:
             bound.close()
+
+
+def _target(host: str, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
+    """What a socket is told of an address. Raises OSError for an interface that does not exist."""
+    plain, _, interface = host.partition("%")
+    if not interface:
+        return host, port
+    # The name of the interface inside the host is not enough: the socket module would put 0 in its place.
+    return plain, port, 0, int(interface) if interface.isdecimal() else socket.if_nametoindex(interface)
 
 
 def _host(source: tuple[str, int] | tuple[str, int, int, int]) -> str:
@@ -156,7 +165,7 @@ def _bind(family: socket.AddressFamily, host: str, port: int) -> socket.socket |
         if family == socket.AF_INET6:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
-        bound.bind((host, port))
+        bound.bind(_target(host, port))
     except OSError as error:
         bound.close()
         if error.errno == errno.EADDRINUSE:

@@ -27,6 +27,7 @@ from protocol.wire import limits
 from protocol.wire.crypto import SodiumSuite
 
 BOOT_ORIGIN: Final = 1_577_836_800  # boot epochs count from 2020-01-01, so that they fit 32 bits until 2156
+CLOCK_BOOT_MAX: Final = limits.BOOT_MAX - 2**24  # however wrong the clock is, there is room for later starts
 
 
 async def found(data_dir: Path, identity: NodeIdentity, name: str, store: MeshStore, key_value: KeyValue) -> Mesh:
@@ -83,7 +84,7 @@ async def next_boot(key_value: KeyValue) -> int:
     The clock makes it rise also when an old copy of the data folder is put back; the counter when the clock is wrong.
     """
     stored = int.from_bytes(key_value.load_all("boot").get(b"boot", b""), "big")
-    boot = max(stored + 1, min(int(time.time()) - BOOT_ORIGIN, limits.BOOT_MAX))
+    boot = max(stored + 1, min(int(time.time()) - BOOT_ORIGIN, CLOCK_BOOT_MAX))
     await key_value.persist([Persist("boot", b"boot", boot.to_bytes(5, "big"))])
     return boot
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from protocol.effects import LinkLost, LinkOpened, LinkReceived, Packet, TimerFired
 from protocol.ids import Address, NodeId
 from protocol.wire.statements import Stated
 
@@ -110,3 +111,17 @@ class RosterShrank:
 @dataclass(frozen=True, slots=True)
 class Depart:
     """This node is about to stop on purpose."""
+
+
+MembershipInput = (
+    Packet
+    | LinkReceived
+    | LinkOpened
+    | LinkLost
+    | TimerFired
+    | StatementReceived
+    | AddressesChanged
+    | ContactFound
+    | RosterShrank
+    | Depart
+)

@@ -21,9 +21,7 @@ TELL_PAUSE_S = 1.0
 REPLY_STATEMENTS_MAX = 4000
 REPORT_LIFETIME_S = 3.0
 REPORTS_MAX = 64
-REPORT_ROSTER_MAX = (
-    limits.STATEMENT_BYTES_MAX - 128
-) * 8  # a bit a member; in larger meshes no report fits a statement
+REPORT_ROSTER_MAX = (limits.STATEMENT_BYTES_MAX - 128) * 8  # a bit a member; beyond, no report fits a statement
 PROOF_BYTES_MAX = limits.DATAGRAM_BODY_BYTES_MAX - 40
 
 

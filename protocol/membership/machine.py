@@ -21,6 +21,7 @@ from protocol.membership.events import (
     ContactFound,
     Depart,
     IdentityInUse,
+    MembershipInput,
     PeerCleared,
     PeerDown,
     PeerLeft,
@@ -55,19 +56,6 @@ LEAVING_LIFETIME_S = 5.0
 CONTACT_PEERS = 3
 CONTACT_PAUSE_S = 0.2
 CONTACT_RETRY_MAX_S = 15.0
-
-MembershipInput = (
-    Packet
-    | LinkReceived
-    | LinkOpened
-    | LinkLost
-    | TimerFired
-    | StatementReceived
-    | AddressesChanged
-    | ContactFound
-    | RosterShrank
-    | Depart
-)
 
 
 class Membership:
@@ -321,8 +309,7 @@ class Membership:
         tunnelled = source == TUNNEL
         if not tunnelled:
             s.came_from(sender, source)
-        # What goes back to where this came from is never larger than it, or a forged source would make this node a
-        # reflector: one question a packet, and with its answer no more gossip than came with it.
+        # An answer is never larger than its question, or a forged source would make this node a reflector.
         room = 1000 if tunnelled else gossip_bytes(packet.messages)
         is_answered = False
         if sender not in s.view.up:

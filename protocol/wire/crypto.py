@@ -50,6 +50,15 @@ class Suite(Protocol):
         ...
 
 
+def usable_identity(public_key: bytes) -> bool:
+    """Whether two nodes could agree on a key with it: not so with points of small order or off the curve."""
+    try:
+        bindings.crypto_sign_ed25519_pk_to_curve25519(public_key)
+    except (CryptoError, SodiumError, ValueError, TypeError):
+        return False
+    return True
+
+
 class SodiumSuite:
     """Ed25519 (RFC 8032), X25519 (RFC 7748) between the same identities, XChaCha20-Poly1305, BLAKE2b (RFC 7693)."""
 

@@ -32,7 +32,7 @@ from protocol.node import TRUST_COLLECTION
 from protocol.records.events import PutRecord
 from protocol.trust.join_url import token_text
 from protocol.trust.statements import Admission, TrustStatement, admission, eviction, record_key, seal, succeeding_time
-from protocol.wire.crypto import SodiumSuite
+from protocol.wire.crypto import SodiumSuite, usable_identity
 
 CALL_S: Final = 10.0
 ASK_ANOTHER: Final = (ErrorCode.UNREACHABLE, ErrorCode.TIMEOUT, ErrorCode.OVERLOADED, ErrorCode.NOT_ADMIN)
@@ -140,6 +140,8 @@ class Trust:
         refusal = roster.refusal(public_key)
         if refusal is not None:
             raise MeshError(ErrorCode.JOIN_REFUSED, refusal)
+        if not usable_identity(public_key):
+            raise MeshError(ErrorCode.JOIN_REFUSED, "The identity key is not a usable Ed25519 key. Make a new identity.")
         known = roster.admission(node_id_of(public_key))
         statement_known = roster.statement(node_id_of(public_key))
         if known is not None and statement_known is not None:
