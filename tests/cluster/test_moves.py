@@ -73,7 +73,7 @@ async def test_a_disk_that_is_full_while_the_new_mesh_is_written_does_not_cost_t
 ) -> None:
     from meshnode.cluster.service import switch
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise MeshError(ErrorCode.DISK_FULL, "The disk is full. Free some space.")
 
     restart = Restarts()

@@ -1,6 +1,8 @@
 """Going over to another mesh: whenever the machine stops in between, nothing is lost and the end is the same."""
 
+import contextlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,12 +83,12 @@ def stopping_after(monkeypatch: pytest.MonkeyPatch, count: int) -> Callable[[], 
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", guarded(os.replace))
-        patch.setattr(switch.shutil, "rmtree", guarded(switch.shutil.rmtree))
+        patch.setattr(shutil, "rmtree", guarded(shutil.rmtree))
         patch.setattr(Path, "unlink", guarded(Path.unlink))
         patch.setattr(Path, "mkdir", guarded(Path.mkdir))
         saved = {
             (os, "replace"): os.replace,
-            (switch.shutil, "rmtree"): switch.shutil.rmtree,
+            (shutil, "rmtree"): shutil.rmtree,
             (Path, "unlink"): Path.unlink,
             (Path, "mkdir"): Path.mkdir,
         }
@@ -132,10 +134,8 @@ def test_stopped_anywhere_it_goes_on_where_it_stopped(
         assert held >= {b"old " + name.encode() for name in FILES} | {b"new " + name.encode() for name in staged}
         # On again; and it may be stopped again, and again.
         power_on = stopping_after(monkeypatch, 1)
-        try:
+        with contextlib.suppress(Stopped):
             finish(folder)
-        except Stopped:
-            pass
         power_on()
         finish(folder)
         left = {path: data for path, data in tree(folder).items() if not path.startswith(STAGING)}
@@ -207,9 +207,13 @@ async def test_what_a_join_brought_is_whole_after_the_change(tmp_path: Path, adm
     grant = JoinGrant(
         node_id=identity.node_id, mesh_id=root.mesh_id, root_public_key=root.public_key, name="büro",
         root_certificate=root_certificate(root), leaf=issue_leaf(root, identity.public_key), admission=admitted(1),
-        statements=(admitted(1),), keys=(GossipKey(3, b"k" * 32, b"\0" * 8, 5),), role="admin" if admin else "member",
-        peers=(PeerHint(member, keys_of(1)[1], (Address("127.0.0.1", 4893),)), PeerHint(identity.node_id, identity.public_key, (NOWHERE,)),
-               PeerHint(keys_of(2)[2], keys_of(2)[1], ())),
+        statements=(admitted(1),), keys=(GossipKey(3, b"k" * 32, b"\0" * 8, 5),),
+        role="admin" if admin else "member",
+        peers=(
+            PeerHint(member, keys_of(1)[1], (Address("127.0.0.1", 4893),)),
+            PeerHint(identity.node_id, identity.public_key, (NOWHERE,)),
+            PeerHint(keys_of(2)[2], keys_of(2)[1], ()),
+        ),
         issuer=member, issuer_name="kitchen", address=NOWHERE,
         sealed_root=seal_root(root, identity.public_key) if admin else b"",
     )  # fmt: skip

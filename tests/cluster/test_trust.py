@@ -1,5 +1,6 @@
 """Changes of trust: who may admit, evict, promote and leave, what each is refused, and what it does everywhere."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -84,17 +85,17 @@ async def test_a_member_cannot_change_the_standing_of_somebody_who_is_in(house: 
     """A certificate request can be seen and sent again: it must not rename, demote or promote whom it is of."""
     before = [house.hubs.hub(0).roster.statement(house.id(index)) for index in range(3)]
     for target in range(3):
-        try:
-            answer = await house[0].trust.admit_for(house.id(2), request(target, role=role, name="renamed"))
-        except MeshError as error:
-            assert error.code is ErrorCode.FORBIDDEN
-        else:
-            assert answer.admission == before[target]
-            # An admin that comes again gets its key again, sealed so that only it can read it.
-            if answer.sealed_root:
-                assert target == 0
-                with pytest.raises(MeshError):
-                    open_sealed_root(identity_of(2), answer.sealed_root, ROOT.mesh_id)
+        asked = house[0].trust.admit_for(house.id(2), request(target, role=role, name="renamed"))
+        if role == "admin":
+            await refused(ErrorCode.FORBIDDEN, asked)
+            continue
+        answer = await asked
+        assert answer.admission == before[target]
+        # An admin that comes again gets its key again, sealed so that only it can read it.
+        if answer.sealed_root:
+            assert target == 0
+            with pytest.raises(MeshError):
+                open_sealed_root(identity_of(2), answer.sealed_root, ROOT.mesh_id)
     assert [house.hubs.hub(0).roster.statement(house.id(index)) for index in range(3)] == before
 
 
@@ -201,10 +202,8 @@ async def test_an_admin_that_can_tell_nobody_stays(house: House) -> None:
 async def test_a_member_cannot_bury_another(house: House) -> None:
     """It may hand over only its own tombstone, and only one that the root signed."""
     for statement in (evicted(0), b"", b"\xff" * 200):
-        try:
+        with contextlib.suppress(MeshError):
             await house[1].trust.bury_for(house.id(2), statement)
-        except MeshError:
-            pass
     house.hubs.run(3.0)
     assert all(house.id(0) in house.hubs.hub(index).roster for index in range(3))
 

@@ -79,15 +79,19 @@ def test_a_port_that_is_taken() -> None:
     # All addresses: the IPv6 half that could be bound is given back.
     with pytest.raises(MeshError):
         open_datagrams("", first.port)
+    port = first.port
     first.close()
-    open_datagrams("", first_port(first)).close()
+    open_datagrams("127.0.0.1", port).close()
 
 
-def first_port(closed: DatagramSocket) -> int:
-    """Another free port, near enough: the closed socket no longer knows its own."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+def test_a_port_whose_tcp_side_is_taken_is_of_no_use() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(MeshError, match=str(port)) as caught:
+            open_datagrams("127.0.0.1", port)
+    assert caught.value.code is ErrorCode.PORT_IN_USE
 
 
 def test_an_address_of_another_machine_cannot_be_bound() -> None:

@@ -1,4 +1,4 @@
-"""The driver's contract, over real sockets and a real database: order, durability, timers; and two that probe another."""
+"""The driver's contract over real sockets and a real database: order, durability, timers; and two probing another."""
 
 import random
 from collections.abc import AsyncIterator, Iterable
@@ -29,7 +29,9 @@ from protocol.effects import (
 from protocol.ids import Address, NodeId
 from protocol.membership.events import ContactFound, PeerMeasured, PeerUp
 from protocol.node import Node
-from tests.support.hub import BOOT, Mesh, address_of
+from protocol.records.store import MemoryStore
+from tests.protocol.test_node import KEYS
+from tests.support.hub import BOOT, MESH_ID, Mesh, address_of, roster_of, suite_of
 from tests.support.recording_log import RecordingLog
 
 NOWHERE = Address("127.0.0.1", 9)
@@ -196,11 +198,11 @@ async def test_what_an_observer_causes_stands_behind_the_rest(tmp_path: Path) ->
 
 async def test_a_failing_store_ends_the_driver_and_releases_nothing(tmp_path: Path) -> None:
     broken = MeshError(ErrorCode.STORAGE_FAILED, "the disk is gone; replace it")
-    with pytest.raises(BaseExceptionGroup) as caught:
-        async with bench(tmp_path) as b:
-            b.failure = broken
-            b.effects(put(b"a"), datagram(b"behind"), Publish("behind"))
-            await trio.sleep(5)
+    b = Bench(tmp_path)
+    b.failure = broken
+    b.script.first = [put(b"a"), datagram(b"behind"), Publish("behind")]
+    with pytest.raises(BaseExceptionGroup) as caught, trio.fail_after(5):
+        await b.driver.run()
     only: BaseException = caught.value
     while isinstance(only, BaseExceptionGroup):
         (only,) = only.exceptions
@@ -237,7 +239,7 @@ async def test_an_effect_that_only_the_hub_may_see_is_a_defect(tmp_path: Path) -
         Bench(tmp_path).effects(Send(NODE, ()))
 
 
-# ---- timers -----------------------------------------------------------------------------------------------------------
+# ---- timers --------------------------------------------------------------------------------------------------------
 
 
 async def run_timers(tmp_path: Path, seconds: float, *effects: Effect) -> Bench:
@@ -320,13 +322,11 @@ def test_replaced_timers_do_not_pile_up() -> None:
     assert len(set(order)) == 4
 
 
-# ---- the real thing ---------------------------------------------------------------------------------------------------
+# ---- the real thing ------------------------------------------------------------------------------------------------
 
 
 async def test_two_drivers_find_and_probe_each_other(tmp_path: Path) -> None:
     """Hubs, sockets and databases are the agent's own; the links, which have tests of their own, are a short wire."""
-    from tests.protocol.test_node import KEYS, MESH_ID, MemoryStore, roster_of, suite_of
-
     mesh, events = Mesh(2), dict[int, list[object]]()
     drivers: list[Driver] = []
     measured = trio.Event()

@@ -126,14 +126,15 @@ class Agent:
 
     def refused(self, join_url: str | None = None) -> dict[str, Any]:
         """Start it and expect it to end with an error; what it said."""
+        ended: AgentEndedError | None = None
         try:
             self.start(join_url)
-        except AgentEndedError as ended:
-            assert ended.returncode == 1, ended
-            self.process = None
-            return ended.error
+        except AgentEndedError as error:
+            ended = error
         self.kill()
-        raise AssertionError(f"{self.name} started although it should have refused")
+        assert ended is not None, f"{self.name} started although it should have refused"
+        assert ended.returncode == 1, ended
+        return ended.error
 
     def log(self) -> str:
         return self._err.read_text(errors="replace")
@@ -276,8 +277,8 @@ class Agents:
     def make(self, name: str, *, clock_ahead_s: float = 0.0, **more: Any) -> Agent:
         """An agent that does not run yet. Settings as section__name."""
         settings = {key.replace("__", ".", 1): value for key, value in more.items()}
-        ports = [next(self._ports) for _ in range(3)]
-        agent = Agent(name, self.folder / f"{len(self.made)}", *ports, settings, clock_ahead_s)
+        api, peers, onboarding = (next(self._ports) for _ in range(3))
+        agent = Agent(name, self.folder / f"{len(self.made)}", api, peers, onboarding, settings, clock_ahead_s)
         self.made.append(agent)
         return agent
 

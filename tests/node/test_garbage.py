@@ -27,7 +27,8 @@ TEXTS = (
 )
 QUERIES = ("", "?", "?limit=-1", "?limit=x", "?cursor=nowhere", "?scope=galaxy", "?a=b&a=c", "?%ff=%ff", "?lost=maybe")
 BODIES: tuple[Any, ...] = (
-    None, b"", b"{", b"\xff\xfe\x00", b"[]", b"null", b"1e999", b'"' + b"x" * 5000 + b'"', b"[" * 3000, b'{"a":1,"a":2}',
+    None, b"", b"{", b"\xff\xfe\x00", b"[]", b"null", b"1e999", b'"' + b"x" * 5000 + b'"', b"[" * 3000,
+    b'{"a":1,"a":2}',
     {"role": "king"}, {"ttl_s": -1}, {"ttl_s": 1e300}, {"count": 0}, {"count": 10**30}, {"interval_s": None},
     {"url": 7}, {"url": "http://\u0000"}, {"url": "http://[::1/join/x#y.z"}, {"url": "x://" + "y" * 9000},
     {"force": "yes"}, {"unknown": {"deep": [[[[]]]]}},
@@ -65,7 +66,7 @@ def test_every_route_bears_garbage(agent: Agent) -> None:
                 answer = agent.call(method, filled(path, text) + query, body)
                 asked.add(answer.status)
                 assert answer.status < 500 or answer.status in (501, 502, 503, 504), (
-                    f"{method} {filled(path, text)}{query} with {body!r:.200} gave {answer.status}: {answer.body[:500]!r}"
+                    f"{method} {filled(path, text)}{query} with {body!r:.200}: {answer.status} {answer.body[:500]!r}"
                 )
                 if answer.status >= 400 and answer.headers.get("content-type", "").startswith("application/json"):
                     assert set(answer.json) >= {"error", "code", "retryable"}

@@ -116,9 +116,8 @@ class Hubs:
                 case CloseLink(to):
                     self.closed[node].append(to)
                 case SendDatagram(address, data):
-                    to = next((n for n in self.hubs if address_of(self.mesh.number(n)) == address), None)
-                    if to is not None:
-                        self.wire.append((node, to, data))
+                    there = [n for n in self.hubs if address_of(self.mesh.number(n)) == address]
+                    self.wire += [(node, receiver, data) for receiver in there]
                 case SendFrame(to, data):
                     self._frame(node, to, data)
         return kept
@@ -235,7 +234,7 @@ def test_a_peer_without_udp_is_reached_through_its_link(three: Hubs) -> None:
     data = msgspec.msgpack.encode(Tunnel([Ping(7, b"\0" * 8)]))
     effects = hub.handle(FrameReceived(peer, data), three.now, three.wall)
     answers = [msgspec.msgpack.decode(frame.data, type=LinkMessage) for frame in of_kind(effects, SendFrame)]
-    assert [message.messages[0] for message in answers if isinstance(message, Tunnel)][0] == Ack(
+    assert next(message.messages[0] for message in answers if isinstance(message, Tunnel)) == Ack(
         7, hub.membership.view.digest.to_bytes(8, "big")
     )
     del hub.membership._s.tunnelled[peer]

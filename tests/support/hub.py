@@ -43,8 +43,9 @@ def suite_of(index: int) -> SodiumSuite:
 def admitted(index: int) -> bytes:
     """The root's admission of a node, sealed."""
     _, public, node = keys_of(index)
-    role = "admin" if index == 0 else "member"
-    made = admission(public_key=public, name=f"n{index}", role=role, admitted_at=1000 + index, by=node)
+    made = admission(
+        public_key=public, name=f"n{index}", role="member" if index else "admin", admitted_at=1000 + index, by=node
+    )
     return seal(made, SodiumSuite(ROOT_SEED, MESH_ID))
 
 

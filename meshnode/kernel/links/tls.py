@@ -294,7 +294,7 @@ def _tune(sock: trio.socket.SocketType) -> None:
         (tcp, "TCP_KEEPALIVE", 15),
         (tcp, "TCP_KEEPINTVL", 5),
         (tcp, "TCP_KEEPCNT", 3),
-        (tcp, "TCP_USER_TIMEOUT", 8_000),
+        (tcp, "TCP_USER_TIMEOUT", 30_000),
     ]
     for level, name, value in options:
         number = getattr(stdlib_socket, name, None)

@@ -6,8 +6,8 @@ from random import Random
 
 from protocol.effects import CancelTimer, Effect, LinkReceived, Packet, SetTimer, TimerFired, TimerKey
 from protocol.ids import Address, NodeId
-from protocol.membership.events import StatementReceived
-from protocol.membership.machine import Membership, MembershipInput
+from protocol.membership.events import MembershipInput, StatementReceived
+from protocol.membership.machine import Membership
 from protocol.membership.parameters import LAN, Parameters
 from protocol.wire.messages import Ack, Ping
 from protocol.wire.statements import Stated

@@ -79,7 +79,7 @@ def test_a_young_node_repairs_sooner() -> None:
 
 
 def exchange(a: Subject, b: Subject, size: int) -> None:
-    """Node 0's machine `a` and another machine `b` of node 0 in disguise repair over a link; the test plays the link."""
+    """Two machines with views of their own repair over a link, which the test plays."""
     pending = [(a, b, links(_offer(a), ViewOffer)[0][1])]
     for _ in range(10):
         if not pending:
@@ -151,7 +151,7 @@ def test_what_is_wanted_is_sent_once_and_only_of_members() -> None:
     assert links(subject.linked(2, ViewReply([], [b"\xee" * 8])), ViewReply) == []
 
 
-# ---- telling the falsely dead -----------------------------------------------------------------------------------------
+# ---- telling the falsely dead --------------------------------------------------------------------------------------
 
 
 def test_a_dead_member_that_speaks_is_told_why_at_most_once_a_moment() -> None:
@@ -197,7 +197,7 @@ def test_proof_that_others_made_long_still_fits_a_datagram() -> None:
         assert sum(len(blob) + 3 for blob in gossip.items) < limits.DATAGRAM_BODY_BYTES_MAX - 16
 
 
-# ---- view reports -----------------------------------------------------------------------------------------------------
+# ---- view reports --------------------------------------------------------------------------------------------------
 
 SIZE = 24
 LOST = range(16, 24)
