@@ -302,7 +302,11 @@ class Node:
     # ---- what goes out -----------------------------------------------------------------------------------------
 
     def _perform(self, effects: list[Effect], now: float, wall: float) -> None:
-        """Seal what is sent, tell other machines what is published, keep the order."""
+        """Seal what is sent, keep the order; then tell other machines what was published.
+
+        Only then: what another machine does about an event must stand behind all that the publisher did with it.
+        """
+        published: list[object] = []
         for effect in effects:
             match effect:
                 case Send():
@@ -311,9 +315,11 @@ class Node:
                     self._out.append(SendFrame(to, _encode(message)))
                 case Publish(event):
                     self._out.append(effect)
-                    self._published(event, now, wall)
+                    published.append(event)
                 case _:
                     self._out.append(effect)
+        for event in published:
+            self._published(event, now, wall)
 
     def _seal(self, send: Send, now: float) -> None:
         address = send.address or self.membership.route(send.to)
@@ -342,13 +348,19 @@ class Node:
                 self._standing(event, now, wall)
         for name in PUBLISHED.get(type(event), ()):
             self._give(name, event, now, wall)
+        if isinstance(event, PeerUp | PeerDown | PeerLeft):
+            self._follow()
         if isinstance(event, RosterChanged):
             self._removed(event.removed, now, wall)
 
     def _coordinator_changed(self, event: CoordinatorChanged, now: float, wall: float) -> None:
-        leader = NodeId(event.leader) if event.leader is not None else None
-        self.heartbeats.follow(leader, event.term, self.election.deputies)
-        self._give("keys", Coordinating(leader == self.me), now, wall)
+        self._follow()
+        self._give("keys", Coordinating(event.leader == self.me), now, wall)
+
+    def _follow(self) -> None:
+        """Who coordinates, and who would next: heartbeats go to them directly."""
+        election = self.election
+        self.heartbeats.follow(election.coordinator, election.term, election.deputies)
 
     def _standing(self, heard: HeartbeatHeard, now: float, wall: float) -> None:
         """Candidates are judged by what they say of themselves, in classes so coarse that this is rarely news."""
@@ -367,6 +379,7 @@ class Node:
         """Evicted nodes: out of every view, their keys forgotten, their links cut."""
         if removed:
             self._give("membership", RosterShrank(removed), now, wall)
+            self._give("heartbeats", RosterShrank(removed), now, wall)
         for node in removed:
             self.datagrams.forget(node)
             self._standings.pop(node, None)

@@ -33,6 +33,7 @@ from protocol.ids import Address, NodeId
 from protocol.node import Input, Node
 
 DISK_FULL_RETRY_S: Final = 1.0
+HELD_MAX: Final = 16_384  # effects that wait for the disk; beyond it, sends are dropped
 CANCELLED_TIMERS_MAX: Final = 4096  # entries of replaced timers in the heap before it is rebuilt
 
 
@@ -136,7 +137,10 @@ class Driver:
         self._timer_set = trio.Event()
         self._held: deque[Effect | trio.Event] = deque()
         self._work = trio.Event()
-        self._persisting = False
+        self._inputs: deque[Input] = deque()
+        self._is_performing = False
+        self.started = trio.Event()
+        self.dropped = 0
 
     @property
     def node(self) -> Node:
@@ -148,13 +152,19 @@ class Driver:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._commit_loop)
             self._perform(self._node.start(self.now(), self._wall()))
+            self.started.set()
             nursery.start_soon(self._timer_loop)
             nursery.start_soon(self._sockets.run, self._datagram)
             task_status.started()
 
     def submit(self, event: Input) -> None:
-        """Feed one input; what it causes happens now or, behind a Persist, soon."""
-        self._perform(self._node.handle(event, self.now(), self._wall()))
+        """Feed one input; what it causes happens now or, behind a Persist, soon.
+
+        An observer may submit: its input is taken up when the effects under way are performed, never between them.
+        """
+        self._inputs.append(event)
+        if not self._is_performing:
+            self._perform(())
 
     async def submit_durably(self, event: Input) -> None:
         """Feed one input and return once everything it had to persist is durable and what follows was performed."""
@@ -171,9 +181,7 @@ class Driver:
     # ---- inputs ------------------------------------------------------------------------------------------------
 
     def _datagram(self, data: bytes, source: Address) -> None:
-        effects = self._node.handle(DatagramReceived(data, source), self.now(), self._wall())
-        if effects:
-            self._perform(effects)
+        self.submit(DatagramReceived(data, source))
 
     async def _timer_loop(self) -> None:
         while True:
@@ -190,25 +198,45 @@ class Driver:
 
     # ---- effects -----------------------------------------------------------------------------------------------
 
-    def _perform(self, effects: Iterable[Effect]) -> None:
-        for effect in effects:
-            match effect:
-                case SendDatagram(address, data, ahead) if ahead or not self._held:
-                    self._sockets.send(address, data)
-                case SetTimer(key, at):
-                    earliest = self._timers.next_at()
-                    self._timers.set(key, at)
-                    if earliest is None or at < earliest:
-                        self._timer_set.set()
-                case CancelTimer(key):
-                    self._timers.cancel(key)
-                case Persist():
-                    self._held.append(effect)
-                    self._work.set()
-                case _ if self._held:
-                    self._held.append(effect)
-                case _:
+    def _perform(self, effects: Iterable[Effect | trio.Event], *, release: bool = False) -> None:
+        """Perform effects (or release those that waited), then take up what was submitted meanwhile."""
+        self._is_performing = True
+        try:
+            for effect in effects:
+                if release:
                     self._release(effect)
+                else:
+                    self._begin(effect)
+            while self._inputs:
+                for effect in self._node.handle(self._inputs.popleft(), self.now(), self._wall()):
+                    self._begin(effect)
+        finally:
+            self._is_performing = False
+
+    def _begin(self, effect: Effect | trio.Event) -> None:
+        match effect:
+            case SendDatagram(address, data, ahead) if ahead or not self._held:
+                self._sockets.send(address, data)
+            case SetTimer(key, at):
+                earliest = self._timers.next_at()
+                self._timers.set(key, at)
+                if earliest is None or at < earliest:
+                    self._timer_set.set()
+            case CancelTimer(key):
+                self._timers.cancel(key)
+            case CloseLink(to, reason):
+                # An evicted node is cut off now, however long the disk takes or however full it is.
+                self._links.cut(to, reason)
+            case Persist():
+                self._held.append(effect)
+                self._work.set()
+            case SendDatagram() | SendFrame() if len(self._held) >= HELD_MAX:
+                # Only on a disk that is full or hangs: to the peers it is loss, which the protocol bears.
+                self.dropped += 1
+            case _ if self._held:
+                self._held.append(effect)
+            case _:
+                self._release(effect)
 
     def _release(self, effect: Effect | trio.Event) -> None:
         match effect:
@@ -216,8 +244,6 @@ class Driver:
                 self._sockets.send(address, data)
             case SendFrame(to, data):
                 self._links.send(to, data)
-            case CloseLink(to, reason):
-                self._links.cut(to, reason)
             case Publish(event):
                 for observer in self._observers:
                     observer(event)
@@ -264,6 +290,6 @@ class Driver:
                         remaining -= 1
                         self._held.popleft()
                     else:
-                        # Released before it is removed from the queue: what it causes must stand behind the rest.
+                        # What it causes must stand behind the rest: it leaves the queue only afterwards.
+                        self._perform((effect,), release=True)
                         self._held.popleft()
-                        self._release(effect)

@@ -71,6 +71,8 @@ class LinkService:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._links.run)
             task_status.started()
+            # The links listen before the protocol runs; what they tell waits until it does.
+            await self._driver.started.wait()
             async for event in self._events:
                 self._observe(event)
                 self._driver.submit(event)

@@ -14,7 +14,7 @@ from math import inf
 from protocol.effects import Effect, Publish, Received, Rng, Send, SetTimer, TimerFired
 from protocol.heartbeats.events import HeartbeatHeard, Sample, SampleTaken
 from protocol.ids import NodeId
-from protocol.membership.events import PeerDown, PeerLeft, PeerUp, StatementReceived
+from protocol.membership.events import PeerDown, PeerLeft, PeerUp, RosterShrank, StatementReceived
 from protocol.trust.view import RosterView
 from protocol.wire import limits
 from protocol.wire.messages import Gossip, Heartbeat, Spread
@@ -95,7 +95,7 @@ class Heartbeats:
 
     def handle(
         self,
-        event: Received | TimerFired | StatementReceived | SampleTaken | PeerUp | PeerDown | PeerLeft,
+        event: Received | TimerFired | StatementReceived | SampleTaken | PeerUp | PeerDown | PeerLeft | RosterShrank,
         now: float,
         wall: float,
     ) -> list[Effect]:
@@ -111,14 +111,16 @@ class Heartbeats:
                 return self._timer(key, now)
             case PeerUp(peer):
                 return self._arrived(peer, now)
+            case RosterShrank(evicted):
+                for peer in evicted:
+                    self.latest.pop(peer, None)
+                    self._passed.pop(peer, None)
+                return []
             case PeerDown(peer) | PeerLeft(peer):
                 entry = (self._roster.short(peer), peer)
                 index = bisect_left(self._order, entry)
                 if index < len(self._order) and self._order[index] == entry:
                     del self._order[index]
-                if peer not in self._roster:
-                    self.latest.pop(peer, None)
-                    self._passed.pop(peer, None)
                 return []
             case _:
                 return []

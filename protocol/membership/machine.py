@@ -11,6 +11,7 @@ from protocol.effects import (
     LinkOpened,
     LinkReceived,
     Packet,
+    Persist,
     Rng,
     TimerFired,
 )
@@ -31,7 +32,7 @@ from protocol.membership.events import (
 )
 from protocol.membership.healing import Healing, peer_up
 from protocol.membership.parameters import LAN, Parameters
-from protocol.membership.state import TUNNEL, State
+from protocol.membership.state import MACHINE, TUNNEL, State
 from protocol.membership.suspicion import Suspicions
 from protocol.membership.view import View, alive_of
 from protocol.trust.view import RosterView
@@ -245,6 +246,8 @@ class Membership:
         for table in (s.routes, s.claims, s.tunnelled, s.contacts, self._contacted):
             table.pop(peer, None)
         s.broadcasts.discard(("alive", peer))
+        if peer in s.view.known:
+            s.out.append(Persist(MACHINE, peer.encode("ascii"), None))
         s.view.forget(peer, s.now)
         if was_up:
             s.publish(PeerLeft(peer))

@@ -69,7 +69,8 @@ class Suspicions:
             or (body.target_boot, body.target_incarnation) != s.view.rank(target)
         ):
             return False
-        if stated.signer == target:
+        if stated.signer == target or stated.signer not in s.view.up:
+            # Witnesses are nodes that this one is in touch with: k is counted among those.
             return False
         if (stated.signer, body.number) in self._consumed.get(target, ()):
             # Somebody still believes what witnesses overruled here. Only the accused can settle it: by refuting.
@@ -109,7 +110,14 @@ class Suspicions:
         """The suspicion's timer fired: time to refute is over, or the accusations lapsed."""
         s = self._s
         suspicion = self._suspicions.get(target)
-        if suspicion is None or self._conclude(target, suspicion):
+        if suspicion is None:
+            return
+        floor = suspicion.first_at + s.params.suspicion_floor_s
+        if s.now < floor:
+            # A stall gave everyone accused time anew, in the very event that this timer came with.
+            s.timer(floor, "suspect", target)
+            return
+        if self._conclude(target, suspicion):
             return
         expiry = suspicion.first_at + s.params.suspicion_expiry_s
         if s.now >= expiry:

@@ -22,6 +22,10 @@ from protocol.ids import NodeId, node_id_of
 
 CONTROL_CHUNK_BYTES: Final = 64 * 1024
 BULK_CHUNK_BYTES: Final = 256 * 1024
+
+CONTROL_SILENCE_S: Final = 8.0
+"""A control link whose peer vanished (its address changed, its card died) is dead by then, and the next dial finds
+another way. A kernel answers also for a process that is stopped, so this says nothing of slow peers."""
 _RECORD_BYTES: Final = 16 * 1024
 linger_bytes_max: Final = 256 * 1024
 linger_s: Final = 0.5
@@ -93,6 +97,7 @@ class TlsStream:
         self._chunk_bytes = BULK_CHUNK_BYTES
         self._landing = memoryview(bytearray(BULK_CHUNK_BYTES))
         self.stall_s = stall_s
+        _bear_silence(self._socket, stall_s)
 
     async def handshake(self) -> None:
         """Do the TLS handshake. A client that the server will refuse still sees it succeed: wait for HELLO_OK."""
@@ -294,13 +299,20 @@ def _tune(sock: trio.socket.SocketType) -> None:
         (tcp, "TCP_KEEPALIVE", 15),
         (tcp, "TCP_KEEPINTVL", 5),
         (tcp, "TCP_KEEPCNT", 3),
-        (tcp, "TCP_USER_TIMEOUT", 30_000),
     ]
     for level, name, value in options:
-        number = getattr(stdlib_socket, name, None)
-        if number is not None:
-            try:
-                sock.setsockopt(level, number, value)
-            except OSError:
-                # A platform that names the option and lacks it: liveness is probed by frames as well.
-                continue
+        _set_option(sock, level, name, value)
+    _bear_silence(sock, CONTROL_SILENCE_S)
+
+
+def _bear_silence(sock: trio.socket.SocketType, seconds: float) -> None:
+    """How long what was sent may stay without the other kernel's word that it arrived."""
+    _set_option(sock, stdlib_socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", int(seconds * 1000))
+
+
+def _set_option(sock: trio.socket.SocketType, level: int, name: str, value: int) -> None:
+    number = getattr(stdlib_socket, name, None)
+    if number is not None:
+        # A platform that names the option and lacks it: liveness is probed by frames as well.
+        with contextlib.suppress(OSError):
+            sock.setsockopt(level, number, value)
