@@ -103,13 +103,15 @@ class Guard:
     def check_origin(self, asked: Asked, match: Match) -> bytes | None:
         """No request that another site's page made. Returns an allowed foreign origin to name in the answer."""
         origin = asked.headers.get(b"origin")
-        if origin is not None:
-            if b"origin" not in asked.repeated and origin in self._foreign_origins:
-                return origin
-            if b"origin" in asked.repeated or origin not in self._own_origins:
-                raise _forbidden("origin", "Requests made by another site's page are refused (Origin header).")
+        invited = origin is not None and b"origin" not in asked.repeated and origin in self._foreign_origins
+        if origin is not None and not invited and (b"origin" in asked.repeated or origin not in self._own_origins):
+            raise _forbidden("origin", "Requests made by another site's page are refused (Origin header).")
         site = asked.headers.get(b"sec-fetch-site", b"none")
-        if site not in {b"same-origin", b"none"} and not (site == b"same-site" and asked.method in SAFE_METHODS):
+        if (
+            not invited
+            and site not in {b"same-origin", b"none"}
+            and not (site == b"same-site" and asked.method in SAFE_METHODS)
+        ):
             raise _forbidden("fetch_site", "Requests made by another site's page are refused (Sec-Fetch-Site header).")
         if match.route is not None and match.route.get_changes and _from_browser(asked):
             raise _forbidden("browser_get", "A browser may not use GET for this; use POST.")
@@ -121,7 +123,7 @@ class Guard:
                 headers={"Connection": "close"},
                 reason="websocket",
             )
-        return None
+        return origin if invited else None
 
     def identify(self, asked: Asked, match: Match) -> Caller:
         """Who is calling; raises 401 when nothing says who, 429 when that was tried too often."""

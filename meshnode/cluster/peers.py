@@ -5,8 +5,9 @@ from typing import Any
 
 from meshnode.cluster.service.pings import Echo, Pings
 from meshnode.cluster.service.trust import AdmitAnswer, AdmitRequest, Done, LostVoter, RootOffer, Trust
+from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links.contracts import PeerMethod
-from protocol.ids import NodeId
+from protocol.ids import NodeId, node_id_bytes
 
 
 def peer_methods(trust: Trust, pings: Pings) -> Mapping[str, PeerMethod[Any]]:
@@ -28,6 +29,10 @@ def peer_methods(trust: Trust, pings: Pings) -> Mapping[str, PeerMethod[Any]]:
         return await trust.take_root(peer, offer)
 
     async def forget(peer: NodeId, lost: LostVoter) -> Done:
+        try:
+            node_id_bytes(NodeId(lost.node))
+        except ValueError as error:
+            raise MeshError(ErrorCode.BAD_REQUEST, "That is not a node id.") from error
         return await trust.forget_for(peer, lost)
 
     return {

@@ -4,7 +4,7 @@ It leaves to the machine which records there are. `DurableState` is where the dr
 records come here, everything else into the key-value table.
 """
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any, Final
 
@@ -50,6 +50,15 @@ class SqlRecordStore:
 
     async def persist(self, changes: Sequence[Persist]) -> None:
         """Make the rows durable, in order and together; errors as for Database.write, and nothing stored then."""
+        await self._database.write(self.writing(changes))
+        self.count_applied(len(changes))
+
+    def count_applied(self, changes: int) -> None:
+        """So many more changes are durable now."""
+        self._applied += changes
+
+    def writing(self, changes: Sequence[Persist]) -> Callable[[apsw.Connection], None]:
+        """The write that stores these rows, for a transaction that holds more."""
         rows = [(row_id(change.key), None if change.value is None else _opened(change.value)) for change in changes]
 
         def store(connection: apsw.Connection) -> None:
@@ -62,8 +71,7 @@ class SqlRecordStore:
                 values = (record.version - _SIGN, record.hlc, author, record.deleted, record.key, record.blob)
                 connection.execute(_UPSERT, (*_key(row), *values))
 
-        await self._database.write(store)
-        self._applied += len(changes)
+        return store
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
@@ -119,16 +127,26 @@ class SqlRecordStore:
 class DurableState:
     """Where the driver's Persist effects go."""
 
-    def __init__(self, key_value: KeyValue, records: SqlRecordStore) -> None:
-        self._to: dict[bool, Callable[[list[Persist]], Awaitable[None]]] = {
-            True: records.persist,
-            False: key_value.persist,
-        }
+    def __init__(self, database: Database, key_value: KeyValue, records: SqlRecordStore) -> None:
+        self._database = database
+        self._key_value = key_value
+        self._records = records
 
     async def persist(self, changes: Iterable[Persist]) -> None:
-        """Make all changes durable in their order; a crash in between leaves a prefix of them."""
+        """Make all changes durable, in order and together; errors as for Database.write, and nothing stored then."""
+        writes: list[Callable[[apsw.Connection], None]] = []
+        rows = 0
         for is_row, group in groupby(changes, key=lambda change: change.machine == MACHINE):
-            await self._to[is_row](list(group))
+            part = list(group)
+            writes.append(self._records.writing(part) if is_row else self._key_value.writing(part))
+            rows += len(part) if is_row else 0
+
+        def store(connection: apsw.Connection) -> None:
+            for write in writes:
+                write(connection)
+
+        await self._database.write(store)
+        self._records.count_applied(rows)
 
 
 def _key(row: RowId) -> tuple[str, int]:

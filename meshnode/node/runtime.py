@@ -250,7 +250,7 @@ class Runtime:
             ),
             logger=log("links"),
         )
-        state = DurableState(ground.key_value, ground.records)
+        state = DurableState(ground.database, ground.key_value, ground.records)
         driver = Driver(
             node=hub, sockets=sockets, links=links, store=state.persist, observers=observers, log=log("driver")
         )

@@ -127,8 +127,13 @@ class Ledger:
         return sorted(row for row in rows if row.collection in self.shelves)
 
     def authors(self) -> list[bytes]:
-        """The public keys of all authors in the store."""
-        return sorted(key for key in self._store.authors() if key)
+        """The public keys of all authors of what is here, stored already or on its way to the disk."""
+        keys = set(self._store.authors())
+        for unstored in self._unstored.values():
+            record = None if unstored.blob is None else open_record(unstored.blob)
+            if record is not None:
+                keys.add(record.public_key)
+        return sorted(key for key in keys if key)
 
     # ---- changes ----------------------------------------------------------------------------------------------------
 

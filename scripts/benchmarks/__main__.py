@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
             report = figures.measured(name, lambda name=name, options=options: BENCHMARKS[name](**options))  # type: ignore[misc]  # a default argument binds the loop's values
         except BenchmarkError as error:
             failed = True
-            print(f"{name}: {error}", file=sys.stderr)
+            print("\n".join([f"{name}: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
             continue
         reports.append(report)
         if not chosen.json:

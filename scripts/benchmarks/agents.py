@@ -100,7 +100,7 @@ class LocalAgent:
         return self._process.pid
 
     def start(self, join_url: str | None = None) -> None:
-        """Start it and wait until it is ready. Raises BenchmarkError with the end of its log."""
+        """Start it and wait until it is ready. Raises BenchmarkError."""
         command = [
             sys.executable,
             "-m",
@@ -145,10 +145,13 @@ class LocalAgent:
             killer.cancel()
         self.ready_at = time.monotonic()
         if not line:
-            log = self._log.read_text(errors="replace")[-LOG_CHARS_SHOWN:]
-            raise BenchmarkError(f"{self.name} ended, or was not ready within {READY_S:.0f} s. Its log:\n{log}")
+            raise BenchmarkError(f"{self.name} ended, or was not ready within {READY_S:.0f} s")
         info = json.loads(line)
         self.node_id, self.mesh_id = info["node_id"], info["mesh_id"]
+
+    def log_end(self) -> str:
+        """The end of what it logged, empty if nothing: only warnings and worse are logged."""
+        return self._log.read_text(errors="replace")[-LOG_CHARS_SHOWN:] if self._log.is_file() else ""
 
     def client(self) -> Client:
         """A new connection to its API."""
@@ -214,6 +217,10 @@ class LocalMesh:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, BenchmarkError):
+            for agent in self.agents:
+                if said := agent.log_end():
+                    error.add_note(f"{agent.name} had logged:\n{said}")
         for agent in self.agents:
             agent.signal_stop()
         for agent in self.agents:

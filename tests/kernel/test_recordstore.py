@@ -92,7 +92,7 @@ async def test_what_a_machine_wrote_is_there_when_it_starts_again(data_dir: Path
     path = data_dir / "test.db"
     async with open_database(path, MIGRATIONS, wall=WALL, inline=True) as database:
         records, store = machine(database)
-        state = DurableState(KeyValue(database), store)
+        state = DurableState(database, KeyValue(database), store)
         for n in range(50):
             effects = records.handle(PutRecord("things", b"k%02d" % n, b"v%d" % n), 0.0, WALL)
             await state.persist(effect for effect in effects if isinstance(effect, Persist))
@@ -113,7 +113,7 @@ async def test_what_a_machine_wrote_is_there_when_it_starts_again(data_dir: Path
 
 async def test_rows_go_to_their_table_and_the_rest_to_the_other_in_order(database: Database) -> None:
     key_value, records = KeyValue(database), SqlRecordStore(database)
-    state = DurableState(key_value, records)
+    state = DurableState(database, key_value, records)
     row = persist(b"k")
     await state.persist([Persist("election", b"term", b"1"), row, Persist("election", b"term", b"2")])
     assert key_value.load_all("election") == {b"term": b"2"}

@@ -41,7 +41,7 @@ def five(several_hosts: None, figures: Figures) -> Iterator[Place]:
 
 
 @pytest.fixture
-def mesh(five: Place) -> Iterator[Mesh]:
+def mesh(five: Place) -> Mesh:
     """The mesh in full health, before the test."""
     lab, mesh = five
     heal(list(lab.hosts.values()))
@@ -54,9 +54,7 @@ def mesh(five: Place) -> Iterator[Mesh]:
     wait_until(
         lambda: one_coordinator(mesh.running), 20.0, lambda: str({a.name: a.coordinator() for a in mesh.running})
     )
-    yield mesh
-    if mesh_failed_agents := [agent for agent in mesh.agents.values() if agent.process and not agent.runs]:
-        mesh.start(mesh_failed_agents)
+    return mesh
 
 
 @pytest.fixture

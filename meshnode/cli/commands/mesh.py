@@ -11,6 +11,7 @@ from meshnode.cli.screen import Progress, confirm, say, say_json
 from meshnode.cli.session import Session, example, with_session
 from meshnode.kernel.redaction import printable
 
+NODE_ID_CHARS = 32
 # Evicting, promoting and leaving wait for an admin's signature, or for voters.
 CHANGE_TIMEOUT_S = 90.0
 
@@ -79,10 +80,13 @@ def promote(session: Session, name: str) -> None:
 def evict(session: Session, name: str, lost: bool, yes: bool) -> None:
     """Put a node out of the mesh, for good.
 
-    It gets back only by a new invitation. NAME is a name, an id or the beginning of an id.
+    Its key is shut out: it comes back only with a new identity (`meshnode leave --force` there) and a new invitation.
+    NAME is a name, an id or the beginning of an id.
     """
     with session.agent() as agent:
-        found = find_node(agent, name)
+        # A machine that was evicted before is no member any more; that its vote is lost can still be said of its id.
+        lost_id = lost and len(name) == NODE_ID_CHARS and name.isalnum()
+        found = {"id": name, "name": name[:8]} if lost_id else find_node(agent, name)
         shown = f"{printable(found['name'])} ({found['id']})"
         confirm(f"Evict {shown} for good?", assume_yes=yes or session.as_json)
         with Progress(f"evicting {found['name']}", quiet=session.as_json):

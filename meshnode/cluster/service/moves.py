@@ -98,8 +98,9 @@ class _Alone:
     def __enter__(self) -> None:
         self._moves.moving(now=True)
 
-    def __exit__(self, *_: object) -> None:
-        self._moves.moving(now=False)
+    def __exit__(self, error_type: object, *_: object) -> None:
+        # After a success this agent is on its way to the other mesh: nothing may touch what was staged for it.
+        self._moves.moving(now=error_type is None)
 
 
 def parse(url: str) -> JoinUrl:

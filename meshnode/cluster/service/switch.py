@@ -86,7 +86,8 @@ async def stage_join(
 
 def stage_departure(data_dir: Path, *, former: str) -> None:
     """Nothing new is staged: after `finish` the node has no mesh and no identity, and founds afresh at its start."""
-    _fresh_staging(data_dir)
+    staging = _fresh_staging(data_dir)
+    (staging / NODE_KEY_FILE).unlink(missing_ok=True)
     _mark(data_dir, former)
 
 
@@ -124,16 +125,27 @@ def finish(data_dir: Path) -> Path | None:
 
 
 def _fresh_staging(data_dir: Path) -> Path:
+    """An empty staging folder, but for a key of an earlier try: an inviter whose answer was lost knows that key."""
     staging = data_dir / STAGING
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir(mode=0o700)
+    if (staging / MARKER).exists():
+        raise MeshError(
+            ErrorCode.CONFLICT,
+            "This machine is on its way to another mesh already; wait for that to end, or start the agent again.",
+            retryable=True,
+        )
+    staging.mkdir(mode=0o700, exist_ok=True)
+    for path in staging.iterdir():
+        if path.name != NODE_KEY_FILE:
+            path.unlink()
     return staging
 
 
 def _mark(data_dir: Path, former: str) -> None:
     staging = data_dir / STAGING
     staged = tuple(name for name in FILES if (staging / name).exists())
+    for name in staged:
+        with (staging / name).open("rb") as file:
+            os.fsync(file.fileno())
     draft = staging / f"{MARKER}.new"
     with draft.open("wb") as file:
         file.write(msgspec.json.encode(_Marker(former, staged)))

@@ -141,7 +141,9 @@ class Trust:
         if refusal is not None:
             raise MeshError(ErrorCode.JOIN_REFUSED, refusal)
         if not usable_identity(public_key):
-            raise MeshError(ErrorCode.JOIN_REFUSED, "The identity key is not a usable Ed25519 key. Make a new identity.")
+            raise MeshError(
+                ErrorCode.JOIN_REFUSED, "The identity key is not a usable Ed25519 key. Make a new identity."
+            )
         known = roster.admission(node_id_of(public_key))
         statement_known = roster.statement(node_id_of(public_key))
         if known is not None and statement_known is not None:

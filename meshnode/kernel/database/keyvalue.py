@@ -4,7 +4,7 @@ Its job: load one machine's state at start and make a list of Persist effects du
 meaning of the bytes to the machine that wrote them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol, cast
 
 import apsw
@@ -48,6 +48,10 @@ class KeyValue:
 
     async def persist(self, changes: Iterable[StateChange]) -> None:
         """Make all changes durable in order and together; returns when they are. Errors as for Database.write."""
+        await self._database.write(self.writing(changes))
+
+    def writing(self, changes: Iterable[StateChange]) -> Callable[[apsw.Connection], None]:
+        """The write that stores these changes, for a transaction that holds more."""
         delete = "DELETE FROM kernel_protocol_state WHERE machine = ? AND key = ?"
         put = (
             "INSERT INTO kernel_protocol_state (machine, key, value) VALUES (?, ?, ?) "
@@ -55,8 +59,6 @@ class KeyValue:
         )
         # Copied here, in the caller's turn: the writer's thread must not read objects that the caller may still change.
         rows = [(change.machine, change.key, change.value) for change in changes]
-        if not rows:
-            return
 
         def store(connection: apsw.Connection) -> None:
             for machine, key, value in rows:
@@ -65,4 +67,4 @@ class KeyValue:
                 else:
                     connection.execute(put, (machine, key, value))
 
-        await self._database.write(store)
+        return store

@@ -18,7 +18,7 @@ from protocol.heartbeats.events import (
 )
 from protocol.heartbeats.machine import HeartbeatParameters, Heartbeats
 from protocol.ids import NodeId
-from protocol.membership.events import PeerDown, PeerLeft, PeerUp, StatementReceived
+from protocol.membership.events import PeerDown, PeerLeft, PeerUp, RosterShrank, StatementReceived
 from protocol.wire import limits
 from protocol.wire.messages import Gossip, Heartbeat, Spread
 from protocol.wire.statements import Stated
@@ -276,6 +276,7 @@ def test_the_gone_are_out_of_the_tree_and_the_evicted_out_of_the_figures() -> No
     assert beats.mesh.id(1) in machine.latest, "what it had is still of interest"
     beats.mesh.roster.apply(evicted(2))
     beats.give(node, PeerLeft(beats.mesh.id(2)))
+    beats.give(node, RosterShrank((beats.mesh.id(2),)))
     assert beats.mesh.id(2) not in machine.latest
     beats.give(node, PeerUp(beats.mesh.id(1), BOOT, (), 1, 1))
     beats.give(node, PeerUp(beats.mesh.id(1), BOOT, (), 1, 1))
