@@ -2,7 +2,8 @@
 
 Machines speak in typed messages (`Send`, `SendLink`); `protocol.node` seals them into bytes (`SendDatagram`,
 `SendFrame`) for the driver. A driver performs the effects of one `handle` call in order: a `Persist` is durable before
-any later effect happens, except datagrams marked `ahead`, which depend on nothing durable and need not wait for a disk.
+any later Send, SendLink or Publish, except datagrams marked `ahead`, which depend on nothing durable. Timers and
+CloseLink need nothing durable either and happen at once.
 """
 
 from collections.abc import MutableSequence, Sequence

@@ -59,6 +59,7 @@ from protocol.records.store import RecordStore
 from protocol.trust.events import Coordinating, MintKey, RosterChanged
 from protocol.trust.keyring import Keyring, KeyringParams
 from protocol.trust.roster import Roster
+from protocol.trust.statements import TRUST_COLLECTION
 from protocol.wire.crypto import Suite
 from protocol.wire.datagram import DatagramCodec, UnknownKey
 from protocol.wire.messages import (
@@ -80,8 +81,6 @@ _link_decoder: msgspec.msgpack.Decoder[LinkMessage] = msgspec.msgpack.Decoder(Li
 Durable = Mapping[str, Mapping[bytes, bytes]]
 """What each machine persisted, by the machine's name."""
 
-TRUST_COLLECTION: Final = "trust"
-"""The collection whose values are the root's statements; the hub gives them to the roster."""
 
 Command = (
     AddressesChanged

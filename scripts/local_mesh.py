@@ -142,7 +142,7 @@ class LocalMesh:
         print(f"[{time.monotonic() - self._started_at:7.1f} s] {text}", file=sys.stderr, flush=True)
 
     def start(self, side_by_side: int) -> None:
-        """Start all; returns when each of them sees all others online."""
+        """Start all; returns when each of them sees all others online, and all follow the same coordinator."""
         founder, *others = self.agents
         founder.start(None, self._more)
         self.say(f"{founder.name} is up in the mesh {founder.ready['mesh_id']}")
@@ -151,7 +151,7 @@ class LocalMesh:
                 if done % 8 == 0 or len(self.agents) <= MANY:
                     self.say(f"{agent.name} is up ({done} of {len(self.agents)})")
         self._wait_online()
-        self.say(f"all {len(self.agents)} are online, everywhere")
+        self.say(f"all {len(self.agents)} are online, everywhere, and follow one coordinator")
 
     def _bring_in(self, agent: Agent) -> Agent:
         url = None
@@ -163,14 +163,16 @@ class LocalMesh:
 
     def _wait_online(self) -> None:
         deadline = time.monotonic() + ONLINE_LIMIT_S
-        waiting = list(self.agents)
-        while waiting:
-            seen = [(agent, agent.ask("/api/status")["node_count"]) for agent in waiting]
-            waiting = [agent for agent, count in seen if count < len(self.agents)]
-            if waiting and time.monotonic() > deadline:
-                missing = ", ".join(f"{agent.name} sees {count}" for agent, count in seen if agent in waiting)
-                raise MeshDidNotComeUpError(f"after {ONLINE_LIMIT_S:g} s not all are online: {missing}")
-            time.sleep(POLL_INTERVAL_S if waiting else 0)
+        while True:
+            seen = [(agent, *view_of(agent.ask("/api/status"))) for agent in self.agents]
+            short = [f"{agent.name} sees {count}" for agent, count, _ in seen if count < len(self.agents)]
+            followed = {coordinator for _, _, coordinator in seen}
+            if not short and len(followed) == 1 and None not in followed:
+                return
+            if time.monotonic() > deadline:
+                trouble = ", ".join(short) or f"followed as coordinators: {', '.join(map(str, followed))}"
+                raise MeshDidNotComeUpError(f"after {ONLINE_LIMIT_S:g} s the mesh is not one: {trouble}")
+            time.sleep(POLL_INTERVAL_S)
 
     def stop(self) -> None:
         """Stop all at once, gracefully; kill what has not ended in time."""
@@ -204,6 +206,12 @@ class LocalMesh:
             if len(gone) == len(self.agents):
                 return
             time.sleep(POLL_INTERVAL_S)
+
+
+def view_of(status: Any) -> tuple[int, str | None]:
+    """How many nodes an agent sees online, and which coordinator it follows that may act; None: none."""
+    coordinator = status.get("coordinator")
+    return status["node_count"], coordinator["id"] if coordinator and coordinator["quorate"] else None
 
 
 def free_base_port(count: int) -> int:

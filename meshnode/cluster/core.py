@@ -1,6 +1,7 @@
 """Pure local decisions: how what is known of a member becomes the NodeInfo and Summary that people see."""
 
 from collections.abc import Iterable, Sequence
+from math import ceil
 
 from meshnode.cluster.model import Backend, Gpu, NodeInfo, NodeStatus, PeerLine, Role
 from meshnode.kernel.errors import ErrorCode, MeshError
@@ -100,7 +101,7 @@ def find(nodes: Iterable[tuple[NodeId, str]], wanted: str) -> NodeId:
 
 def quantile(ordered: Sequence[float], fraction: float) -> float:
     """The nearest-rank quantile of sorted values; raises IndexError when there are none."""
-    return ordered[min(len(ordered) - 1, max(0, round(fraction * len(ordered) + 0.5) - 1))]
+    return ordered[max(0, ceil(fraction * len(ordered)) - 1)]
 
 
 def status_of(*, up: bool) -> NodeStatus:

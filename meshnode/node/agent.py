@@ -3,6 +3,7 @@
 Joining another mesh or leaving ends a runtime; the files change over, and a new runtime starts in the same process.
 """
 
+import gc
 import socket
 import time
 from collections.abc import Callable
@@ -38,7 +39,6 @@ def run_agent(
     """Run the agent in the foreground until SIGTERM or SIGINT. Raises MeshError with what to do."""
     settings = resolved.settings
     data_dir = Path(settings.node.data_dir) if settings.node.data_dir else None
-    # Without this a peer that vanishes in the middle of a write would end the process on some systems.
     with open_data_folder(data_dir, system_service=system_service) as folder:
         folder.check_free()
         agent = Agent(settings, folder, on_ready)
@@ -87,6 +87,10 @@ class Agent:
         if not self._announced:
             self._announced = True
             self._on_ready(info)
+        # What was imported and built lives for good: a full collection that walks it would stop the agent for tens of
+        # milliseconds every few seconds, and delay its links and timers.
+        gc.collect()
+        gc.freeze()
         notify_service_manager("READY=1")
 
     async def _join_at_start(self, url: str, logger: Logger) -> None:

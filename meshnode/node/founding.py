@@ -16,13 +16,14 @@ from meshnode.settings import Settings
 from protocol.effects import Persist
 from protocol.heartbeats.machine import HeartbeatParameters
 from protocol.membership.parameters import Parameters, parameters
-from protocol.node import TRUST_COLLECTION, NodeParameters
+from protocol.node import NodeParameters
 from protocol.records.collection import Collection, only_owner
 from protocol.records.record import open_record
+from protocol.trust.collection import trust_collection
 from protocol.trust.keyring import KeyringParams
 from protocol.trust.keys import GOSSIP_KEY_BYTES, GossipKey, durable_keys
 from protocol.trust.roster import Roster
-from protocol.trust.statements import TrustRules, admission, seal
+from protocol.trust.statements import TRUST_COLLECTION, admission, seal
 from protocol.wire import limits
 from protocol.wire.crypto import SodiumSuite
 
@@ -60,9 +61,9 @@ async def found(data_dir: Path, identity: NodeIdentity, name: str, store: MeshSt
 
 
 def collections_of(mesh: Mesh, suite: SodiumSuite) -> list[Collection]:
-    rules = TrustRules(mesh.root_public_key, suite)
+    """The collections of records that this version keeps."""
     return [
-        Collection(TRUST_COLLECTION, validate=rules.validate, order=rules.order),
+        trust_collection(mesh.root_public_key, suite),
         Collection(PROFILE_COLLECTION, may_write=only_owner, value_bytes_max=8192, records_max=limits.ROSTER_MAX),
     ]
 

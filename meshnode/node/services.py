@@ -26,9 +26,9 @@ from meshnode.kernel.service import Policy
 from meshnode.settings import Settings
 from protocol.ids import MeshId, NodeId
 from protocol.membership.events import ContactFound, Depart
-from protocol.node import TRUST_COLLECTION, Node
+from protocol.node import Node
 from protocol.records.events import PutRecord
-from protocol.trust.statements import record_key
+from protocol.trust.statements import TRUST_COLLECTION, record_key
 
 DEPARTURE_S: Final = 0.3  # how long the farewell may take to leave
 STATES_PROFILE_S: Final = 60.0
@@ -170,7 +170,9 @@ def discovery(
         clock=clock,
         chance=random.SystemRandom(),
         logger=log,
-        params=DiscoveryParameters(group=settings.discovery.group, port=settings.discovery.port),
+        params=DiscoveryParameters(
+            group=settings.discovery.group, group_ipv6=settings.discovery.group_ipv6, port=settings.discovery.port
+        ),
     )
 
 

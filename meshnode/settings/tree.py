@@ -78,7 +78,6 @@ class PeerSettings(Struct, frozen=True, forbid_unknown_fields=True):
     link_idle_s: Annotated[
         float, _doc("A control link that carried nothing for so long is closed.", "s", ge=1, le=86_400)
     ] = 60.0
-    links_max: Annotated[int, _doc("Connections of peers open at once; more are refused.", ge=8, le=65_536)] = 4_096
 
 
 class OnboardingSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,7 +135,7 @@ class HeartbeatSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MeshSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """The mesh's policy. It is set by the node that founds a mesh and then belongs to the mesh."""
+    """What this node holds to as an admin of its mesh. Every admin has its own."""
 
     members_may_invite: Annotated[bool, _doc("Members that are no admins may invite; an admin still signs.")] = True
     gossip_key_rotation_s: Annotated[

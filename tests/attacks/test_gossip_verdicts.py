@@ -73,7 +73,9 @@ def test_case_05_nor_does_one_that_repeats_itself(defended: bool, monkeypatch: p
 
         def by_number(self: Suspicions, stated: Stated, body: Accusation) -> bool:
             """Accusations counted, not accusers."""
-            return heard(self, stated._replace(signer=NodeId(f"{stated.signer}/{body.number}")), body)
+            signer = NodeId(f"{stated.signer}/{body.number}")
+            self._s.view.up.add(signer)
+            return heard(self, stated._replace(signer=signer), body)
 
         monkeypatch.setattr(Suspicions, "heard", by_number)
     assert judged(mesh, ("liar",) * 10) is not defended

@@ -155,6 +155,7 @@ def test_before_the_marker_nothing_has_changed(tmp_path: Path, staged: tuple[str
     before = tree(tmp_path)
     assert finish(tmp_path) is None
     assert tree(tmp_path) == before
+    (stage / NODE_KEY_FILE).unlink(missing_ok=True)
     prepare_identity(tmp_path, keep=False)
     assert not (stage / DATABASE_FILE).exists(), "what was left of an earlier attempt is gone"
 
@@ -180,8 +181,11 @@ def test_a_disk_that_fails_half_way_says_what_to_do(tmp_path: Path, monkeypatch:
 
 def test_leaving_takes_everything_of_the_mesh_away_and_keeps_it(tmp_path: Path) -> None:
     old_mesh(tmp_path)
+    load_or_make_identity(tmp_path / STAGING)  # left by a join that came to nothing
     stage_departure(tmp_path, former="gone")
-    stage_departure(tmp_path, former="gone")
+    with pytest.raises(MeshError) as caught:
+        stage_departure(tmp_path, former="gone")
+    assert caught.value.code is ErrorCode.CONFLICT, "one change at a time"
     assert finish(tmp_path) == tmp_path / "former" / "gone"
     assert tree(tmp_path) == {
         "api-token": b"stays",
@@ -194,6 +198,8 @@ def test_an_identity_is_kept_or_made_anew(tmp_path: Path) -> None:
     assert prepare_identity(tmp_path, keep=True).node_id == own.node_id
     fresh = prepare_identity(tmp_path, keep=False)
     assert fresh.node_id != own.node_id
+    # An inviter whose answer was lost knows the key of the first try: the next one uses it again.
+    assert prepare_identity(tmp_path, keep=False).node_id == fresh.node_id
     assert load_or_make_identity(tmp_path).node_id == own.node_id
     assert oct((tmp_path / STAGING).stat().st_mode & 0o777) == "0o700"
 

@@ -29,7 +29,7 @@ def identity_of(index: int) -> NodeIdentity:
 
 
 def request(index: int, *, role: str = "member", name: str = "newcomer") -> AdmitRequest:
-    return AdmitRequest(make_csr(identity_of(index)), name, role, "somebody", b"\x01" * 10)  # type: ignore[arg-type]  # any word
+    return AdmitRequest(make_csr(identity_of(index)), name, role, b"\x01" * 10)  # type: ignore[arg-type]  # any word
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ async def test_a_member_cannot_change_the_standing_of_somebody_who_is_in(house: 
 async def test_what_a_peer_may_not_ask_an_admin_for(house: House, tmp_path: Path) -> None:
     await refused(ErrorCode.FORBIDDEN, house[0].trust.admit_for(house.id(1), request(NEW, role="admin")))
     await refused(ErrorCode.NOT_ADMIN, house[1].trust.admit_for(house.id(2), request(NEW)))
-    garbage = AdmitRequest(b"\x30\x03garbage", "x", "member", "y", b"\x01" * 10)
+    garbage = AdmitRequest(b"\x30\x03garbage", "x", "member", b"\x01" * 10)
     await refused(ErrorCode.BAD_REQUEST, house[0].trust.admit_for(house.id(1), garbage))
     (tmp_path / "strict").mkdir()
     strict = House(tmp_path / "strict", members_may_invite=False)

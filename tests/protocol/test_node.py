@@ -28,13 +28,13 @@ from protocol.heartbeats.events import Sample, SampleTaken
 from protocol.ids import Address, NodeId
 from protocol.membership.events import Depart, PeerUp
 from protocol.membership.state import TUNNEL
-from protocol.node import DATAGRAMS, FRAMES, INPUTS, TRUST_COLLECTION, Input, Node
+from protocol.node import DATAGRAMS, FRAMES, INPUTS, Input, Node
 from protocol.records.collection import Collection, only_owner
 from protocol.records.events import PutRecord
 from protocol.records.store import MemoryStore
 from protocol.trust.events import RosterChanged
 from protocol.trust.keys import GossipKey, durable_keys
-from protocol.trust.statements import TrustRules, record_key
+from protocol.trust.statements import TRUST_COLLECTION, TrustRules, record_key
 from protocol.wire.messages import (
     Ack,
     DatagramMessage,

@@ -45,8 +45,12 @@ class _Marker(msgspec.Struct, frozen=True):
 def prepare_identity(data_dir: Path, *, keep: bool) -> NodeIdentity:
     """An identity for the next mesh in the staging folder: this node's own (`keep`) or a new one. Old staging goes."""
     staging = _fresh_staging(data_dir)
-    if keep and (data_dir / NODE_KEY_FILE).exists():
-        shutil.copy2(data_dir / NODE_KEY_FILE, staging / NODE_KEY_FILE)
+    own, next_one = data_dir / NODE_KEY_FILE, staging / NODE_KEY_FILE
+    if keep and own.exists():
+        shutil.copy2(own, next_one)
+    elif own.exists() and next_one.exists() and next_one.read_bytes() == own.read_bytes():
+        # Left by a try to join while this node was alone: in the mesh that it leaves now, that key is used up.
+        next_one.unlink()
     return load_or_make_identity(staging)
 
 

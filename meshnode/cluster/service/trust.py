@@ -26,12 +26,20 @@ from meshnode.kernel.identity import (
 )
 from meshnode.kernel.links.links import Links
 from meshnode.kernel.logs import Logger
-from protocol.election.events import ForgetLost, QuorumChanged
+from protocol.election.events import ForgetLost, ForgetLostRefused, QuorumChanged
 from protocol.ids import NodeId, node_id_of
-from protocol.node import TRUST_COLLECTION
-from protocol.records.events import PutRecord
+from protocol.records.events import PutRecord, RecordRefused
 from protocol.trust.join_url import token_text
-from protocol.trust.statements import Admission, TrustStatement, admission, eviction, record_key, seal, succeeding_time
+from protocol.trust.statements import (
+    TRUST_COLLECTION,
+    Admission,
+    TrustStatement,
+    admission,
+    eviction,
+    record_key,
+    seal,
+    succeeding_time,
+)
 from protocol.wire.crypto import SodiumSuite, usable_identity
 
 CALL_S: Final = 10.0
@@ -46,7 +54,6 @@ class AdmitRequest(msgspec.Struct, frozen=True):
     csr: bytes
     name: str
     role: Role
-    by: str
     invitation: bytes
 
 
@@ -100,6 +107,9 @@ class Trust:
         self._facts = facts
         self._members_may_invite = members_may_invite
         self._bus = bus
+        self._tokens = 0
+        self._refused: dict[int, RecordRefused] = {}
+        self._forget_refusal: str | None = None
         self._log = log
 
     @property
@@ -116,7 +126,7 @@ class Trust:
         if self._root is not None:
             admitted = await self._sign_admission(self._root, public_key, name, role, by, invitation)
         else:
-            request = AdmitRequest(csr, name, role, by, invitation)
+            request = AdmitRequest(csr, name, role, invitation)
             answer = await self._ask_admin("cluster.admit", request, AdmitAnswer, "admit a machine")
             admitted = Admitted(answer.leaf, answer.admission, answer.sealed_root)
         self._bus.publish(InvitationUsed(token_text(invitation), node_id_of(public_key), name))
@@ -191,7 +201,7 @@ class Trust:
         """Have the coordinator count without this voter. It takes that only while it lacks a majority."""
         coordinator = self._driver.node.election.coordinator
         if coordinator is None or coordinator == self._nodes.me:
-            await self._driver.submit_durably(ForgetLost((node,)))
+            await self._forget_here(node)
         else:
             await self._links.call(coordinator, "cluster.forget", LostVoter(node), Done, timeout_s=CALL_S)
 
@@ -199,8 +209,16 @@ class Trust:
         """An admin asks this coordinator. Raises MeshError FORBIDDEN if it is none."""
         if self._driver.node.roster.role(peer) != "admin":
             raise MeshError(ErrorCode.FORBIDDEN, "Only an admin may say that a machine is gone for good.")
-        await self._driver.submit_durably(ForgetLost((NodeId(lost.node),)))
+        await self._forget_here(NodeId(lost.node))
         return Done()
+
+    async def _forget_here(self, node: NodeId) -> None:
+        self._forget_refusal = None
+        await self._driver.submit_durably(ForgetLost((node,)))
+        if self._forget_refusal is not None:
+            raise MeshError(
+                ErrorCode.CONFLICT, f"The node is evicted, but its vote still counts: {self._forget_refusal}."
+            )
 
     async def leave(self, *, force: bool) -> None:
         """Have this node evicted at its own wish. The caller then takes the mesh's files away.
@@ -305,6 +323,10 @@ class Trust:
 
     def observe(self, event: object) -> None:
         """A coordinator without a majority does not wait for nodes that left by their own wish."""
+        if isinstance(event, RecordRefused) and event.collection == TRUST_COLLECTION and event.token:
+            self._refused[event.token] = event
+        if isinstance(event, ForgetLostRefused):
+            self._forget_refusal = event.reason
         if not isinstance(event, QuorumChanged) or event.quorate:
             return
         hub = self._driver.node
@@ -331,7 +353,17 @@ class Trust:
         return sealed
 
     async def _put(self, node: NodeId, statement: bytes) -> None:
-        await self._driver.submit_durably(PutRecord(TRUST_COLLECTION, record_key(node), statement))
+        self._tokens += 1
+        token = self._tokens
+        await self._driver.submit_durably(PutRecord(TRUST_COLLECTION, record_key(node), statement, token))
+        refused = self._refused.pop(token, None)
+        # `outranked` says that this very statement, or one that counts for more, is here already.
+        if refused is not None and refused.reason != "outranked":
+            raise MeshError(
+                ErrorCode.UNAVAILABLE,
+                f"The mesh's records did not take it ({refused.reason}); nothing changed. Try again in a moment.",
+                retryable=True,
+            )
 
     def _signer(self, root: RootKey) -> SodiumSuite:
         return SodiumSuite(root.seed, root.mesh_id)
