@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import trio
+from msgspec.structs import replace
 
 from meshnode.api.sockets import bind_loopback
 from meshnode.cluster.service.moves import former_name, parse
@@ -22,11 +23,14 @@ from meshnode.kernel.datagrams import open_datagrams
 from meshnode.kernel.driver import steady_s
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.logs import Logger, LogSettings, open_logs
+from meshnode.kernel.recordstore import SqlRecordStore
 from meshnode.kernel.redaction import SecretSet
+from meshnode.node.founding import load_roster
 from meshnode.node.runtime import ReadyInfo, Runtime, all_migrations
 from meshnode.node.services import notify_service_manager
 from meshnode.settings import ResolvedSettings, Settings, node_name
-from protocol.ids import root_pin
+from protocol.ids import MeshId, root_pin
+from protocol.wire.crypto import SodiumSuite
 
 
 def run_agent(
@@ -87,6 +91,9 @@ class Agent:
         if not self._announced:
             self._announced = True
             self._on_ready(info)
+            # Free ports were found once; after a change of mesh the agent is where it was before.
+            api = replace(self._settings.api, port=int(info.api.rpartition(":")[2]))
+            self._settings = replace(self._settings, api=api, peers=replace(self._settings.peers, port=info.peer_port))
         # What was imported and built lives for good: a full collection that walks it would stop the agent for tens of
         # milliseconds every few seconds, and delay its links and timers.
         gc.collect()
@@ -97,15 +104,21 @@ class Agent:
         """`up --join`: go into the mesh of the URL before anything runs, unless this node is in it already."""
         parsed = parse(url)
         data_dir = self._folder.path
+        former = "none"
         async with open_database(data_dir / DATABASE_FILE, all_migrations(), wall=time.time()) as database:
-            mesh = MeshStore(database).load()
-        if mesh is not None:
-            if root_pin(mesh.root_public_key) == parsed.pin:
-                logger.info("this node is in the mesh of the join URL already")
-                return
+            store = MeshStore(database)
+            mesh = store.load()
+            if mesh is not None:
+                former = mesh.mesh_id
+                suite = SodiumSuite(bytes(32), mesh.mesh_id)
+                members = len(load_roster(mesh, suite, store.statements(), SqlRecordStore(database)))
+        if mesh is not None and root_pin(mesh.root_public_key) == parsed.pin:
+            logger.info("this node is in the mesh of the join URL already")
+            return
+        if mesh is not None and members > 1:
             raise MeshError(
                 ErrorCode.ALREADY_MEMBER,
-                f"{data_dir} belongs to another mesh already. Start the agent without --join, then "
+                f"{data_dir} belongs to another mesh of {members} nodes already. Start the agent without --join, then "
                 "`meshnode join --leave-first URL`; or choose another --data-dir.",
             )
         # An invitation is used up by joining: first see that this agent could start at all.
@@ -113,6 +126,8 @@ class Agent:
         bind_loopback(self._settings.api.port).close()
         identity = prepare_identity(data_dir, keep=True)
         grant = await Joiner(identity=identity).join(parsed, node_name(self._settings.node.name, socket.gethostname()))
-        former = former_name(grant.mesh_id, time.time())
-        await stage_join(data_dir, identity, grant, all_migrations(), former=f"empty-{former}", wall=time.time())
+        wall = time.time()
+        await stage_join(
+            data_dir, identity, grant, all_migrations(), former=former_name(MeshId(former), wall), wall=wall
+        )
         finish(data_dir)

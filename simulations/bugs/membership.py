@@ -10,7 +10,6 @@ from protocol.membership.probing import Probing
 from protocol.membership.state import State
 from protocol.membership.suspicion import Suspicions
 from protocol.membership.view import View
-from protocol.wire.datagram import DatagramCodec
 from simulations.bugs.bug import Bug, Patches
 
 
@@ -76,14 +75,7 @@ def _dead_stay_in_the_list(patches: Patches) -> None:
     original = patches.set(View, "_not_up", not_up)
 
 
-def _boot_never_learnt(patches: Patches) -> None:
-    def learn_boot(self: Any, peer: Any, boot: int) -> None:
-        self._boots.setdefault(peer, boot)
-
-    patches.set(DatagramCodec, "learn_boot", learn_boot)
-
-
-def _digest_ignores_boots(patches: Patches) -> None:
+def _views_never_compared(patches: Patches) -> None:
     def compare(self: Any, peer: Any, digest: bytes) -> None:
         return
 
@@ -130,14 +122,7 @@ def membership_bugs() -> tuple[Bug, ...]:
         ),
         Bug("dead-stay-in-the-list", "a dead peer stays in the list of peers to sample from", _dead_stay_in_the_list),
         Bug(
-            "boot-never-learnt",
-            "datagrams to a restarted peer are sealed for its first boot for ever",
-            _boot_never_learnt,
-            nodes=3,
-            pattern="crash",
-        ),
-        Bug(
-            "views-never-compared", "views that differ are not noticed, only gossip carries news", _digest_ignores_boots
+            "views-never-compared", "views that differ are not noticed, only gossip carries news", _views_never_compared
         ),
         Bug("probes-only-two", "only the first two peers of the list are ever probed", _probes_only_the_first),
     )

@@ -33,5 +33,6 @@ def records_bugs() -> tuple[Bug, ...]:
             "resource heartbeats come as often in a large mesh as in a small one",
             _budget_ignored,
             "resources",
+            20,
         ),
     )

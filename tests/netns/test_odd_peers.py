@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_a_member_whose_clock_is_wrong_by_a_year(
 ) -> None:
     lab, mesh = make_place("clock")
     for number, name in enumerate(NAMES, start=1):
-        world = {"clock_ahead_s": ahead_s} if name == "c" else {}
+        world: dict[str, Any] = {"clock_ahead_s": ahead_s} if name == "c" else {}
         mesh.agent(lab.host(name).plug(f"10.77.0.{number}/24"), **world)
     mesh.form()
     which = "ahead" if ahead_s > 0 else "behind"

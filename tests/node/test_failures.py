@@ -49,7 +49,8 @@ def test_a_clock_that_is_wrong_by_a_year_joins_and_stays(house: Agents, offset_s
     agree(whole)
     # Its own records must reach the others although they are dated into another year.
     until(
-        lambda: all(n["version"] for n in b.get("/api/nodes") if offset_s < 0 or n["id"] != astray.node_id), "records"
+        lambda: all(n.get("version") for n in b.get("/api/nodes") if offset_s < 0 or n["id"] != astray.node_id),
+        "records",
     )
     assert a.ok("POST", f"/api/nodes/{astray.node_id}/ping", {"count": 2})["received"] == 2
     # It restarts, and evictions written elsewhere reach it.

@@ -122,7 +122,7 @@ def test_what_is_no_news_here_is_passed_on_all_the_same() -> None:
 
 @pytest.mark.parametrize("size", [100, 104, 107])
 def test_neighbours_share_a_tree_and_packets_in_large_meshes(size: int) -> None:
-    beats = Beats(size, HeartbeatParameters(batch=7))
+    beats = Beats(size, HeartbeatParameters(batch=7, group=8))
     order = sorted(beats.machines, key=beats.mesh.roster.short)
     group = order[:8]
     for node in group:
