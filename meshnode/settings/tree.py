@@ -61,8 +61,8 @@ class ApiSettings(Struct, frozen=True, forbid_unknown_fields=True):
         int, _doc("Requests worked on at once, event streams aside; more are refused.", ge=1, le=65_536)
     ] = 128
     streams_max: Annotated[int, _doc("Event streams open at once; more are refused.", ge=1, le=65_536)] = 512
-    rate_per_s: Annotated[float, _doc("Requests a second that one caller may make on average.", "1/s", gt=0)] = 2_000.0
-    rate_burst: Annotated[int, _doc("Requests that one caller may make at once above that rate.", ge=1)] = 4_000
+    rate_per_s: Annotated[float, _doc("Requests a second that one caller may make on average.", "1/s", gt=0)] = 5_000.0
+    rate_burst: Annotated[int, _doc("Requests that one caller may make at once above that rate.", ge=1)] = 10_000
     log_requests: Annotated[bool, _doc("Write one log record for each request.")] = False
 
 

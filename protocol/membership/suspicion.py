@@ -53,7 +53,7 @@ class Suspicions:
         if target not in s.view.up:
             return
         suspicion = self._suspicions.get(target)
-        if suspicion is not None and (s.me in suspicion.accusers or self._complete(target, suspicion)):
+        if suspicion is not None and (s.me in suspicion.accusers or self._abundant(target, suspicion)):
             return
         boot, incarnation = s.view.rank(target)
         body = Accusation(s.roster.short(s.me), s.boot, s.number(), s.roster.short(target), boot, incarnation)
@@ -88,9 +88,9 @@ class Suspicions:
             s.timer(s.now + s.params.suspicion_floor_s, "suspect", target)
         if stated.signer in suspicion.accusers:
             return False
-        was_complete = self._complete(target, suspicion)
+        was_abundant = self._abundant(target, suspicion)
         suspicion.accusers[stated.signer] = stated
-        if not was_complete:
+        if not was_abundant:
             s.gossip(("accusation", target, stated.signer), stated, ACCUSATION_LIFETIME_S)
             self._verify(target, stated)
         if s.now >= suspicion.first_at + s.params.suspicion_floor_s:
@@ -102,6 +102,10 @@ class Suspicions:
         s = self._s
         if stated.signer != s.me and s.rng.random() * len(s.view.peers) < s.params.verifiers:
             self.probing.probe(target, stated)
+
+    def _abundant(self, target: NodeId, suspicion: _Suspicion) -> bool:
+        """One witness more than needed is passed on: a node that gossip cost one of them must not be left waiting."""
+        return len(suspicion.accusers) > self._s.witnesses_needed(target)
 
     def _complete(self, target: NodeId, suspicion: _Suspicion) -> bool:
         return len(suspicion.accusers) >= self._s.witnesses_needed(target)

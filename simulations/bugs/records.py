@@ -1,13 +1,21 @@
 """Bugs in the shared records and in resource heartbeats."""
 
+from typing import Any
+
 from protocol.heartbeats.machine import Heartbeats
 from protocol.records.judge import Judge
 from protocol.records.machine import Records
 from simulations.bugs.bug import Bug, Patches
 
 
-def _last_arrival_wins(patches: Patches) -> None:
-    patches.set(Judge, "_wins", lambda self, record, row, collection: True)
+def _own_record_wins(patches: Patches) -> None:
+    def wins(self: Any, record: Any, row: Any, collection: Any) -> bool:
+        current = self._ledger.record(row)
+        if current is not None and current.author == self._me != record.author:
+            return False
+        return bool(original(self, record, row, collection))
+
+    original = patches.set(Judge, "_wins", wins)
 
 
 def _no_repair(patches: Patches) -> None:
@@ -21,12 +29,7 @@ def _budget_ignored(patches: Patches) -> None:
 def records_bugs() -> tuple[Bug, ...]:
     """All bugs of this file."""
     return (
-        Bug(
-            "last-arrival-wins",
-            "of two versions the one that arrives last counts, not the later one",
-            _last_arrival_wins,
-            "records",
-        ),
+        Bug("own-record-wins", "a node keeps what it wrote itself, whoever wrote later", _own_record_wins, "records"),
         Bug("no-repair", "differences that a push did not reach are never repaired", _no_repair, "records"),
         Bug(
             "budget-ignored",
