@@ -296,11 +296,13 @@ class Supervisor:
         )
 
     def _log_failure(self, event: str, record: _Record, error: BaseException) -> None:
+        # A MeshError says what happened and what to do; where in the code it was noticed helps nobody.
+        foreseen = isinstance(_only(error), MeshError)
         self._logger.error(
             event,
             service=record.service.name,
             policy=record.service.policy.value,
-            exc_info=error,
+            exc_info=None if foreseen else error,
             error=_one_line(error),
         )
 

@@ -31,7 +31,8 @@ from meshnode.kernel.database import Database, KeyValue, Migration, kernel_migra
 from meshnode.kernel.datafolder import DataFolder
 from meshnode.kernel.datagrams import DatagramSocket, open_datagrams
 from meshnode.kernel.driver import Driver, Observer
-from meshnode.kernel.identity import NodeIdentity, load_or_make_identity, load_root
+from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.identity import NODE_KEY_FILE, ROOT_KEY_FILE, NodeIdentity, load_or_make_identity, load_root
 from meshnode.kernel.links.contracts import LinkEvent, PeerMethod
 from meshnode.kernel.links.links import Links
 from meshnode.kernel.links.settings import LinkSettings
@@ -174,6 +175,7 @@ class Runtime:
     async def _lay_ground(self, stack: AsyncExitStack) -> Ground:
         """Database, identity, mesh. A first start founds a mesh of one."""
         name = node_name(self._settings.node.name, socket.gethostname())
+        self._refuse_lost_database()
         database = await stack.enter_async_context(
             open_database(self._data_dir / DATABASE_FILE, all_migrations(), wall=time.time())
         )
@@ -182,6 +184,13 @@ class Runtime:
         mesh = store.load()
         if mesh is None:
             mesh = await found(self._data_dir, identity, name, store, key_value)
+        if self._settings.node.name and name != mesh.name:
+            self._log("agent").warning(
+                "a node keeps the name it was admitted under; to change it, leave and join again",
+                name=mesh.name,
+                wanted=name,
+            )
+        name = mesh.name
         return Ground(
             name=name,
             database=database,
@@ -196,6 +205,17 @@ class Runtime:
             clock=SystemClock(),
             offload=ThreadOffload(),
         )
+
+    def _refuse_lost_database(self) -> None:
+        """A key without its database is a loss, not a first start: founding anew would hide it. Raises MeshError."""
+        database = self._data_dir / DATABASE_FILE
+        if (self._data_dir / NODE_KEY_FILE).exists() and (not database.exists() or database.stat().st_size == 0):
+            raise MeshError(
+                ErrorCode.DATABASE_CORRUPT,
+                f"{database} is missing or empty, though this node has an identity: what it knew of its mesh is gone. "
+                f"Put the file back from a back-up; or move {NODE_KEY_FILE} (and {ROOT_KEY_FILE}) out of the folder to "
+                "start afresh, and join again.",
+            )
 
     async def _build_network(self, stack: AsyncExitStack, ground: Ground) -> Network:
         """Sockets, the hub with all machines, links, driver."""

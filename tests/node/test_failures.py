@@ -60,3 +60,20 @@ def test_a_clock_that_is_wrong_by_a_year_joins_and_stays(house: Agents, offset_s
     assert a.call("DELETE", f"/api/nodes/{b.node_id}").status == 204
     agree([a, astray])
     until(lambda: b.node_id not in {n["id"] for n in astray.get("/api/nodes")}, "the eviction to arrive", 5.0)
+
+
+@pytest.mark.parametrize("emptied", [True, False])
+def test_a_lost_database_is_refused_and_nothing_is_founded_over_it(house: Agents, emptied: bool) -> None:
+    (agent,) = house.mesh("a")
+    agent.stop()
+    database, root = agent.folder / "meshnode.db", (agent.folder / "root.key").read_bytes()
+    for path in agent.folder.glob("meshnode.db*"):
+        path.unlink()
+    if emptied:
+        database.touch()
+    error = agent.refused()
+    assert error["code"] == "database_corrupt"
+    assert "node.key" in error["error"]
+    assert "back-up" in error["error"]
+    assert (agent.folder / "root.key").read_bytes() == root
+    assert not database.exists() or database.stat().st_size == 0

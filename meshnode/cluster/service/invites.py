@@ -60,6 +60,12 @@ class Invites:
 
     async def invite(self, *, role: Role, ttl_s: float | None) -> Invited:
         """A one-time URL. Raises MeshError: FORBIDDEN, BAD_REQUEST, CONFLICT, PORT_IN_USE, UNAVAILABLE."""
+        if self._nodes.is_shut_out:
+            raise MeshError(
+                ErrorCode.EVICTED,
+                "This node was evicted from its mesh, so nobody can join through it. Invite on another member; "
+                "`meshnode leave --force` starts afresh here.",
+            )
         if not self._trust.is_admin:
             if role == "admin":
                 raise MeshError(

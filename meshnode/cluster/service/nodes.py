@@ -203,6 +203,11 @@ class Nodes:
     def _lines(self, infos: Iterable[NodeInfo]) -> Iterable[PeerLine]:
         return map(core.peer_line, infos)
 
+    @property
+    def is_shut_out(self) -> bool:
+        """Whether this node was evicted: by its own roster, or as the others say."""
+        return self._hub.me not in self._hub.roster or "evicted" in self._warnings
+
     def warnings(self) -> Sequence[str]:
         """What the person should know and do something about."""
         found = list(self._warnings.values())
@@ -341,7 +346,8 @@ class Nodes:
             case RecordHeld(author=author, ahead_s=ahead_s):
                 self._clocks.held(author, ahead_s)
                 self._changed()
-            case IdentityInUse():
+            case IdentityInUse() | LinkLost(code=ErrorCode.CONFLICT):
+                # The second: a peer holds a newer link under this very key.
                 self._warnings["identity"] = (
                     "another machine runs with a copy of this node's key: stop one of the two; "
                     "on the copy run `meshnode leave --force` to give it an identity of its own"

@@ -55,7 +55,11 @@ def make_contexts(identity: NodeIdentity, leaf: bytes, root: bytes) -> TlsContex
     BAD_SIGNATURE if the leaf is not for this key or either certificate cannot be read.
     """
     if certificate_public_key(leaf) != identity.public_key:
-        raise MeshError(ErrorCode.BAD_SIGNATURE, "The certificate is for another key. Leave the mesh, then join again.")
+        raise MeshError(
+            ErrorCode.BAD_SIGNATURE,
+            f"{identity.key_path} is not the key that this node's certificate was made for: it was replaced, or lost and "
+            "made anew. Put the old file back from a back-up; or move the whole data folder away, start afresh and join.",
+        )
     server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     with tempfile.TemporaryDirectory(prefix="meshnode-") as folder:
         # OpenSSL loads a chain from files only; the leaf is public, and the key stays in its own file.
