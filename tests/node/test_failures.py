@@ -73,7 +73,7 @@ def test_a_lost_database_is_refused_and_nothing_is_founded_over_it(house: Agents
         database.touch()
     error = agent.refused()
     assert error["code"] == "database_corrupt"
-    assert "node.key" in error["error"]
-    assert "back-up" in error["error"]
+    assert "node.key" in error["message"]
+    assert "back-up" in error["message"]
     assert (agent.folder / "root.key").read_bytes() == root
     assert not database.exists() or database.stat().st_size == 0

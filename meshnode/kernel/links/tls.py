@@ -57,8 +57,8 @@ def make_contexts(identity: NodeIdentity, leaf: bytes, root: bytes) -> TlsContex
     if certificate_public_key(leaf) != identity.public_key:
         raise MeshError(
             ErrorCode.BAD_SIGNATURE,
-            f"{identity.key_path} is not the key that this node's certificate was made for: it was replaced, or lost and "
-            "made anew. Put the old file back from a back-up; or move the whole data folder away, start afresh and join.",
+            f"{identity.key_path} is not the key that this node's certificate was made for: it was replaced, or lost "
+            "and made anew. Put the old file back from a back-up; or move the whole data folder away and join afresh.",
         )
     server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     with tempfile.TemporaryDirectory(prefix="meshnode-") as folder:
