@@ -303,7 +303,7 @@ class Fetch:
             keep, folder = FREE_BYTES_MIN / 1e9, self._target.parent
             raise MeshError(
                 ErrorCode.DISK_FULL,
-                f"{missing / 1e9:.1f} GB are still to be fetched to {folder}, but only {free / 1e9:.1f} GB are free there, "
+                f"{missing / 1e9:.1f} GB are still to be fetched to {folder}, but only {free / 1e9:.1f} GB are free, "
                 f"of which {keep:.1f} GB stay free. Remove models (`meshnode rm-model`), or set llm.models_dir to a "
                 "larger disk.",
                 retryable=True,

@@ -4,19 +4,22 @@ It knows how origins misbehave: redirects to storage elsewhere (which never gets
 files that change half-way, refusals that mean "ask for access first". Trying again and resuming are `fetch`'s.
 """
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urljoin, urlsplit
 
 import httpx2
+import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.llm.pull.refs import RemoteRef
 
 REDIRECTS_MAX: Final = 5
 SILENCE_MAX_S: Final = 30.0
+CONNECT_MAX_S: Final = 10.0
 FILE_BYTES_MAX: Final = 4 * 1024**4
 _SHA256_CHARS: Final = 64
 
@@ -77,12 +80,14 @@ class HttpOrigin:
                 )
             if facts.ranges and _start_of(response) != start:
                 raise self._odd("it answered with other bytes than those it was asked for")
-            yield self._pieces(response, 0 if facts.ranges else start, length)
+            async with aclosing(self._pieces(response, 0 if facts.ranges else start, length)) as pieces:
+                yield pieces
 
-    async def _pieces(self, response: httpx2.Response, skip: int, length: int) -> AsyncIterator[bytes]:
+    async def _pieces(self, response: httpx2.Response, skip: int, length: int) -> AsyncGenerator[bytes, None]:
         left = length
+        stream = response.aiter_raw()
         try:
-            async for piece in response.aiter_raw(256 * 1024):
+            async for piece in stream:
                 if skip >= len(piece):
                     skip -= len(piece)
                     continue
@@ -94,6 +99,14 @@ class HttpOrigin:
                     return
         except (httpx2.TransportError, httpx2.StreamError) as error:
             raise self._broken(error) from error
+        finally:
+            # The client's own generators lie one in another and close only when they run on into an end: a cancelled
+            # one is given to them here, or each would be left to the garbage collector.
+            with trio.CancelScope() as over:
+                over.cancel()
+                with contextlib.suppress(httpx2.TransportError, httpx2.StreamError):
+                    async for _ in stream:
+                        pass
         raise self._broken(f"it ended {left} bytes early")
 
     @asynccontextmanager
@@ -105,7 +118,8 @@ class HttpOrigin:
             # The storage behind a redirect belongs to somebody else: the token is for the origin alone.
             if self._token and urlsplit(url).netloc == urlsplit(self._url).netloc:
                 asked["Authorization"] = f"Bearer {self._token}"
-            request = self._client.build_request("GET", url, headers=asked)
+            patience = httpx2.Timeout(SILENCE_MAX_S, connect=CONNECT_MAX_S)
+            request = self._client.build_request("GET", url, headers=asked, timeout=patience)
             try:
                 response = await self._client.send(request, stream=True)
             except httpx2.TransportError as error:
