@@ -218,3 +218,13 @@ def test_the_host_name_stands_in_for_a_missing_name() -> None:
     assert node_name("Küche", "host") == "Küche"
     assert node_name("", "192.168.1.7") == "192.168.1.7"
     assert node_name("\x00", "\x00") == "node"
+
+
+def test_a_secret_is_shown_to_nobody(tmp_path: Path) -> None:
+    environ = {"MESHNODE_LLM_HUB_TOKEN": "hf_verysecret", "MESHNODE_LLM_UPSTREAM_KEYS": "a=sk-secret"}
+    shown = repr(load_settings(config=None, environ=environ).show())
+    assert "verysecret" not in shown
+    assert "sk-secret" not in shown
+    with pytest.raises(MeshError) as caught:
+        load_settings(config=None, environ={"MESHNODE_LLM_UPSTREAM_KEYS": "a=sk secret"})
+    assert "sk secret" not in caught.value.message

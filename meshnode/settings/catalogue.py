@@ -49,6 +49,7 @@ class Setting:
     default: Any
     description: str
     type: Any
+    secret: bool
 
     @property
     def variable(self) -> str:
@@ -93,6 +94,7 @@ def _settings() -> Iterator[Setting]:
                 default=field.default,
                 description=str(schema.get("description", "")),
                 type=hints[field.name],
+                secret=bool(extra.get("secret", False)),
             )
 
 

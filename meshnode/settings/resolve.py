@@ -49,7 +49,7 @@ class ResolvedSettings:
         return [
             SettingView(
                 key=setting.key,
-                value=_value_of(self.settings, setting.key),
+                value=_shown(setting, _value_of(self.settings, setting.key)),
                 origin=self.origins.get(setting.key, DEFAULT_ORIGIN),
                 default=setting.default,
                 unit=setting.unit,
@@ -142,6 +142,13 @@ def _value_of(settings: Settings, key: str) -> Any:
     return getattr(getattr(settings, section), name)
 
 
+def _shown(setting: Setting, value: Any) -> Any:
+    """A secret is only said to be set."""
+    if not setting.secret or not value:
+        return value
+    return ("(hidden)",) * len(value) if isinstance(value, tuple) else "(hidden)"
+
+
 def _unknown(assignment: Assignment, known: Mapping[str, Setting]) -> str:
     sections = {setting.section for setting in catalogue()}
     if assignment.key in sections:
@@ -156,7 +163,7 @@ def _unknown(assignment: Assignment, known: Mapping[str, Setting]) -> str:
 
 
 def _invalid(setting: Setting, assignment: Assignment) -> str:
-    shown = repr(assignment.value)
+    shown = "(hidden)" if setting.secret else repr(assignment.value)
     if len(shown) > _VALUE_CHARS_SHOWN:
         shown = shown[:_VALUE_CHARS_SHOWN] + "..."
     return f"{setting.key} = {shown} ({assignment.origin}): expected {setting.kind}"

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 
-def _doc(text: str, unit: str = "", **bounds: Any) -> Meta:
-    return Meta(description=text, extra={"unit": unit}, **bounds)
+def _doc(text: str, unit: str = "", *, secret: bool = False, **bounds: Any) -> Meta:
+    return Meta(description=text, extra={"unit": unit, "secret": secret}, **bounds)
 
 
 _WORD = r"^\S+$"
@@ -143,6 +143,37 @@ class MeshSettings(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 86_400.0
 
 
+class LlmSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """Large language models: what this node lends to the mesh, and where it keeps and fetches them."""
+
+    lend: Annotated[bool, _doc("Compute layers of models on this node. It needs the `llm` extra.")] = True
+    models_dir: Annotated[str, _doc("Folder for models. Empty: `models` in the data folder.")] = ""
+    disk_bytes_max: Annotated[int, _doc("What models may take on this disk. 0: all but a tenth of it.", "B", ge=0)] = 0
+    memory_bytes_max: Annotated[
+        int, _doc("Main memory that models may take. 0: what is free, less an eighth of the machine's.", "B", ge=0)
+    ] = 0
+    gpu_bytes_max: Annotated[
+        int, _doc("Memory of graphics devices that models may take. 0: what is free, less a tenth.", "B", ge=0)
+    ] = 0
+    threads: Annotated[int, _doc("Cores that models may use. 0: all.", ge=0, le=1_024)] = 0
+    slots: Annotated[int, _doc("Generations that one loaded model runs at once; more wait.", ge=1, le=64)] = 8
+    context: Annotated[
+        int, _doc("Tokens of context shared by the slots of a loaded model. 0: by the model, 8,192 at most.", ge=0)
+    ] = 0
+    keep_alive_s: Annotated[
+        float, _doc("A model that was not used for so long is unloaded, unless it is pinned.", "s", ge=0, le=31_536_000)
+    ] = 1_800.0
+    pinned: Annotated[tuple[_Word, ...], _doc("Models that stay loaded.")] = ()
+    aliases: Annotated[tuple[_Word, ...], _doc("Other names for models, each ALIAS=MODEL.")] = ()
+    default_model: Annotated[str, _doc("What `auto` means. Empty: the best model that is ready.")] = ""
+    upstreams: Annotated[
+        tuple[_Word, ...], _doc("OpenAI-compatible servers that this node reaches for the mesh, each NAME=URL.")
+    ] = ()
+    upstream_keys: Annotated[tuple[_Word, ...], _doc("Keys for them, each NAME=KEY.", secret=True)] = ()
+    hub_url: Annotated[_Origin, _doc("Where `hf:` references are fetched from.")] = "https://huggingface.co"
+    hub_token: Annotated[str, _doc("Token for downloads that need one. It goes to `hub_url` alone.", secret=True)] = ""
+
+
 class LogSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """What is written to standard error and to the log files in the data folder."""
 
@@ -169,4 +200,5 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     discovery: DiscoverySettings = DiscoverySettings()
     heartbeats: HeartbeatSettings = HeartbeatSettings()
     mesh: MeshSettings = MeshSettings()
+    llm: LlmSettings = LlmSettings()
     log: LogSettings = LogSettings()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.llm.pull.refs import LocalRef, NamedRef, RemoteRef, parse_ref
+from meshnode.llm.service.pull.refs import LocalRef, NamedRef, RemoteRef, parse_ref
 
 
 def test_a_file_of_the_hub_has_a_url_and_a_page_to_ask_for_access() -> None:

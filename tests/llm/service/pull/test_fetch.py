@@ -14,10 +14,10 @@ from blake3 import blake3
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.offload import InlineOffload
-from meshnode.llm.pull import fetch as module
-from meshnode.llm.pull.fetch import Fetch, Given, Piece, Range, Source
-from meshnode.llm.pull.origin import HttpOrigin, OriginFacts
-from meshnode.llm.pull.refs import RemoteRef
+from meshnode.llm.service.pull import fetch as module
+from meshnode.llm.service.pull.fetch import Fetch, Given, Piece, Range, Source
+from meshnode.llm.service.pull.origin import HttpOrigin, OriginFacts
+from meshnode.llm.service.pull.refs import RemoteRef
 from tests.support.origin_server import OriginServer, origin_server
 
 BODY = random.Random(7).randbytes(3_000_000)

@@ -15,7 +15,7 @@ import httpx2
 import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.llm.pull.refs import RemoteRef
+from meshnode.llm.service.pull.refs import RemoteRef
 
 REDIRECTS_MAX: Final = 5
 SILENCE_MAX_S: Final = 30.0

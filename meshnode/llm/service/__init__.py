@@ -1,0 +1,1 @@
+"""The verbs of the llm subsystem, a file for each family of them."""
