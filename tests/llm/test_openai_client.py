@@ -1,5 +1,6 @@
 """An upstream server's stream becomes our events, however its bytes are cut; what is no such stream is refused."""
 
+import itertools
 import json
 
 import hypothesis.strategies as st
@@ -60,7 +61,7 @@ EVENTS = [
 def test_however_the_bytes_are_cut_the_events_are_the_same(cuts: list[int]) -> None:
     reader, events = StreamReader("it"), []
     edges = [0, *sorted(cuts), len(STREAM)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         events.extend(reader.feed(STREAM[start:end]))
     assert events == EVENTS
     assert reader.ended
