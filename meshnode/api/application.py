@@ -185,8 +185,7 @@ class ApiApplication:
             await route.asgi(exchange.scope, receive, self._page_send(exchange))
             return
         request, common = await self._decoded(exchange, route, admission, receive)
-        assert route.handler is not None
-        result = await route.handler(request)
+        result = await self._handled(route, request, receive)
         match result:
             case EventStream():
                 await self._answer_stream(exchange, result, receive)
@@ -205,6 +204,32 @@ class ApiApplication:
                 await self._send_json(exchange, status, result.body, extra)
             case _:
                 await self._send_json(exchange, route.status, result, ())
+
+    async def _handled(self, route: Route, request: ApiRequest[Any, Any], receive: AsgiReceive) -> Any:
+        """What the handler answers. Raises ClientGoneError when the client left and the route cares."""
+        assert route.handler is not None
+        if not route.until_client_leaves:
+            return await route.handler(request)
+        result: Any = None
+        gone = False
+
+        async def watch() -> None:
+            nonlocal gone
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone = True
+            nursery.cancel_scope.cancel()
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch)
+                result = await route.handler(request)
+                nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise _alone(group) from group
+        if gone and result is None:
+            raise ClientGoneError
+        return result
 
     async def _decoded(
         self, exchange: Exchange, route: Route, admission: Admission, receive: AsgiReceive

@@ -116,6 +116,8 @@ class Route:
     body_bytes_max: int | None = None
     streams: bool = False
     """Answers with an event stream, and so counts as a stream rather than as a request in flight."""
+    until_client_leaves: bool = False
+    """The handler is cancelled when the client closes the connection: for work that is of use to nobody else."""
     paginated: bool = False
     mesh_wide: bool = False
     allow_unknown: bool = False

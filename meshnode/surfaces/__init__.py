@@ -1,0 +1,1 @@
+"""The interfaces of other systems over the services of this one."""

@@ -1,0 +1,1 @@
+"""OpenAI's HTTP interface under /v1: chat completions, completions, responses, embeddings, models."""

@@ -1,0 +1,269 @@
+"""The endpoints: parse, ask the llm service, fold its events into an answer or a stream."""
+
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, Final, Protocol
+
+import msgspec
+import trio
+
+from meshnode.api.routing import ApiRequest, Content, Mount, Route
+from meshnode.api.sse import EventStream, frame
+from meshnode.kernel.errors import ErrorCode, MeshError, http_status
+from meshnode.llm.model import Embedded, EmbeddingRequest, GenerationEvent, GenerationRequest, ModelCard
+from meshnode.surfaces.openai.errors import openai_error_body
+from meshnode.surfaces.openai.schema import ChatRequest, CompletionRequest, EmbeddingsRequest, ResponsesRequest
+from meshnode.surfaces.openai.translate import chat, completions, embeddings
+from meshnode.surfaces.openai.translate.responses import ResponseFold
+from meshnode.surfaces.openai.translate.responses import request_of as response_request_of
+
+PREFIX: Final = "/v1"
+TAG: Final = "openai"
+BODY_BYTES_MAX: Final = 32 * 1024 * 1024
+WAITING_EVENTS_MAX: Final = 64
+FLUSH_S: Final = 0.015  # tokens that come faster leave together
+
+Request = ApiRequest[Any, Any]
+
+
+class Llm(Protocol):
+    """What the surface needs of the service."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        """One generation; close it to stop it. Raises MeshError out of the iteration."""
+        ...
+
+    async def embed(self, request: EmbeddingRequest) -> Embedded:
+        """Vectors."""
+        ...
+
+    async def cards(self) -> Sequence[ModelCard]:
+        """Every model that can be asked for, those that are ready first."""
+        ...
+
+
+class OpenAiRoutes:
+    """Handlers. `wall` is the clock that answers are dated by."""
+
+    def __init__(self, llm: Llm, wall: Callable[[], float]) -> None:
+        self._llm = llm
+        self._wall = wall
+
+    async def chat(self, request: Request) -> Content | EventStream:
+        body: ChatRequest = request.body
+        asked = chat.requests_of(body)
+        answer_id, created = f"chatcmpl-{request.request_id}", int(self._wall())
+        if body.stream:
+            with_usage = body.stream_options is not None and body.stream_options.include_usage
+            chunks = chat.ChatChunks(answer_id, created, body.model, include_usage=with_usage)
+            return EventStream(self._chunks(asked, chunks.chunks, chunks.last), flush_s=FLUSH_S)
+        answer = chat.ChatAnswer(answer_id, created, body.model, len(asked))
+        async with self._events(asked) as events:
+            async for choice, event in events:
+                answer.add(choice, event)
+        return _json(answer.body())
+
+    async def completions(self, request: Request) -> Content | EventStream:
+        body: CompletionRequest = request.body
+        asked = completions.requests_of(body)
+        answer_id, created, each = f"cmpl-{request.request_id}", int(self._wall()), body.n or 1
+        if body.stream:
+            with_usage = body.stream_options is not None and body.stream_options.include_usage
+            chunks = completions.CompletionChunks(
+                answer_id, created, body.model, choices=len(asked), choices_each=each, include_usage=with_usage
+            )
+            return EventStream(self._chunks(asked, chunks.chunks, chunks.last), flush_s=FLUSH_S)
+        answer = completions.CompletionAnswer(answer_id, created, body.model, choices=len(asked), choices_each=each)
+        async with self._events(asked) as events:
+            async for choice, event in events:
+                answer.add(choice, event)
+        return _json(answer.body())
+
+    async def responses(self, request: Request) -> Content | EventStream:
+        body: ResponsesRequest = request.body
+        asked = response_request_of(body)
+        fold = ResponseFold(body, f"resp_{request.request_id}", self._wall())
+        if body.stream:
+            return EventStream(self._response_events(asked, fold), flush_s=FLUSH_S)
+        async with aclosing(self._llm.generate(asked)) as events:
+            async for event in events:
+                for _ in fold.add(event):
+                    pass
+        return _json(fold.body())
+
+    async def embeddings(self, request: Request) -> Content:
+        body: EmbeddingsRequest = request.body
+        embedded = await self._llm.embed(embeddings.request_of(body))
+        return _json(embeddings.body_of(embedded, body.encoding_format))
+
+    async def models(self, request: Request) -> Content:
+        return _json({"object": "list", "data": [_model(card) for card in await self._llm.cards()]})
+
+    async def model(self, request: Request) -> Content:
+        wanted = request.params["model"]
+        for card in await self._llm.cards():
+            if wanted == card.name or wanted in card.aliases:
+                return _json(_model(card))
+        raise MeshError(ErrorCode.NOT_FOUND, f"There is no model {wanted!r} here. `meshnode models` lists them.")
+
+    # ---- streams ----------------------------------------------------------------------------------------------------
+
+    async def _chunks(
+        self,
+        asked: Sequence[GenerationRequest],
+        chunks: Callable[[int, GenerationEvent], list[dict[str, Any]]],
+        last: Callable[[], list[dict[str, Any]]],
+    ) -> AsyncGenerator[bytes, None]:
+        begun = False
+        try:
+            async with self._events(asked) as events:
+                async for choice, event in events:
+                    told = chunks(choice, event)
+                    if told:
+                        begun = True
+                        yield b"".join(frame(None, _encode(chunk)) for chunk in told)
+        except MeshError as error:
+            if not begun:
+                # Nothing was sent: an error answer with its status says more than an event.
+                raise
+            yield frame(None, _encode(openai_error_body(error, http_status(error.code), "")))
+            return
+        yield b"".join(frame(None, _encode(chunk)) for chunk in last()) + b"data: [DONE]\n\n"
+
+    async def _response_events(self, asked: GenerationRequest, fold: ResponseFold) -> AsyncGenerator[bytes, None]:
+        begun = False
+        try:
+            async with aclosing(self._llm.generate(asked)) as events:
+                async for event in events:
+                    told = list(fold.add(event))
+                    if not told:
+                        continue
+                    if not begun:
+                        begun = True
+                        told = [*fold.begin(), *told]
+                    yield b"".join(_named(one) for one in told)
+        except MeshError as error:
+            if not begun:
+                raise
+            yield _named(fold.fail(openai_error_body(error, http_status(error.code), "")))
+
+    @asynccontextmanager
+    async def _events(
+        self, asked: Sequence[GenerationRequest]
+    ) -> AsyncIterator[AsyncIterator[tuple[int, GenerationEvent]]]:
+        """The events of all choices as they come. The first failure of one is the failure of all."""
+        if len(asked) == 1:
+            async with aclosing(self._llm.generate(asked[0])) as only, aclosing(_numbered(only)) as numbered:
+                yield numbered
+            return
+        send, receive = trio.open_memory_channel[tuple[int, GenerationEvent | MeshError]](WAITING_EVENTS_MAX)
+
+        async def run(number: int, request: GenerationRequest, out: trio.MemorySendChannel[Any]) -> None:
+            async with out, aclosing(self._llm.generate(request)) as events:
+                try:
+                    async for event in events:
+                        await out.send((number, event))
+                except MeshError as error:
+                    await out.send((number, error))
+
+        async with trio.open_nursery() as nursery:
+            async with send:
+                for number, request in enumerate(asked):
+                    nursery.start_soon(run, number, request, send.clone())
+            async with receive, aclosing(_raising(receive)) as merged:
+                yield merged
+            nursery.cancel_scope.cancel()
+
+    def routes(self) -> list[Route]:
+        """All of them."""
+        big: Mapping[str, Any] = {"body_bytes_max": BODY_BYTES_MAX, "until_client_leaves": True, "tag": TAG}
+        failures = (ErrorCode.NOT_FOUND, ErrorCode.UNAVAILABLE, ErrorCode.TOO_LARGE)
+        return [
+            Route(
+                method="POST", path="/v1/chat/completions", summary="The next turn of a conversation.",
+                handler=self.chat, request=ChatRequest, errors=failures, **big,
+            ),
+            Route(
+                method="POST", path="/v1/completions", summary="What follows a text.",
+                handler=self.completions, request=CompletionRequest, errors=failures, **big,
+            ),
+            Route(
+                method="POST", path="/v1/responses", summary="A conversation's next turn, as items. Nothing is stored.",
+                handler=self.responses, request=ResponsesRequest, errors=failures, **big,
+            ),
+            Route(
+                method="POST", path="/v1/embeddings", summary="Texts as vectors.",
+                handler=self.embeddings, request=EmbeddingsRequest, errors=failures, **big,
+            ),
+            Route(
+                method="GET", path="/v1/models", summary="Every model that can be asked for.",
+                handler=self.models, mesh_wide=True, tag=TAG,
+            ),
+            Route(
+                method="GET", path="/v1/models/{model...}", summary="One model.",
+                handler=self.model, errors=(ErrorCode.NOT_FOUND,), tag=TAG,
+            ),
+        ]  # fmt: skip
+
+
+def openai_mount(llm: Llm, wall: Callable[[], float]) -> Mount:
+    """What the composition root mounts."""
+    return Mount(OpenAiRoutes(llm, wall).routes(), prefix=PREFIX, error_body=openai_error_body)
+
+
+async def _numbered(
+    events: AsyncGenerator[GenerationEvent, None],
+) -> AsyncGenerator[tuple[int, GenerationEvent], None]:
+    async for event in events:
+        yield 0, event
+
+
+async def _raising(
+    events: trio.MemoryReceiveChannel[tuple[int, GenerationEvent | MeshError]],
+) -> AsyncGenerator[tuple[int, GenerationEvent], None]:
+    async for number, event in events:
+        if isinstance(event, MeshError):
+            raise event
+        yield number, event
+
+
+def _model(card: ModelCard) -> dict[str, Any]:
+    return {
+        "id": card.name,
+        "object": "model",
+        "created": card.created,
+        "owned_by": "meshnode",
+        "meshnode": {
+            "ready": card.ready,
+            "aliases": list(card.aliases),
+            "context_max": card.context_max,
+            "quantization": card.quantization,
+            "embeds": card.embeds,
+            "reason": card.reason or None,
+        },
+    }
+
+
+def _named(event: dict[str, Any]) -> bytes:
+    return frame(event["type"], _encode(event))
+
+
+def _encode(value: object) -> bytes:
+    """JSON with its nulls: their clients know absent and null apart. Infinity, which JSON lacks, becomes a number."""
+    return msgspec.json.encode(_finite(value))
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list():
+            return [_finite(item) for item in value]
+        case float() if not math.isfinite(value):
+            return -9999.0
+    return value
+
+
+def _json(value: object) -> Content:
+    return Content(_encode(value), "application/json")
