@@ -220,13 +220,10 @@ class ApiApplication:
             gone = True
             nursery.cancel_scope.cancel()
 
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(watch)
-                result = await route.handler(request)
-                nursery.cancel_scope.cancel()
-        except BaseExceptionGroup as group:
-            raise _alone(group) from group
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            result = await route.handler(request)
+            nursery.cancel_scope.cancel()
         if gone and result is None:
             raise ClientGoneError
         return result

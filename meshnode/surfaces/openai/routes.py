@@ -11,7 +11,15 @@ import trio
 from meshnode.api.routing import ApiRequest, Content, Mount, Route
 from meshnode.api.sse import EventStream, frame
 from meshnode.kernel.errors import ErrorCode, MeshError, http_status
-from meshnode.llm.model import Embedded, EmbeddingRequest, GenerationEvent, GenerationRequest, ModelCard
+from meshnode.llm.model import (
+    Embedded,
+    EmbeddingRequest,
+    GenerationEvent,
+    GenerationRequest,
+    Loading,
+    ModelCard,
+    Routed,
+)
 from meshnode.surfaces.openai.errors import openai_error_body
 from meshnode.surfaces.openai.schema import ChatRequest, CompletionRequest, EmbeddingsRequest, ResponsesRequest
 from meshnode.surfaces.openai.translate import chat, completions, embeddings
@@ -136,13 +144,12 @@ class OpenAiRoutes:
         try:
             async with aclosing(self._llm.generate(asked)) as events:
                 async for event in events:
-                    told = list(fold.add(event))
-                    if not told:
-                        continue
-                    if not begun:
-                        begun = True
-                        told = [*fold.begin(), *told]
-                    yield b"".join(_named(one) for one in told)
+                    # A load may still fail, with a status of its own: the stream begins when the prompt is accepted.
+                    told = [] if begun or isinstance(event, Loading | Routed) else list(fold.begin())
+                    begun = begun or bool(told)
+                    told += fold.add(event)
+                    if told:
+                        yield b"".join(_named(one) for one in told)
         except MeshError as error:
             if not begun:
                 raise

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-NUMBER_MAX = 2**53
+Prompts = str | list[str | int | list[int]]
+"""A text, several, one as tokens, or several as tokens."""
 
 _Unit = Annotated[float, Meta(ge=0, le=1)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -162,7 +163,7 @@ class CompletionRequest(SamplingIn, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/completions."""
 
     model: str
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Prompts
     max_tokens: _Tokens | None = None
     n: Annotated[int, Meta(ge=1, le=16)] | None = None
     stream: bool | None = None
@@ -178,7 +179,7 @@ class EmbeddingsRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/embeddings."""
 
     model: str
-    input: str | list[str] | list[int] | list[list[int]]
+    input: Prompts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Meta(ge=1, le=100_000)] | None = None
     user: str | None = None

@@ -4,7 +4,7 @@ from typing import Any
 
 from meshnode.llm.model import Finished, GenerationEvent, GenerationRequest, TextDelta, TokenDetail, Usage
 from meshnode.surfaces.openai.errors import invalid, unsupported
-from meshnode.surfaces.openai.schema import CompletionRequest
+from meshnode.surfaces.openai.schema import CompletionRequest, Prompts
 from meshnode.surfaces.openai.translate.asking import refuse, sampling_of
 from meshnode.surfaces.openai.translate.chat import refuse_streaming, usage_of
 
@@ -36,7 +36,7 @@ def requests_of(request: CompletionRequest) -> list[GenerationRequest]:
     ]
 
 
-def prompts_of(given: str | list[str] | list[int] | list[list[int]], name: str) -> list[str | tuple[int, ...]]:
+def prompts_of(given: Prompts, name: str) -> list[str | tuple[int, ...]]:
     """One or several texts or lists of tokens."""
     if isinstance(given, str):
         return [given]
