@@ -104,10 +104,6 @@ class View:
         """How many members are down by the word of witnesses."""
         return sum(1 for down in self.down.values() if down.proof)
 
-    def offline(self) -> list[NodeId]:
-        """Members with a known address that are not up and did not say goodbye."""
-        return [peer for peer in self.known if peer not in self.up and peer not in self.left and peer in self._roster]
-
     def bits(self) -> int:
         """Who is up, as an integer: bit i is member i of the roster."""
         up, bits = self.up, 0
