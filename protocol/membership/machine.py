@@ -212,20 +212,11 @@ class Membership:
     def _contact(self) -> None:
         """Nobody is up in this view: try members by the addresses remembered, over links."""
         s = self._s
-        offline = self._not_up(left=True)
+        offline = s.view.absent(s.contacts)
         for peer in s.rng.sample(offline, min(CONTACT_PEERS, len(offline))):
             self._introduce(peer)
         self._contact_pause_s = min(self._contact_pause_s * 1.5, CONTACT_RETRY_MAX_S)
         s.timer(s.now + self._contact_pause_s * s.rng.uniform(0.8, 1.2), "contact")
-
-    def _not_up(self, *, left: bool) -> list[NodeId]:
-        """Members with a known address that are not up; `left`: with those that said goodbye."""
-        s = self._s
-        return [
-            peer
-            for peer in {**s.view.known, **s.contacts}
-            if peer not in s.view.up and peer in s.roster and (left or peer not in s.view.left)
-        ]
 
     def _contact_found(self, peer: NodeId, address: Address) -> None:
         s = self._s
@@ -311,21 +302,15 @@ class Membership:
         self._contact()
 
     def _announce_tick(self) -> None:
-        """Look for a member that is not up: healed partitions find each other by this.
-
-        Those only remembered from before a restart count too: who restarted within a partition cannot be found by the
-        others' datagrams, which are sealed for its former boot.
-        """
+        """Look for a member that is not up: healed partitions find each other by this."""
         s = self._s
         s.timer(s.now + s.params.announce_interval_s * s.rng.uniform(0.8, 1.2), "announce")
-        gone = self._not_up(left=False)
+        gone = [peer for peer in s.view.absent(s.contacts) if peer not in s.view.left]
         if not gone or self._departed:
             return
         peer = s.rng.choice(gone)
-        if peer in s.view.down:
-            self._probing.announce(peer)
-        else:
-            self._seek(peer)
+        # One remembered from before a restart cannot find this node: it seals its datagrams for the former boot.
+        (self._probing.announce if peer in s.view.down else self._seek)(peer)
 
     # ---- messages ----------------------------------------------------------------------------------------------
 

@@ -104,6 +104,12 @@ class View:
         """How many members are down by the word of witnesses."""
         return sum(1 for down in self.down.values() if down.proof)
 
+    def absent(self, contacts: Iterable[NodeId]) -> list[NodeId]:
+        """Members that are not up and were heard of, or are among these contacts."""
+        return [
+            peer for peer in dict.fromkeys((*self.known, *contacts)) if peer not in self.up and peer in self._roster
+        ]
+
     def bits(self) -> int:
         """Who is up, as an integer: bit i is member i of the roster."""
         up, bits = self.up, 0
