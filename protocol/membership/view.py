@@ -4,7 +4,7 @@ Only bookkeeping; the machine decides. The digest covers who is up, in which boo
 digests have equal views.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from protocol.ids import Address, NodeId, unpack_address
