@@ -34,7 +34,7 @@ from protocol.election.events import CoordinatorChanged, ForgetLost, Standing
 from protocol.election.machine import Election
 from protocol.election.messages import Beacon, ElectorateOffer, ElectorateRequest, Follow
 from protocol.election.parameters import ElectionParameters
-from protocol.heartbeats.events import HeartbeatFlag, HeartbeatHeard, SampleTaken, capability_in
+from protocol.heartbeats.events import HeartbeatFlag, HeartbeatHeard, Led, SampleTaken, capability_in
 from protocol.heartbeats.machine import HeartbeatParameters, Heartbeats
 from protocol.ids import Address, MeshId, NodeId
 from protocol.membership.events import (
@@ -348,18 +348,18 @@ class Node:
         for name in PUBLISHED.get(type(event), ()):
             self._give(name, event, now, wall)
         if isinstance(event, PeerUp | PeerDown | PeerLeft):
-            self._follow()
+            self._led(now, wall)
         if isinstance(event, RosterChanged):
             self._removed(event.removed, now, wall)
 
     def _coordinator_changed(self, event: CoordinatorChanged, now: float, wall: float) -> None:
-        self._follow()
+        self._led(now, wall)
         self._give("keys", Coordinating(event.leader == self.me), now, wall)
 
-    def _follow(self) -> None:
+    def _led(self, now: float, wall: float) -> None:
         """Who coordinates, and who would next: heartbeats go to them directly."""
         election = self.election
-        self.heartbeats.follow(election.coordinator, election.term, election.deputies)
+        self._give("heartbeats", Led(election.coordinator, election.term, election.deputies), now, wall)
 
     def _standing(self, heard: HeartbeatHeard, now: float, wall: float) -> None:
         """Candidates are judged by what they say of themselves, in classes so coarse that this is rarely news."""

@@ -68,7 +68,6 @@ def _links(
     identity: NodeIdentity,
     contexts: TlsContexts,
     addresses: dict[NodeId, Address],
-    methods: dict[str, PeerMethod[Any]],
 ) -> tuple[Links, trio.MemoryReceiveChannel[LinkEvent]]:
     send, receive = trio.open_memory_channel[LinkEvent](100)
     links = Links(
@@ -78,7 +77,6 @@ def _links(
         contexts=contexts,
         gate=_OpenGate(),
         book=_OneAddress(addresses),
-        methods=methods,
         events=send,
         settings=LinkSettings(host=LOOPBACK, port=0),
         logger=_Quiet(),
@@ -114,9 +112,9 @@ async def _serve(folder: Path) -> None:
             return grant.token
 
         methods: dict[str, PeerMethod[Any]] = {"ping": PeerMethod(bytes, ping), "bulk": PeerMethod(int, offer)}
-        links, receive = _links(identity, contexts, {}, methods)
+        links, receive = _links(identity, contexts, {})
         nursery.start_soon(_drain, receive)
-        port = await nursery.start(links.run)
+        port = await nursery.start(links.run, methods)
 
         async def bare(transport: trio.SocketStream) -> None:
             tls = trio.SSLStream(transport, contexts.server, server_side=True)
@@ -206,10 +204,10 @@ async def bench_links(*, bulk_mib: int = 2048, calls: int = 5000, repeat: int = 
             server_id, port, bare_port = json.loads(await trio.to_thread.run_sync(process.stdout.readline))
             server = NodeId(server_id)
             identity, contexts = _node(folder, "client")
-            links, receive = _links(identity, contexts, {server: Address(LOOPBACK, port)}, {})
+            links, receive = _links(identity, contexts, {server: Address(LOOPBACK, port)})
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_drain, receive)
-                await nursery.start(links.run)
+                await nursery.start(links.run, {})
                 await _call_ms(links, server, 200)
                 times = await _call_ms(links, server, calls)
                 rate = await _calls_per_s(links, server, calls)

@@ -29,7 +29,6 @@ FIRST_BASE_PORT: Final = 15_000
 NODES_MAX: Final = 512
 MANY: Final = 16
 """More agents than this on one machine gossip at the pace of the profile `local`."""
-READY_LIMIT_S: Final = 180.0
 ONLINE_LIMIT_S: Final = 300.0
 STOP_LIMIT_S: Final = 20.0
 POLL_INTERVAL_S: Final = 0.1

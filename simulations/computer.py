@@ -61,7 +61,6 @@ class Computer:
         "disk",
         "evicted",
         "index",
-        "link_received_bytes",
         "link_sent_bytes",
         "links",
         "loss",
@@ -108,7 +107,7 @@ class Computer:
         self.loss = 0.0
         self.service_s = 0.0
         self.sent_bytes = self.sent_packets = self.received_bytes = self.received_packets = 0
-        self.link_sent_bytes = self.link_received_bytes = 0
+        self.link_sent_bytes = 0
         self._clock_base = rng.uniform(10.0, 1e6)
         self._clock_rate = 1.0
         self._last_now = 0.0

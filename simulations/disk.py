@@ -71,12 +71,6 @@ class Disk:
         """What a starting process reads."""
         return {machine: dict(table) for machine, table in self.tables.items()}
 
-    def wipe(self) -> None:
-        """A new disk: nothing is remembered."""
-        self.tables.clear()
-        self.records = MemoryStore()
-        self._in_flight = ()
-
     def _apply(self, write: Persist) -> None:
         if write.machine == RECORDS:
             self.records.persist((write,))

@@ -149,7 +149,6 @@ class Links:
         self.opened += 1
         for one, other in ((source, target), (target, source)):
             one.link_sent_bytes += HANDSHAKE_BYTES
-            one.link_received_bytes += HANDSHAKE_BYTES
             assert other.machine is not None  # checked above, before anything was told
             one.input(LinkOpened(other.node_id, other.program.boot_epoch(other.machine)))
             if link.state != OPEN:
@@ -198,7 +197,6 @@ class Links:
         source, data = frame
         target = link.peer_of(source)
         if link.state == OPEN and target.run == link.runs[target.index] and target.state != DOWN:
-            target.link_received_bytes += len(data) + FRAME_OVERHEAD_BYTES
             target.input(FrameReceived(source.node_id, data))
 
     def _retry(self, link: Link, attempt: tuple[Computer, float]) -> None:

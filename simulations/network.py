@@ -46,7 +46,7 @@ class Network:
 
     __slots__ = (
         "_blocks", "_computers", "_duplicate", "_jitter", "_latency", "_loss", "_params", "_random", "_reorder",
-        "_taps", "_world", "dropped_packets",
+        "_taps", "_world",
     )  # fmt: skip
 
     def __init__(self, world: "World", params: NetworkParams, rng: Random) -> None:
@@ -55,7 +55,6 @@ class Network:
         self._computers: dict[Address, Computer] = {}
         self._blocks: list[Block] = []
         self._taps: list[Tap] = []
-        self.dropped_packets = 0
         self.params = params
 
     @property
@@ -142,12 +141,10 @@ class Network:
             for tap in self._taps:
                 tap(source, target, address, data)
         if target is None or source.cut_out or target.cut_in or (self._blocks and not self.open(source, target)):
-            self.dropped_packets += 1
             return
         random = self._random
         loss = self._loss + source.loss + target.loss
         if loss and random() < loss:
-            self.dropped_packets += 1
             return
         draw = random()
         params = self._params

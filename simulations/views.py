@@ -132,19 +132,6 @@ class Views(Checker):
         """Whether the observer lists the target as up."""
         return bool(self._rows[observer.index][target.index])
 
-    def seen_up(self, observer: Computer) -> int:
-        """How many others the observer lists as up."""
-        return sum(self._rows[observer.index])
-
-    def seen_by(self, target: Computer) -> int:
-        """How many running others list the target as up."""
-        index = target.index
-        return sum(
-            1
-            for observer, row in enumerate(self._rows)
-            if row[index] and self._watching[observer] and observer != index
-        )
-
     def mistakes(self, at_most: int = 5) -> str:
         """A few wrong entries in words, for a failure's message."""
         found = []

@@ -17,6 +17,7 @@ from meshnode.api.limits import ApiLimits
 from meshnode.api.render import encode
 from meshnode.kernel.bus import Dropped, Event, EventBus, subscriber_events_max
 from meshnode.kernel.errors import MeshError
+from meshnode.kernel.metrics import Metrics
 from meshnode.kernel.redaction import printable
 
 HEARTBEAT: Final = b": keep-alive\n\n"
@@ -100,11 +101,11 @@ class BusEvents:
 async def bus_frames(
     bus: EventBus,
     events: BusEvents,
+    metrics: Metrics,
     *,
     last_event_id: str | None = None,
     max_buffer: int = subscriber_events_max,
     coalesce: Callable[[object], Hashable | None] | None = None,
-    on_dropped: Callable[[], None] = lambda: None,
 ) -> AsyncGenerator[bytes, None]:
     """The frames of a stream fed by the bus: `connected` first, then what happens, from just after `last_event_id`
     (a `Last-Event-ID` header) if that is still known. Ends with `dropped` when the reader falls behind.
@@ -117,7 +118,7 @@ async def bus_frames(
             frames = []
             for item in batch:
                 if isinstance(item, Dropped):
-                    on_dropped()
+                    metrics.count("meshnode_api_streams_dropped_total")
                     frames.append(frame("dropped", StreamDropped("this reader fell behind; connect again", item.lost)))
                 else:
                     frames.append(events.rendered(item, bus.epoch))

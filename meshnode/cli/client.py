@@ -67,11 +67,6 @@ class AgentClient:
         """An answer that is no JSON."""
         return self._ask("GET", path, None, timeout_s)[1].decode("utf-8", "replace")
 
-    def get_any_status(self, path: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> tuple[int, Any]:
-        """Status and JSON of an answer that may be an error in form but is an answer in content, such as health."""
-        response, body = self._exchange("GET", path, None, timeout_s)
-        return response.status, _decoded(response, body)
-
     def pages(self, path: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> list[Any]:
         """A whole list, page by page."""
         found: list[Any] = []

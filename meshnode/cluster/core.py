@@ -41,13 +41,13 @@ def gpu_of(heartbeat: Heartbeat | None, names: Sequence[tuple[str, str, int, str
     )
 
 
-def load_fields(heartbeat: Heartbeat, age_s: float) -> dict[str, object]:
-    """The fields of NodeInfo that come from a heartbeat."""
+def load_fields(heartbeat: Heartbeat, age_s: float, *, up: bool) -> dict[str, object]:
+    """The fields of NodeInfo that come from a heartbeat. Only a node that is up has been running on since."""
     return {
         "cpu_percent": heartbeat.cpu_pm / 10,
         "ram_used": heartbeat.ram_used_mb * MEGA,
         "storage_used": heartbeat.storage_used_mb * MEGA,
-        "uptime_seconds": int(heartbeat.uptime_s + age_s),
+        "uptime_seconds": int(heartbeat.uptime_s + (age_s if up else 0.0)),
         "load": heartbeat.load_c / 100,
         "slots_free": heartbeat.slots_free,
         "battery_percent": heartbeat.battery_pct if heartbeat.battery_pct >= 0 else None,

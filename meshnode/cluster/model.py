@@ -220,8 +220,3 @@ class InvitationUsed(msgspec.Struct, frozen=True):
     token: str
     node_id: NodeId
     name: str
-
-
-ClusterEvent = (
-    NodeJoined | NodeUpdated | NodeSuspect | NodeOffline | NodeLeft | NodeEvicted | CoordinatorMoved | InvitationUsed
-)

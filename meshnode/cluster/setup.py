@@ -136,7 +136,7 @@ def build_cluster(
     )
 
     def events(last_event_id: str | None) -> AsyncGenerator[bytes, None]:
-        return bus_frames(bus, BUS_EVENTS, last_event_id=last_event_id)
+        return bus_frames(bus, BUS_EVENTS, metrics, last_event_id=last_event_id)
 
     routes = ClusterRoutes(
         nodes=nodes,

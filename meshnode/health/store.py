@@ -2,14 +2,9 @@
 
 import apsw
 
-from meshnode.kernel.database import Database, Migration, read_migrations
+from meshnode.kernel.database import Database
 from meshnode.kernel.database.connection import wal_path
 from meshnode.kernel.errors import MeshError
-
-
-def health_migrations() -> tuple[Migration, ...]:
-    """The tables of this subsystem."""
-    return read_migrations("health", "meshnode.health")
 
 
 class HealthStore:
@@ -30,15 +25,6 @@ class HealthStore:
             connection.execute("INSERT OR REPLACE INTO health_probe (id, written_at) VALUES (1, ?)", (wall,))
 
         await self._database.write(put)
-
-    def last_written(self) -> float | None:
-        """When the row was last written (unix seconds); None before the first time."""
-
-        def get(connection: apsw.Connection) -> float | None:
-            row = connection.execute("SELECT written_at FROM health_probe WHERE id = 1").fetchone()
-            return None if row is None else float(row[0])
-
-        return self._database.read(get)
 
     def wal_bytes(self) -> int:
         """The size of the write-ahead log; 0 when there is none. Blocks for one look at the disk."""

@@ -21,7 +21,6 @@ import psutil
 import trio
 
 from meshnode.kernel.logs import Logger
-from meshnode.kernel.service import Policy
 from protocol.ids import Address
 from protocol.wire.limits import ADDRESSES_PER_NODE_MAX
 
@@ -223,10 +222,7 @@ class InterfaceReader(Protocol):
 
 
 class AddressWatcher:
-    """Keeps `current` true while it runs, and calls `changed` with every new list, the first one included."""
-
-    name: Final = "addresses"
-    policy: Final = Policy.RESTART
+    """Keeps `current` true while it runs, and tells of every new list."""
 
     def __init__(
         self,
@@ -234,7 +230,6 @@ class AddressWatcher:
         bound_host: str,
         port: int,
         advertise: Sequence[str],
-        changed: Callable[[tuple[Address, ...]], None],
         logger: Logger,
         read: InterfaceReader = read_interfaces,
         wakeups: Callable[[], AsyncGenerator[None, None]] | None = None,
@@ -247,7 +242,6 @@ class AddressWatcher:
         self._bound_host = bound_host
         self._port = port
         self._advice = [parse_advice(text) for text in advertise]
-        self._changed = changed
         self._logger = logger
         self._read = read
         self._wakeups = wakeups or (lambda: interface_changes(logger))
@@ -260,7 +254,7 @@ class AddressWatcher:
         return self._current
 
     async def refresh(self) -> tuple[Address, ...]:
-        """Read and decide now; calls `changed` if the list is a new one. A failed reading leaves all as it was."""
+        """Read and decide now. A failed reading leaves all as it was."""
         first = [address for advice in self._advice for address in await self._resolved(advice)]
         bound = []
         if self._bound_host:
@@ -270,19 +264,26 @@ class AddressWatcher:
         except OSError as error:
             self._logger.warning("The network interfaces cannot be read; peers keep the known ones.", why=str(error))
             return self._current
-        found = advertised(interfaces, bound=bound, port=self._port, first=first)
-        if found != self._current:
-            self._current = found
-            self._changed(found)
-        return found
+        self._current = advertised(interfaces, bound=bound, port=self._port, first=first)
+        return self._current
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Watch for ever; started once the first list stands."""
-        await self.refresh()
+    async def run(
+        self,
+        changed: Callable[[tuple[Address, ...]], None],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Watch for ever, and tell `changed` of each new list; started once the first list stands."""
+        await self._look(changed)
         task_status.started()
         async with aclosing(self._wakeups()) as wakeups:
             async for _ in wakeups:
-                await self.refresh()
+                await self._look(changed)
+
+    async def _look(self, changed: Callable[[tuple[Address, ...]], None]) -> None:
+        before = self._current
+        if await self.refresh() != before:
+            changed(self._current)
 
     async def _resolved(self, advice: Advice) -> list[Address]:
         addresses = await resolve(advice.host, port=advice.port or self._port)

@@ -4,7 +4,6 @@ Its job: find or make the folder, lock it, check that it can be written and has 
 are never readable by others and never half there. What lies in the folder is its owners' business.
 """
 
-import contextlib
 import errno
 import os
 import shutil
@@ -24,7 +23,6 @@ LOCK_NAME: Final = "agent.lock"
 FOLDER_MODE: Final = 0o700
 SECRET_MODE: Final = 0o600
 FREE_BYTES_MIN: Final = 64 * 1024 * 1024
-SECRET_BYTES_MAX: Final = 1024 * 1024
 
 
 def default_data_dir(*, system_service: bool = False) -> Path:
@@ -62,55 +60,6 @@ class DataFolder:
                 retryable=True,
                 detail={"path": str(self._path), "free_bytes": free, "needed_bytes": needed_bytes},
             )
-
-    def write_secret(self, name: str, content: bytes) -> Path:
-        """Write DATA/name, readable by its owner alone, and make it durable; returns its path.
-
-        A reader, and whoever comes after a crash, sees the old content or the new one, never a part. Raises
-        MeshError(DISK_FULL or STORAGE_FAILED); the old content is then still there.
-        """
-        target = self._path / _checked(name)
-        temporary = self._path / f".{name}.new"
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, SECRET_MODE)
-            with open(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-            _sync_folder(self._path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise _not_written(target, error) from error
-        return target
-
-    def read_secret(self, name: str) -> bytes | None:
-        """The content of DATA/name, or None when there is none.
-
-        Raises MeshError(FORBIDDEN) when other users can read it: it has then to be taken for known to them.
-        """
-        path = self._path / _checked(name)
-        try:
-            with path.open("rb") as file:
-                mode = os.fstat(file.fileno()).st_mode
-                if os.name == "posix" and stat.S_IMODE(mode) & 0o077:
-                    raise MeshError(
-                        ErrorCode.FORBIDDEN,
-                        f"{path} can be read by other users of this machine and so is no secret any more. If nobody "
-                        f"else had access, run 'chmod 600 {path}'; otherwise replace it.",
-                        detail={"path": str(path)},
-                    )
-                content = file.read(SECRET_BYTES_MAX + 1)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise _unusable(path, f"it cannot be read ({error.strerror})") from error
-        if len(content) > SECRET_BYTES_MAX:
-            raise _unusable(path, f"it is larger than {SECRET_BYTES_MAX} bytes")
-        return content
 
     def release(self) -> None:
         """Unlock the folder. The lock file stays: removing it would let two agents lock two files of one name."""
@@ -229,12 +178,6 @@ def _in_use(folder: Path, holder: int | None) -> MeshError:
     )
 
 
-def _checked(name: str) -> str:
-    if not name or name != os.path.basename(name) or name.startswith("."):
-        raise ValueError(f"{name!r} is not the name of a file in the data folder")
-    return name
-
-
 def _user(uid: int) -> str:
     if sys.platform == "win32":
         return f"user id {uid}"
@@ -244,17 +187,6 @@ def _user(uid: int) -> str:
         return f"user {pwd.getpwuid(uid).pw_name}"
     except KeyError:
         return f"user id {uid}"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable. Windows has no such call and orders renames by itself."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _not_written(path: Path, error: OSError) -> MeshError:

@@ -120,7 +120,6 @@ class Driver:
         sockets: DatagramSocket,
         links: FrameSender,
         store: Store,
-        observers: Sequence[Observer],
         log: Logger,
         now: Callable[[], float] = steady_s,
         wall: Callable[[], float] = time.time,
@@ -129,7 +128,7 @@ class Driver:
         self._sockets = sockets
         self._links = links
         self._store = store
-        self._observers = observers
+        self._observers: Sequence[Observer] = ()
         self._log = log
         self.now = now
         self._wall = wall
@@ -147,8 +146,14 @@ class Driver:
         """The hub, for reading; inputs go through `submit`."""
         return self._node
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Start the machines and serve until cancelled. Raises MeshError if their state can no longer be stored."""
+    async def run(
+        self, observers: Sequence[Observer], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Start the machines and serve until cancelled; `observers` are told all that is published.
+
+        Raises MeshError if the machines' state can no longer be stored.
+        """
+        self._observers = observers
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._commit_loop)
             self._perform(self._node.start(self.now(), self._wall()))

@@ -19,10 +19,8 @@ class ErrorCode(StrEnum):
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     CONFLICT = "conflict"
-    GONE = "gone"
     TOO_LARGE = "too_large"
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
-    RANGE_NOT_SATISFIABLE = "range_not_satisfiable"
     USAGE = "usage"
     BAD_SETTING = "bad_setting"
 
@@ -31,13 +29,11 @@ class ErrorCode(StrEnum):
     FORBIDDEN = "forbidden"
     MISDIRECTED = "misdirected"
     RATE_LIMITED = "rate_limited"
-    REFUSED_BY_POLICY = "refused_by_policy"
     NOT_ADMIN = "not_admin"
 
     # How it went.
     UNAVAILABLE = "unavailable"
     TIMEOUT = "timeout"
-    CANCELLED = "cancelled"
     INTERNAL = "internal"
     NOT_IMPLEMENTED = "not_implemented"
 
@@ -48,9 +44,7 @@ class ErrorCode(StrEnum):
     DATABASE_CORRUPT = "database_corrupt"
     DATA_IN_USE = "data_in_use"
     PORT_IN_USE = "port_in_use"
-    CLOCK_WRONG = "clock_wrong"
     AGENT_NOT_RUNNING = "agent_not_running"
-    MISSING_DEPENDENCY = "missing_dependency"
 
     # The mesh: membership and joining.
     NOT_A_MEMBER = "not_a_member"
@@ -62,7 +56,6 @@ class ErrorCode(StrEnum):
     TOKEN_USED = "token_used"
     PIN_MISMATCH = "pin_mismatch"
     UNKNOWN_NODE = "unknown_node"
-    NO_COORDINATOR = "no_coordinator"
 
     # The links between nodes.
     UNREACHABLE = "unreachable"
@@ -80,21 +73,17 @@ HTTP_STATUS: Final[Mapping[ErrorCode, int]] = MappingProxyType(
         ErrorCode.NOT_FOUND: 404,
         ErrorCode.METHOD_NOT_ALLOWED: 405,
         ErrorCode.CONFLICT: 409,
-        ErrorCode.GONE: 410,
         ErrorCode.TOO_LARGE: 413,
         ErrorCode.UNSUPPORTED_MEDIA_TYPE: 415,
-        ErrorCode.RANGE_NOT_SATISFIABLE: 416,
         ErrorCode.USAGE: 400,
         ErrorCode.BAD_SETTING: 400,
         ErrorCode.UNAUTHORIZED: 401,
         ErrorCode.FORBIDDEN: 403,
         ErrorCode.MISDIRECTED: 421,
         ErrorCode.RATE_LIMITED: 429,
-        ErrorCode.REFUSED_BY_POLICY: 403,
         ErrorCode.NOT_ADMIN: 403,
         ErrorCode.UNAVAILABLE: 503,
         ErrorCode.TIMEOUT: 504,
-        ErrorCode.CANCELLED: 409,
         ErrorCode.INTERNAL: 500,
         ErrorCode.NOT_IMPLEMENTED: 501,
         ErrorCode.DISK_FULL: 507,
@@ -103,9 +92,7 @@ HTTP_STATUS: Final[Mapping[ErrorCode, int]] = MappingProxyType(
         ErrorCode.DATABASE_CORRUPT: 503,
         ErrorCode.DATA_IN_USE: 409,
         ErrorCode.PORT_IN_USE: 409,
-        ErrorCode.CLOCK_WRONG: 503,
         ErrorCode.AGENT_NOT_RUNNING: 503,
-        ErrorCode.MISSING_DEPENDENCY: 501,
         ErrorCode.NOT_A_MEMBER: 409,
         ErrorCode.ALREADY_MEMBER: 409,
         ErrorCode.EVICTED: 403,
@@ -115,7 +102,6 @@ HTTP_STATUS: Final[Mapping[ErrorCode, int]] = MappingProxyType(
         ErrorCode.TOKEN_USED: 410,
         ErrorCode.PIN_MISMATCH: 502,
         ErrorCode.UNKNOWN_NODE: 404,
-        ErrorCode.NO_COORDINATOR: 503,
         ErrorCode.UNREACHABLE: 502,
         ErrorCode.INCOMPATIBLE_VERSION: 409,
         ErrorCode.FRAME_TOO_LARGE: 413,
@@ -141,7 +127,6 @@ _EXIT_CODE: Final[Mapping[ErrorCode, int]] = MappingProxyType(
         ErrorCode.UNAUTHORIZED: EXIT_REFUSED,
         ErrorCode.FORBIDDEN: EXIT_REFUSED,
         ErrorCode.MISDIRECTED: EXIT_REFUSED,
-        ErrorCode.REFUSED_BY_POLICY: EXIT_REFUSED,
         ErrorCode.NOT_ADMIN: EXIT_REFUSED,
         ErrorCode.EVICTED: EXIT_REFUSED,
         ErrorCode.JOIN_REFUSED: EXIT_REFUSED,

@@ -21,6 +21,7 @@ from nacl.exceptions import TypeError as NaclTypeError
 from nacl.public import SealedBox
 from nacl.signing import SigningKey, VerifyKey
 
+from meshnode.kernel.durability import make_durable
 from meshnode.kernel.errors import ErrorCode, MeshError
 from protocol.ids import MeshId, NodeId, mesh_id_of, node_id_of, root_pin
 
@@ -116,16 +117,6 @@ def load_root(folder: Path) -> RootKey | None:
     return None if key is None else root_from_seed(key.private_bytes_raw())
 
 
-def forget_root(folder: Path) -> None:
-    """Remove the root key from `folder`, if it is there. Raises MeshError STORAGE_FAILED if that cannot be done."""
-    path = folder / ROOT_KEY_FILE
-    try:
-        path.unlink(missing_ok=True)
-        _sync_folder(folder)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
 def _make_private_folder(folder: Path) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -192,21 +183,11 @@ def _write_new(path: Path, content: bytes) -> None:
             # A file system without hard links.
             if not path.exists():
                 os.replace(draft, path)
-        _sync_folder(path.parent)
+        make_durable(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unreadable(path: Path, why: str) -> MeshError:

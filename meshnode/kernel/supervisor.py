@@ -74,15 +74,13 @@ class Supervisor:
 
     def __init__(
         self,
-        tiers: Sequence[Sequence[Service]],
         *,
         chance: Chance,
         logger: Logger,
         start_limit_s: float = START_LIMIT_S,
         stop_limit_s: float = STOP_LIMIT_S,
     ) -> None:
-        """`tiers`: those that others stand on first. Services of one tier start, and stop, at the same time."""
-        self._tiers = tuple(tuple(_Record(service) for service in tier) for tier in tiers)
+        self._tiers: tuple[tuple[_Record, ...], ...] = ()
         self._chance = chance
         self._logger = logger
         self._start_limit_s = start_limit_s
@@ -107,7 +105,7 @@ class Supervisor:
         self._everything.cancel()
 
     def snapshot(self) -> AgentHealth:
-        """The state of every service now, in starting order."""
+        """The state of every service now, in starting order; of none before `run`."""
         now = trio.current_time()
         records = [record for tier in self._tiers for record in tier]
         services = tuple(
@@ -124,12 +122,17 @@ class Supervisor:
         )
         return AgentHealth(self._status({record.state for record in records}), services)
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(
+        self, tiers: Sequence[Sequence[Service]], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
         """Start all tiers in order, report started, run until stopped, stop in reverse; returns after a clean stop.
+
+        `tiers`: those that others stand on first. Services of one tier start, and stop, at the same time.
 
         Raises the MeshError of a FATAL service that failed, or one that names the service and what to do. A
         cancellation from outside stops everything at once, like `stop_now`.
         """
+        self._tiers = tuple(tuple(_Record(service) for service in tier) for tier in tiers)
         with self._everything:
             async with trio.open_nursery() as nursery:
                 with self._starting:
@@ -309,6 +312,7 @@ class Supervisor:
 
 async def serve_until_signal(
     supervisor: Supervisor,
+    tiers: Sequence[Sequence[Service]],
     *,
     logger: Logger,
     signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
@@ -323,7 +327,7 @@ async def serve_until_signal(
     async with trio.open_nursery() as nursery:
         await nursery.start(_watch_signals, supervisor, logger, signals)
         try:
-            await supervisor.run(task_status=_Ready(on_ready))
+            await supervisor.run(tiers, task_status=_Ready(on_ready))
         except MeshError as error:
             failure = error
         nursery.cancel_scope.cancel()

@@ -14,11 +14,9 @@ from meshnode.health.model import MeshContact
 from meshnode.kernel.database import KeyValue
 from meshnode.kernel.driver import Driver, steady_s
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.kernel.service import AgentHealth, Policy
-from meshnode.kernel.supervisor import Supervisor
+from meshnode.kernel.service import Policy
 from protocol.effects import Persist
 from protocol.ids import Address, NodeId, pack_address
-from protocol.membership.events import AddressesChanged
 from protocol.node import Node
 from protocol.trust.events import MintKey, RotationDue
 from protocol.trust.keys import GOSSIP_KEY_BYTES
@@ -62,17 +60,6 @@ class Gate:
         return MeshError(
             ErrorCode.NOT_A_MEMBER, "The key of this node belongs to no member of the mesh.", retryable=True
         )
-
-
-class AddressNews:
-    """Tells the driver of new addresses, once there is one."""
-
-    def __init__(self) -> None:
-        self.driver: Driver | None = None
-
-    def changed(self, addresses: tuple[Address, ...]) -> None:
-        if self.driver is not None:
-            self.driver.submit(AddressesChanged(addresses))
 
 
 class Book:
@@ -132,20 +119,3 @@ class Contact:
     def contact(self) -> MeshContact:
         members, up = len(self._hub.roster), len(self._hub.membership.view.up)
         return MeshContact(others=max(0, members - 1), up=max(0, up - 1))
-
-
-class Supervised:
-    """The supervisor, for those that are built before it."""
-
-    def __init__(self) -> None:
-        self.supervisor: Supervisor | None = None
-
-    def stop(self) -> None:
-        """Stop the services in good order."""
-        if self.supervisor is not None:
-            self.supervisor.stop()
-
-    def snapshot(self) -> AgentHealth:
-        if self.supervisor is None:
-            raise RuntimeError("the supervisor is asked for its services before there are any")
-        return self.supervisor.snapshot()

@@ -13,8 +13,8 @@ import trio
 from msgspec.structs import replace
 
 from meshnode.api.sockets import bind_loopback
-from meshnode.cluster.service.moves import former_name, parse
-from meshnode.cluster.service.onboarding.joiner import Joiner
+from meshnode.cluster.service.moves import former_name
+from meshnode.cluster.service.onboarding.joiner import Joiner, read_join_url
 from meshnode.cluster.service.switch import DATABASE_FILE, finish, prepare_identity, stage_join
 from meshnode.cluster.store import MeshStore
 from meshnode.kernel.database import open_database
@@ -102,7 +102,7 @@ class Agent:
 
     async def _join_at_start(self, url: str, logger: Logger) -> None:
         """`up --join`: go into the mesh of the URL before anything runs, unless this node is in it already."""
-        parsed = parse(url)
+        parsed = read_join_url(url)
         data_dir = self._folder.path
         former = "none"
         async with open_database(data_dir / DATABASE_FILE, all_migrations(), wall=time.time()) as database:

@@ -11,8 +11,7 @@ from meshnode.kernel.database import Database
 from meshnode.kernel.datagrams import DatagramSocket
 from meshnode.kernel.links.links import Links
 from meshnode.kernel.metrics import Metrics
-from meshnode.kernel.service import Policy
-from meshnode.node.adapters import Supervised
+from meshnode.kernel.service import AgentHealth, Policy
 from protocol.node import Node
 
 FIGURES_S: Final = 2.0
@@ -32,7 +31,7 @@ class FiguresKeeper:
         sockets: DatagramSocket,
         links: Links,
         database: Database,
-        supervised: Supervised,
+        supervised: Callable[[], AgentHealth],
         bus: EventBus,
         lost_records: Callable[[], int],
     ) -> None:
@@ -64,7 +63,7 @@ class FiguresKeeper:
         drops = hub.datagrams.drops + hub.codec.drops + hub.drops + Counter(self._links.refused)
         for reason, count in drops.items():
             self._count("meshnode_peer_messages_refused_total", count, reason=reason)
-        for service in self._supervised.snapshot().services:
+        for service in self._supervised().services:
             self._count("meshnode_service_restarts_total", service.restarts, service=service.name)
 
     def _count(self, name: str, total: float, **labels: str) -> None:

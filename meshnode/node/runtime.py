@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import psutil
@@ -30,10 +30,10 @@ from meshnode.kernel.clock import SystemClock
 from meshnode.kernel.database import Database, KeyValue, Migration, kernel_migrations, open_database, read_migrations
 from meshnode.kernel.datafolder import DataFolder
 from meshnode.kernel.datagrams import DatagramSocket, open_datagrams
-from meshnode.kernel.driver import Driver, Observer
+from meshnode.kernel.driver import Driver
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import NODE_KEY_FILE, ROOT_KEY_FILE, NodeIdentity, load_or_make_identity, load_root
-from meshnode.kernel.links.contracts import LinkEvent, PeerMethod
+from meshnode.kernel.links.contracts import LinkEvent
 from meshnode.kernel.links.links import Links
 from meshnode.kernel.links.settings import LinkSettings
 from meshnode.kernel.links.tls import make_contexts
@@ -48,10 +48,18 @@ from meshnode.kernel.resources.nvidia import NvidiaSource
 from meshnode.kernel.resources.sampler import IdleActivity, ResourceSampler
 from meshnode.kernel.service import Service
 from meshnode.kernel.supervisor import Supervisor, serve_until_signal
-from meshnode.node.adapters import AddressNews, AgentFacts, Book, Contact, Gate, KeyMinter, Supervised
+from meshnode.node.adapters import AgentFacts, Book, Contact, Gate, KeyMinter
 from meshnode.node.figures import FiguresKeeper
 from meshnode.node.founding import api_limits, collections_of, found, load_roster, next_boot, node_parameters
-from meshnode.node.services import ApiService, DatabaseWatch, DriverService, LinkService, ProfileKeeper, discovery
+from meshnode.node.services import (
+    AddressService,
+    ApiService,
+    DatabaseWatch,
+    DriverService,
+    LinkService,
+    ProfileKeeper,
+    discovery,
+)
 from meshnode.settings import Settings, node_name
 from protocol.election.candidates import capability_class
 from protocol.heartbeats.events import Sample, SampleTaken, capability_bits
@@ -111,8 +119,6 @@ class Network:
     driver: Driver
     links: Links
     link_events: trio.MemoryReceiveChannel[LinkEvent]
-    methods: dict[str, PeerMethod[Any]]
-    observers: list[Observer]
     watcher: AddressWatcher
     book: Book
     sockets: DatagramSocket
@@ -139,7 +145,7 @@ class Runtime:
         self._tell_ready = tell_ready
         self._lost_records = lost_records
         self._restart = False
-        self._supervised = Supervised()
+        self._supervisor = Supervisor(chance=random.SystemRandom(), logger=log("supervisor"))
 
     async def run(self) -> bool:
         """Build, run, stop. True: files were staged for another mesh, run again. Raises MeshError."""
@@ -149,10 +155,7 @@ class Runtime:
             stack.callback(loopback.close)
             network = await self._build_network(stack, ground)
             cluster = self._build_cluster(ground, network)
-            network.methods.update(cluster.methods)
-            network.observers.extend((cluster.nodes.observe, cluster.trust.observe, KeyMinter(network.driver).observe))
-            supervisor = self._build_services(ground, network, cluster, loopback)
-            self._supervised.supervisor = supervisor
+            tiers = self._build_services(ground, network, cluster, loopback)
             info = ReadyInfo(
                 api=f"http://127.0.0.1:{loopback.port}",
                 node_id=ground.identity.node_id,
@@ -163,14 +166,14 @@ class Runtime:
                 pid=os.getpid(),
             )
             await serve_until_signal(
-                supervisor, logger=self._log("supervisor"), on_ready=lambda: self._tell_ready(info)
+                self._supervisor, tiers, logger=self._log("supervisor"), on_ready=lambda: self._tell_ready(info)
             )
         return self._restart
 
     def _ask_restart(self) -> None:
         """The answer to whoever asked leaves first: the API drains its requests when it stops."""
         self._restart = True
-        self._supervised.stop()
+        self._supervisor.stop()
 
     async def _lay_ground(self, stack: AsyncExitStack) -> Ground:
         """Database, identity, mesh. A first start founds a mesh of one."""
@@ -223,12 +226,10 @@ class Runtime:
         sockets = open_datagrams(settings.peers.host, settings.peers.port)
         stack.callback(sockets.close)
         roster = load_roster(mesh, ground.suite, MeshStore(ground.database).statements(), ground.records)
-        moved = AddressNews()
         watcher = AddressWatcher(
             bound_host=settings.peers.host,
             port=sockets.port,
             advertise=settings.peers.advertise,
-            changed=moved.changed,
             logger=log("addresses"),
         )
         durable: Durable = {machine: ground.key_value.load_all(machine) for machine in MACHINES}
@@ -253,8 +254,6 @@ class Runtime:
             params=node_parameters(settings),
         )
         events_in, events_out = trio.open_memory_channel[LinkEvent](LINK_EVENTS_MAX)
-        methods: dict[str, PeerMethod[Any]] = {}
-        observers: list[Observer] = []
         book = Book(hub, contacts, ground.key_value)
         links = Links(
             me=identity.node_id,
@@ -263,7 +262,6 @@ class Runtime:
             contexts=make_contexts(identity, mesh.leaf, mesh.root_certificate),
             gate=Gate(roster),
             book=book,
-            methods=methods,
             events=events_in,
             settings=LinkSettings(
                 host=settings.peers.host or None, port=sockets.port, link_idle_s=settings.peers.link_idle_s
@@ -271,11 +269,8 @@ class Runtime:
             logger=log("links"),
         )
         state = DurableState(ground.database, ground.key_value, ground.records)
-        driver = Driver(
-            node=hub, sockets=sockets, links=links, store=state.persist, observers=observers, log=log("driver")
-        )
-        moved.driver = driver
-        return Network(hub, driver, links, events_out, methods, observers, watcher, book, sockets)
+        driver = Driver(node=hub, sockets=sockets, links=links, store=state.persist, log=log("driver"))
+        return Network(hub, driver, links, events_out, watcher, book, sockets)
 
     def _build_cluster(self, ground: Ground, network: Network) -> Cluster:
         return build_cluster(
@@ -299,7 +294,7 @@ class Runtime:
 
     def _build_services(
         self, ground: Ground, network: Network, cluster: Cluster, loopback: LoopbackSockets
-    ) -> Supervisor:
+    ) -> list[list[Service]]:
         """What runs, tier by tier: the store and the wire, the protocol, the subsystems, the API."""
         settings, log = self._settings, self._log
         sampler = ResourceSampler(
@@ -319,7 +314,7 @@ class Runtime:
             database=ground.database,
             data_dir=self._data_dir,
             mesh=Contact(network.hub),
-            supervised=self._supervised.snapshot,
+            supervised=self._supervisor.snapshot,
             publish=ground.bus.publish,
             clock=ground.clock,
             offload=ground.offload,
@@ -340,7 +335,7 @@ class Runtime:
         )
         middle: list[Service] = [
             cluster.service,
-            network.watcher,
+            AddressService(network.watcher, network.driver),
             sampler,
             ProfileKeeper(sampler, network.driver, network.hub),
             network.book,
@@ -350,7 +345,7 @@ class Runtime:
                 sockets=network.sockets,
                 links=network.links,
                 database=ground.database,
-                supervised=self._supervised,
+                supervised=self._supervisor.snapshot,
                 bus=ground.bus,
                 lost_records=self._lost_records,
             ),
@@ -358,20 +353,14 @@ class Runtime:
         if settings.discovery.multicast:
             found_by = (ground.mesh.mesh_id, ground.identity.node_id, network.sockets.port)
             middle.append(discovery(settings, *found_by, network.driver, ground.clock, log("discovery")))
-        links = LinkService(network.links, network.driver, network.link_events, cluster.nodes.observe)
-        return Supervisor(
-            [
-                [
-                    DatabaseWatch(ground.database),
-                    links,
-                ],
-                [DriverService(network.driver)],
-                middle,
-                [health.service, ApiService(api)],
-            ],
-            chance=random.SystemRandom(),
-            logger=log("supervisor"),
-        )
+        links = LinkService(network.links, network.driver, network.link_events, cluster.methods, cluster.nodes.observe)
+        observers = (cluster.nodes.observe, cluster.trust.observe, KeyMinter(network.driver).observe)
+        return [
+            [DatabaseWatch(ground.database), links],
+            [DriverService(network.driver, observers)],
+            middle,
+            [health.service, ApiService(api)],
+        ]
 
 
 def _capability() -> int:

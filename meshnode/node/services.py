@@ -5,27 +5,28 @@ import random
 import socket
 import sys
 import time
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import msgspec
 import trio
 
 from meshnode.api.setup import LocalApi
 from meshnode.cluster.service.nodes import PROFILE_COLLECTION
+from meshnode.kernel.addresses import AddressWatcher
 from meshnode.kernel.clock import SystemClock
 from meshnode.kernel.database import Database
 from meshnode.kernel.discovery import Discovered, Discovery, DiscoveryParameters
-from meshnode.kernel.driver import Driver
-from meshnode.kernel.links.contracts import LinkEvent
+from meshnode.kernel.driver import Driver, Observer
+from meshnode.kernel.links.contracts import LinkEvent, PeerMethod
 from meshnode.kernel.links.links import Links
 from meshnode.kernel.logs import Logger
 from meshnode.kernel.resources.profile import Profile
 from meshnode.kernel.resources.sampler import ResourceSampler
 from meshnode.kernel.service import Policy
 from meshnode.settings import Settings
-from protocol.ids import MeshId, NodeId
-from protocol.membership.events import ContactFound, Depart
+from protocol.ids import Address, MeshId, NodeId
+from protocol.membership.events import AddressesChanged, ContactFound, Depart
 from protocol.node import Node
 from protocol.records.events import PutRecord
 from protocol.trust.statements import TRUST_COLLECTION, record_key
@@ -60,16 +61,18 @@ class LinkService:
         links: Links,
         driver: Driver,
         events: trio.MemoryReceiveChannel[LinkEvent],
+        methods: Mapping[str, PeerMethod[Any]],
         observe: Callable[[LinkEvent], None],
     ) -> None:
         self._links = links
         self._driver = driver
         self._events = events
+        self._methods = methods
         self._observe = observe
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         async with trio.open_nursery() as nursery:
-            await nursery.start(self._links.run)
+            await nursery.start(self._links.run, self._methods)
             task_status.started()
             # The links listen before the protocol runs; what they tell waits until it does.
             await self._driver.started.wait()
@@ -84,12 +87,13 @@ class DriverService:
     name = "driver"
     policy = Policy.FATAL
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, observers: Sequence[Observer]) -> None:
         self._driver = driver
+        self._observers = observers
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         async with trio.open_nursery() as nursery:
-            await nursery.start(self._driver.run)
+            await nursery.start(self._driver.run, self._observers)
             hub = self._driver.node
             for node in [*hub.roster.members(), *(tombstone.node_id for tombstone in hub.roster.evictions())]:
                 statement = hub.roster.statement(node)
@@ -102,6 +106,23 @@ class DriverService:
         self._driver.submit(Depart())
         await self._driver.flushed()
         await trio.sleep(DEPARTURE_S)
+
+
+class AddressService:
+    """Tells the protocol when this machine has other addresses."""
+
+    name = "addresses"
+    policy = Policy.RESTART
+
+    def __init__(self, watcher: AddressWatcher, driver: Driver) -> None:
+        self._watcher = watcher
+        self._driver = driver
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        def changed(addresses: tuple[Address, ...]) -> None:
+            self._driver.submit(AddressesChanged(addresses))
+
+        await self._watcher.run(changed, task_status=task_status)
 
 
 class ProfileKeeper:

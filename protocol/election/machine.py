@@ -23,7 +23,7 @@ from protocol.effects import (
 from protocol.election.contest import CLAIM, CLIMB, Contest
 from protocol.election.coordination import BEAT, LAPSE, REFORM, RETRY, Moment
 from protocol.election.electorate import Electorate, offered
-from protocol.election.events import CoordinatorChanged, ForgetLost, QuorumChanged, Standing
+from protocol.election.events import CoordinatorChanged, ForgetLost, Standing
 from protocol.election.following import NUDGE, PROMISE
 from protocol.election.ledger import Ledger
 from protocol.election.messages import Beacon, ElectorateOffer, ElectorateRequest, Follow
@@ -110,13 +110,6 @@ class Election:
         """
         coordination = self._contest.coordination
         return coordination is not None and coordination.quorate(self._clock.peek(now, wall))
-
-    def quorum(self, now: float, wall: float) -> QuorumChanged:
-        """The quorum in figures and words, for a status page."""
-        coordination = self._contest.coordination
-        if coordination is None:
-            return QuorumChanged(False, 0, self.electorate.need, len(self.electorate.voters), "not the coordinator")
-        return coordination.status(self._clock.peek(now, wall))
 
     # ---- life --------------------------------------------------------------------------------------------------
 

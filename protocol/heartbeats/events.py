@@ -55,6 +55,15 @@ class SampleTaken:
 
 
 @dataclass(frozen=True, slots=True)
+class Led:
+    """Whom this node follows, and who would lead next: stated in its heartbeats, and told more often."""
+
+    leader: NodeId | None
+    term: int
+    deputies: tuple[NodeId, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class HeartbeatHeard:
     """A newer heartbeat of a member (or this node's own) is known now."""
 

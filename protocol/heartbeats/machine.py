@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import inf
 
 from protocol.effects import Effect, Publish, Received, Rng, Send, SetTimer, TimerFired
-from protocol.heartbeats.events import HeartbeatHeard, Sample, SampleTaken
+from protocol.heartbeats.events import HeartbeatHeard, Led, Sample, SampleTaken
 from protocol.ids import NodeId
 from protocol.membership.events import PeerDown, PeerLeft, PeerUp, RosterShrank, StatementReceived
 from protocol.trust.view import RosterView
@@ -21,6 +21,8 @@ from protocol.wire.statements import Stated, StatementCodec
 
 MACHINE = "heartbeats"
 ITEM_OVERHEAD_BYTES = 3  # MessagePack's length prefix of a bin value
+ITEMS_PER_SPREAD_MAX = 7  # taken of one that a peer sent; this version sends one
+GREETED_MAX = 50  # up to so many nodes, a newcomer is told before the next slot
 SPREAD_BYTES_MAX = limits.DATAGRAM_BODY_BYTES_MAX - 20  # what a Spread holds besides its items takes at most 16
 
 
@@ -31,16 +33,14 @@ class HeartbeatParameters:
     budget_bytes_per_s: float = 1500.0
     period_min_s: float = 4.0
     packet_bytes: int = 178  # one heartbeat in a datagram of its own
-    shared_packet_bytes: int = 165  # one of several that share a datagram
     fanout: int = 4
-    # So many neighbours share a tree. 1 was measured to be best: the beats of neighbours rarely fall into one hold, so
-    # that sharing saves few packets and makes every figure older by the hold.
-    group: int = 1
-    group_from: int = 100  # sharing begins at this many nodes
-    hold_s: float = 2.0  # how long the root of a shared tree collects
-    batch: int = 7  # heartbeats in one datagram at most
     direct_period_s: float = 3.0  # to the coordinator and deputies, in small meshes
     direct_per_s: float = 15.0  # heartbeats a second that a coordinator should receive directly, at most
+
+
+HeartbeatInput = (
+    Received | TimerFired | StatementReceived | SampleTaken | Led | PeerUp | PeerDown | PeerLeft | RosterShrank
+)
 
 
 class Heartbeats:
@@ -68,7 +68,6 @@ class Heartbeats:
         self._number = 0
         self._slot_ends = inf
         self._beaten = False  # in the present slot
-        self._held: list[Stated] = []
         self._leader: NodeId | None = None
         self._deputies: tuple[NodeId, ...] = ()
         self._term = 0
@@ -80,10 +79,9 @@ class Heartbeats:
     def period_s(self) -> float:
         """Seconds between two heartbeats of a node, at the present size of the mesh."""
         params, size = self._params, len(self._order)
-        cost = params.shared_packet_bytes if self._group() > 1 else params.packet_bytes
         # What the coordinator and its deputies are told directly comes out of the same budget.
         direct = (1 + len(self._deputies)) * params.packet_bytes / self._direct_pause_s() if self._leader else 0.0
-        return max(params.period_min_s, size * cost / max(params.budget_bytes_per_s - direct, 1.0))
+        return max(params.period_min_s, size * params.packet_bytes / max(params.budget_bytes_per_s - direct, 1.0))
 
     def _direct_pause_s(self) -> float:
         return max(self._params.direct_period_s, len(self._order) / self._params.direct_per_s)
@@ -95,13 +93,9 @@ class Heartbeats:
         self._slot_ends = now + self._rng.uniform(0.0, 1.0)
         return [SetTimer((MACHINE, "slot"), self._slot_ends), SetTimer((MACHINE, "direct"), now + 1.0)]
 
-    def follow(self, leader: NodeId | None, term: int, deputies: tuple[NodeId, ...]) -> None:
-        """Whom this node follows: stated in its heartbeats, and told more often."""
-        self._leader, self._term, self._deputies = leader, term, deputies
-
     def handle(
         self,
-        event: Received | TimerFired | StatementReceived | SampleTaken | PeerUp | PeerDown | PeerLeft | RosterShrank,
+        event: HeartbeatInput,
         now: float,
         wall: float,
     ) -> list[Effect]:
@@ -115,6 +109,9 @@ class Heartbeats:
                 return self._sampled(sample, now)
             case TimerFired(key):
                 return self._timer(key, now)
+            case Led(leader, term, deputies):
+                self._leader, self._term, self._deputies = leader, term, deputies
+                return []
             case PeerUp(peer):
                 return self._arrived(peer, now)
             case RosterShrank(evicted):
@@ -138,7 +135,7 @@ class Heartbeats:
             return []
         insort(self._order, entry)
         # A newcomer should not wait a whole period to see this node; in a large mesh it gets only what it hears.
-        if self._group() == 1 and self._told is not None and len(self._order) <= self._params.group_from // 2:
+        if self._told is not None and len(self._order) <= GREETED_MAX:
             return self._early(now, self._rng.uniform(0.1, 1.0))
         return []
 
@@ -164,8 +161,6 @@ class Heartbeats:
                 return [] if self._beaten else self._beat(now)
             case ("direct",):
                 return self._direct(now)
-            case ("hold",):
-                return self._release()
             case _:
                 return []
 
@@ -181,15 +176,7 @@ class Heartbeats:
         self._beaten = True
         self._told = self._sample
         stated = self._state(self._sample, self.period_s())
-        out = self._heard(stated, now)
-        root = self._root()
-        if root != self._me:
-            out.append(Send(root, (Spread(self._roster.short(root), [stated.blob]),), ahead=True))
-        elif self._group() > 1:
-            out += self._hold(stated, now)
-        else:
-            out += self._send_down(self._me, [stated.blob])
-        return out
+        return self._heard(stated, now) + self._send_down(self._me, [stated.blob])
 
     def _direct(self, now: float) -> list[Effect]:
         pause = self._direct_pause_s()
@@ -228,18 +215,10 @@ class Heartbeats:
 
     # ---- the tree ----------------------------------------------------------------------------------------------
 
-    def _group(self) -> int:
-        return self._params.group if len(self._order) >= self._params.group_from else 1
-
     def _index(self, node: NodeId) -> int | None:
         entry = (self._roster.short(node), node)
         index = bisect_left(self._order, entry)
         return index if index < len(self._order) and self._order[index] == entry else None
-
-    def _root(self) -> NodeId:
-        """The root of this node's tree: itself, or the first of its group of neighbours."""
-        index, group = self._index(self._me), self._group()
-        return self._order[(index or 0) // group * group][1]
 
     def _send_down(self, root: NodeId, blobs: list[bytes]) -> list[Effect]:
         """Pass heartbeats to this node's children in the tree of `root`: a heap over the list rotated to the root."""
@@ -257,21 +236,16 @@ class Heartbeats:
 
     def _spread(self, spread: Spread, now: float) -> list[Effect]:
         root = self._roster.node(spread.root)
-        if root is None:
-            return []
+        if root is None or root == self._me:
+            return []  # what comes down this node's own tree comes from this node
         out: list[Effect] = []
         fresh: list[Stated] = []
-        for blob in spread.items[: self._params.batch]:
+        for blob in spread.items[:ITEMS_PER_SPREAD_MAX]:
             stated = self._codec.open(blob)
             if stated is not None and self._first_time(stated):
                 fresh.append(stated)
                 out += self._heard(stated, now)
-        if root == self._me:
-            for stated in fresh:
-                out += self._hold(stated, now)
-        else:
-            out += self._send_down(root, [stated.blob for stated in fresh])
-        return out
+        return out + self._send_down(root, [stated.blob for stated in fresh])
 
     def _first_time(self, stated: Stated) -> bool:
         """Whether this heartbeat did not come down a tree before. Whether it is news here is another question: the own
@@ -281,17 +255,6 @@ class Heartbeats:
             return False
         self._passed[stated.signer] = (body.boot, body.number)
         return True
-
-    def _hold(self, stated: Stated, now: float) -> list[Effect]:
-        """Collect the heartbeats of this node's group for a moment, so that they share packets."""
-        self._held.append(stated)
-        if len(self._held) >= self._params.batch:
-            return self._release()
-        return [SetTimer((MACHINE, "hold"), now + self._params.hold_s)] if len(self._held) == 1 else []
-
-    def _release(self) -> list[Effect]:
-        held, self._held = self._held, []
-        return self._send_down(self._me, [stated.blob for stated in held])
 
     # ---- hearing -----------------------------------------------------------------------------------------------
 

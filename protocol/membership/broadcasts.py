@@ -1,6 +1,6 @@
 """What still has to be gossiped: verified statements, each sent a bounded number of times, the freshest first."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from protocol.wire import limits
 from protocol.wire.messages import Gossip
@@ -14,7 +14,6 @@ class Broadcasts:
 
     def __init__(self) -> None:
         self._pending: dict[object, _Item] = {}
-        self.dropped = 0
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -25,17 +24,11 @@ class Broadcasts:
         if len(self._pending) >= BROADCASTS_MAX:
             # The oldest has travelled furthest; anti-entropy repairs what it did not reach.
             del self._pending[next(iter(self._pending))]
-            self.dropped += 1
         self._pending[subject] = _Item(blob, transmits, expires)
 
     def discard(self, subject: object) -> None:
         """Stop sending what is said on a subject."""
         self._pending.pop(subject, None)
-
-    def discard_if(self, doomed: Callable[[object], bool]) -> None:
-        """Stop sending what is said on any subject that `doomed` names."""
-        for subject in [subject for subject in self._pending if doomed(subject)]:
-            del self._pending[subject]
 
     def take(self, budget_bytes: int, now: float, copies: int = 1) -> list[bytes]:
         """Statements for one datagram within the budget, least sent first; counts them as sent `copies` times."""

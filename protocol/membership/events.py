@@ -72,9 +72,6 @@ class IdentityInUse:
     boot: int
 
 
-MembershipEvent = PeerUp | PeerSuspected | PeerCleared | PeerDown | PeerLeft | Stalled
-
-
 # ---- inputs beyond the network's --------------------------------------------------------------------------------
 
 

@@ -212,7 +212,7 @@ class Membership:
     def _contact(self) -> None:
         """Nobody is up in this view: try members by the addresses remembered, over links."""
         s = self._s
-        offline = [peer for peer in {**s.view.known, **s.contacts} if peer != s.me and peer in s.roster]
+        offline = s.view.absent(s.contacts)
         for peer in s.rng.sample(offline, min(CONTACT_PEERS, len(offline))):
             self._introduce(peer)
         self._contact_pause_s = min(self._contact_pause_s * 1.5, CONTACT_RETRY_MAX_S)
@@ -223,6 +223,11 @@ class Membership:
         if peer == s.me or peer not in s.roster or peer in s.view.up:
             return
         s.contacts[peer] = address
+        self._seek(peer)
+
+    def _seek(self, peer: NodeId) -> None:
+        """Introduce this node over a link, not too often: its boot, which datagrams need, may be another by now."""
+        s = self._s
         if s.now >= self._contacted.get(peer, -CONTACT_RETRY_MAX_S) + CONTACT_RETRY_MAX_S:
             self._contacted[peer] = s.now
             self._introduce(peer)
@@ -241,6 +246,7 @@ class Membership:
         s = self._s
         was_up = peer in s.view.up
         self._suspicions.clear(peer)
+        self._suspicions.dismiss(peer)
         self._probing.forget(peer)
         self._healing.forget(peer)
         for table in (s.routes, s.claims, s.tunnelled, s.contacts, self._contacted):
@@ -296,12 +302,15 @@ class Membership:
         self._contact()
 
     def _announce_tick(self) -> None:
-        """Look for a member that is believed gone: healed partitions find each other by this."""
+        """Look for a member that is not up: healed partitions find each other by this."""
         s = self._s
         s.timer(s.now + s.params.announce_interval_s * s.rng.uniform(0.8, 1.2), "announce")
-        gone = list(s.view.down)
-        if gone and not self._departed:
-            self._probing.announce(s.rng.choice(gone))
+        gone = [peer for peer in s.view.absent(s.contacts) if peer not in s.view.left]
+        if not gone or self._departed:
+            return
+        peer = s.rng.choice(gone)
+        # One remembered from before a restart cannot find this node: it seals its datagrams for the former boot.
+        (self._probing.announce if peer in s.view.down else self._seek)(peer)
 
     # ---- messages ----------------------------------------------------------------------------------------------
 

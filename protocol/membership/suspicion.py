@@ -150,6 +150,20 @@ class Suspicions:
             for accuser in suspicion.accusers:
                 self._s.broadcasts.discard(("accusation", target, accuser))
 
+    def dismiss(self, witness: NodeId) -> None:
+        """What an evicted node said of others counts no more. Verdicts already reached stand."""
+        for target, suspicion in list(self._suspicions.items()):
+            self._withdraw(witness, target, suspicion)
+
+    def _withdraw(self, witness: NodeId, target: NodeId, suspicion: _Suspicion) -> None:
+        """Take one witness away, and the suspicion with the last."""
+        if suspicion.accusers.pop(witness, None) is None:
+            return
+        self._s.broadcasts.discard(("accusation", target, witness))
+        if not suspicion.accusers:
+            self.clear(target)
+            self._s.publish(PeerCleared(target))
+
     def overrule(self, target: NodeId, proof: tuple[Stated, ...]) -> None:
         """Witnesses say that the dead one is up: these accusations are used up."""
         if len(self._consumed) >= CONSUMED_MAX:
@@ -162,11 +176,7 @@ class Suspicions:
         """This node did not run for a while: withdraw its own accusations, and give everyone accused time anew."""
         s = self._s
         for target, suspicion in list(self._suspicions.items()):
-            suspicion.accusers.pop(s.me, None)
-            s.broadcasts.discard(("accusation", target, s.me))
-            if not suspicion.accusers:
-                self.clear(target)
-                s.publish(PeerCleared(target))
-                continue
-            suspicion.first_at = s.now
-            s.timer(s.now + s.params.suspicion_floor_s, "suspect", target)
+            self._withdraw(s.me, target, suspicion)
+            if suspicion.accusers:
+                suspicion.first_at = s.now
+                s.timer(s.now + s.params.suspicion_floor_s, "suspect", target)

@@ -4,7 +4,7 @@ Only bookkeeping; the machine decides. The digest covers who is up, in which boo
 digests have equal views.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from protocol.ids import Address, NodeId, unpack_address
@@ -104,9 +104,11 @@ class View:
         """How many members are down by the word of witnesses."""
         return sum(1 for down in self.down.values() if down.proof)
 
-    def offline(self) -> list[NodeId]:
-        """Members with a known address that are not up and did not say goodbye."""
-        return [peer for peer in self.known if peer not in self.up and peer not in self.left and peer in self._roster]
+    def absent(self, contacts: Iterable[NodeId]) -> list[NodeId]:
+        """Members that are not up and were heard of, or are among these contacts."""
+        return [
+            peer for peer in dict.fromkeys((*self.known, *contacts)) if peer not in self.up and peer in self._roster
+        ]
 
     def bits(self) -> int:
         """Who is up, as an integer: bit i is member i of the roster."""

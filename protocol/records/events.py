@@ -103,11 +103,6 @@ class RepairCompleted:
     round_trips: int
 
 
-RecordEvent = (
-    RecordChanged | RecordWithdrawn | RecordRefused | RecordHeld | ClockContradicted | PeerMuted | RepairCompleted
-)
-
-
 # ---- parameters -----------------------------------------------------------------------------------------------------
 
 

@@ -185,10 +185,6 @@ class Roster:
             return f"the mesh is full ({ROSTER_MAX} machines)"
         return None
 
-    def colliding(self) -> list[NodeId]:
-        """Admitted nodes that are kept out because a member has their short id."""
-        return [node_id for node_id in self._admitted if node_id not in self]
-
     def statement(self, node_id: NodeId) -> bytes | None:
         """The bytes of the statement that counts for a node, or None."""
         held = self._statements.get(node_id)

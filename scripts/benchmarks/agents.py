@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -289,14 +289,3 @@ def until(holds: Callable[[], bool], within_s: float, what: str, pause_s: float 
             raise BenchmarkError(f"did not come within {within_s:.0f} s: {what}")
         time.sleep(pause_s)
     return time.monotonic()
-
-
-@contextlib.contextmanager
-def clients(agents: Iterable[LocalAgent]) -> Iterator[dict[str, Client]]:
-    """A connection to each agent, by node id."""
-    opened = {agent.node_id: agent.client() for agent in agents}
-    try:
-        yield opened
-    finally:
-        for client in opened.values():
-            client.close()

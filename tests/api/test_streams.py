@@ -10,6 +10,7 @@ from meshnode.api.routing import ApiRequest, Mount, Route
 from meshnode.api.sse import BusEvents, EventStream, bus_frames, frame
 from meshnode.kernel.bus import EventBus
 from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.metrics import Metrics
 from tests.support.api_client import ApiClient, SentEvent, fetch, parse_event
 from tests.support.api_server import Pinged, running_api, until
 
@@ -110,6 +111,7 @@ async def test_a_reader_that_falls_behind_is_told_and_dropped() -> None:
         text = b"".join([piece async for piece in client.receive_pieces()])
         last = parse_event(text.rstrip(b"\n").rpartition(b"\n\n")[2].decode())
         await until(lambda: running.trial.bus.subscriber_count == 0)
+        assert running.metrics.as_json()["meshnode_api_streams_dropped_total"] == 1
     assert last.event == "dropped"
     assert last.json["lost"] > 0
     assert len(text) < 12_000_000
@@ -149,7 +151,7 @@ async def test_a_stream_that_fails_at_once_is_an_ordinary_error() -> None:
     assert (answer.status, answer.json["code"]) == (503, "unavailable")
 
 
-@pytest.mark.parametrize("fault", [MeshError(ErrorCode.CANCELLED, "Cancelled."), RuntimeError("canary")])
+@pytest.mark.parametrize("fault", [MeshError(ErrorCode.TIMEOUT, "Too late."), RuntimeError("canary")])
 async def test_a_stream_that_fails_later_ends_with_an_error_event(fault: Exception) -> None:
     async def source() -> AsyncGenerator[bytes, None]:
         yield frame("token", {"text": "a"})
@@ -158,7 +160,7 @@ async def test_a_stream_that_fails_later_ends_with_an_error_event(fault: Excepti
     async with running_api(mounts=[_stream_route(source())]) as running, ApiClient(running.port) as client:
         got = [event async for event in await client.events("/api/trial")]
     assert [event.event for event in got] == ["token", "error"]
-    assert got[1].json["code"] == ("cancelled" if isinstance(fault, MeshError) else "internal")
+    assert got[1].json["code"] == ("timeout" if isinstance(fault, MeshError) else "internal")
     assert "canary" not in got[1].data
 
 
@@ -210,7 +212,7 @@ async def test_too_many_streams_are_refused() -> None:
 async def test_a_closed_bus_ends_its_streams_at_once() -> None:
     bus, events = EventBus(epoch="e"), BusEvents({Pinged: ("pinged", lambda event: event)})
     bus.close()
-    frames = [piece async for piece in bus_frames(bus, events)]
+    frames = [piece async for piece in bus_frames(bus, events, Metrics())]
     assert frames == [b"event: connected\ndata: {}\n\n"]
 
 

@@ -109,7 +109,7 @@ async def no_disk(changes: Iterable[Persist]) -> None:
 
 def agent(node: Node, sockets: DatagramSocket) -> Driver:
     """What runs a hub in the agent."""
-    return Driver(node=node, sockets=sockets, links=NoLinks(), store=no_disk, observers=(), log=RecordingLog())
+    return Driver(node=node, sockets=sockets, links=NoLinks(), store=no_disk, log=RecordingLog())
 
 
 async def acks_of(sockets: DatagramSocket, codec: DatagramCodec, into: trio.MemorySendChannel[int]) -> None:
@@ -140,7 +140,7 @@ async def test_case_09_a_flooded_agent_still_answers() -> None:
         numbers, acks = trio.open_memory_channel[int](100)
         begun = time.perf_counter()
         async with trio.open_nursery() as nursery:
-            await nursery.start(agent(victim, served).run)
+            await nursery.start(agent(victim, served).run, ())
             nursery.start_soon(acks_of, own, member, numbers)
             for burst in range(JUNK // BURST):
                 for data in flood[burst * BURST % len(flood) :][:BURST]:

@@ -147,7 +147,7 @@ def test_an_error_of_the_agent_cannot_move_the_cursor(agent: FakeAgent, command:
     [
         ("unauthorized", 401, 4),
         ("not_admin", 403, 4),
-        ("refused_by_policy", 403, 4),
+        ("forbidden", 403, 4),
         ("internal", 500, 1),
         ("conflict", 409, 1),
     ],

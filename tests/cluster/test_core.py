@@ -62,16 +62,17 @@ def test_devices_are_summed_up() -> None:
 
 
 def test_figures_of_a_heartbeat() -> None:
-    fields = core.load_fields(BEAT, 2.5)
+    fields = core.load_fields(BEAT, 2.5, up=True)
     assert fields["cpu_percent"] == 42.5
     assert fields["ram_used"] == 2_000_000_000
     assert fields["uptime_seconds"] == 102
+    assert core.load_fields(BEAT, 2.5, up=False)["uptime_seconds"] == 100, "who is gone is not running on"
     assert (fields["battery_percent"], fields["on_battery"]) == (None, None)
     laptop = Heartbeat(
         b"\0" * 8, 1, 1, 40, 0, 0, 0, 0, -1, 0, -1, int(HeartbeatFlag.ON_BATTERY), 55, 0, 0, 0, b"\0" * 8, 1
     )
-    assert core.load_fields(laptop, 0.0)["on_battery"] is True
-    assert core.load_fields(laptop, 0.0)["battery_percent"] == 55
+    assert core.load_fields(laptop, 0.0, up=True)["on_battery"] is True
+    assert core.load_fields(laptop, 0.0, up=True)["battery_percent"] == 55
 
 
 @pytest.mark.parametrize(("low", "high", "fits"), [(0, 0, False), (PROTOCOL_VERSION_MIN, PROTOCOL_VERSION, True),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from meshnode.cluster.service.moves import Moves, former_name, parse
+from meshnode.cluster.service.moves import Moves, former_name
 from meshnode.cluster.service.switch import MARKER, STAGING
 from meshnode.kernel.errors import ErrorCode, MeshError
 from tests.cluster.parts import House
@@ -114,19 +114,6 @@ async def test_leaving_that_is_refused_stages_nothing(tmp_path: Path) -> None:
     assert (restart.count, staged(house, 0)) == (0, False)
     await moves_of(house, 0, restart).leave(force=True)
     assert (restart.count, staged(house, 0)) == (1, True)
-
-
-@pytest.mark.parametrize(
-    ("url", "part"),
-    [("", "url"), ("ftp://h:1/join/nmi6disugpbgctu2#a.b", "scheme"), ("http://h:4894/elsewhere#a.b", "path"),
-     ("http://h:4894/join/short#a.b", "token"), ("http://127.0.0.1:4894/join/nmi6disugpbgctu2", "fragment"),
-     ("http://:99999/join/nmi6disugpbgctu2#a.b", "host")],
-)  # fmt: skip
-def test_a_malformed_url_names_the_part(url: str, part: str) -> None:
-    with pytest.raises(MeshError) as caught:
-        parse(url)
-    assert caught.value.code is ErrorCode.BAD_REQUEST
-    assert caught.value.detail["part"] == part
 
 
 def test_former_files_are_named_by_mesh_and_time() -> None:

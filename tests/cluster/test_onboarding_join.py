@@ -266,8 +266,11 @@ async def test_both_families_share_any_free_port(data_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "part"), [("", "url"), ("http://h:1/join/x", "token"), ("meshnode join", "url"), ("mesh:node", "scheme")]
-)
+    ("text", "part"),
+    [("", "url"), ("meshnode join", "url"), ("ftp://h:1/join/nmi6disugpbgctu2#a.b", "scheme"), ("mesh:node", "scheme"),
+     ("http://h:1/elsewhere#a.b", "path"), ("http://h:1/join/x", "token"),
+     ("http://:99999/join/nmi6disugpbgctu2#a.b", "host"), ("http://h:1/join/nmi6disugpbgctu2", "fragment")],
+)  # fmt: skip
 def test_a_bad_url_is_a_bad_request(text: str, part: str) -> None:
     with pytest.raises(MeshError) as caught:
         read_join_url(text)

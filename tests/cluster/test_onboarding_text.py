@@ -1,9 +1,8 @@
 """An invitation as text: the command to paste and the QR codes."""
 
 import shlex
-import xml.etree.ElementTree as ElementTree
 
-from meshnode.cluster.service.onboarding.invite_text import join_command, qr_svg, qr_terminal
+from meshnode.cluster.service.onboarding.invite_text import join_command, qr_terminal
 from protocol.trust.join_url import JoinUrl, build_join_url
 from tests.protocol.trust.parts import seed
 
@@ -18,10 +17,3 @@ def test_the_terminal_code_fits_a_terminal() -> None:
     lines = qr_terminal(URL).rstrip("\n").split("\n")
     assert 10 < len(lines) <= 40
     assert qr_terminal(URL) != qr_terminal(URL[:-1] + "x")
-
-
-def test_the_svg_is_whole_and_needs_nothing_from_elsewhere() -> None:
-    svg = qr_svg(URL)
-    assert ElementTree.fromstring(svg).tag.endswith("svg")
-    assert "href" not in svg
-    assert "#" not in svg.replace("#000", "").replace("#fff", "")

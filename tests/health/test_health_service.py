@@ -15,9 +15,9 @@ from trio.testing import MockClock
 from meshnode.health.model import HealthChanged, HealthReport, MeshContact, Probe, Status, Verdict
 from meshnode.health.service import CHECK_LIMIT_S, available_memory
 from meshnode.health.setup import Health, build_health
-from meshnode.health.store import HealthStore, health_migrations
+from meshnode.health.store import HealthStore
 from meshnode.kernel.clock import SystemClock
-from meshnode.kernel.database import DATABASE_NAME, open_database
+from meshnode.kernel.database import DATABASE_NAME, open_database, read_migrations
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.offload import InlineOffload
 from meshnode.kernel.service import AgentHealth, Policy, ServiceHealth, State
@@ -25,6 +25,7 @@ from tests.support.api_client import fetch
 from tests.support.api_server import TOKEN, running_api
 from tests.support.recording_log import RecordingLog
 
+MIGRATIONS = read_migrations("health", "meshnode.health")
 ALWAYS = {"database", "storage", "memory", "wal", "services", "p2p_network", "clock", "event_loop"}
 
 
@@ -46,7 +47,7 @@ class World:
 
 @asynccontextmanager
 async def health(data_dir: Path, world: World, *probes: Probe) -> AsyncGenerator[Health, None]:
-    async with open_database(data_dir / DATABASE_NAME, health_migrations(), wall=1.8e9, inline=True) as database:
+    async with open_database(data_dir / DATABASE_NAME, MIGRATIONS, wall=1.8e9, inline=True) as database:
         yield build_health(
             database=database,
             data_dir=data_dir,
@@ -83,13 +84,12 @@ async def test_a_mesh_of_one_is_healthy(data_dir: Path) -> None:
 
 async def test_the_database_is_really_written(data_dir: Path) -> None:
     async with (
-        open_database(data_dir / DATABASE_NAME, health_migrations(), wall=1.8e9, inline=True) as database,
+        open_database(data_dir / DATABASE_NAME, MIGRATIONS, wall=1.8e9, inline=True) as database,
     ):
         store = HealthStore(database)
-        assert store.last_written() is None
         await store.write(123.5)
         await store.write(124.5)
-        assert store.last_written() == 124.5
+        assert database.read(lambda c: c.execute("SELECT written_at FROM health_probe").fetchall()) == [(124.5,)]
         assert store.wal_bytes() > 0
 
 

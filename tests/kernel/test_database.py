@@ -126,15 +126,6 @@ async def test_writers_share_a_commit(path: Path) -> None:
         assert 1 <= commits <= 10
 
 
-async def test_write_batch_is_all_or_nothing(path: Path) -> None:
-    async with open_database(path, MIGRATIONS, wall=1.0) as database:
-        sql = "INSERT INTO notes_rows (body) VALUES (?)"
-        await database.write_batch([(sql, ("a",)), (sql, ("b",))])
-        with pytest.raises(apsw.ConstraintError):
-            await database.write_batch([(sql, ("c",)), (sql, ("a",))])
-        assert bodies(database) == ["a", "b"]
-
-
 async def test_a_reader_cannot_write(path: Path) -> None:
     async with open_database(path, MIGRATIONS, wall=1.0) as database:
         with pytest.raises(apsw.ReadOnlyError):

@@ -239,7 +239,7 @@ def test_an_interrupted_repair_loses_nothing_and_can_be_finished(
         return step
 
     with monkeypatch.context() as patch:
-        patch.setattr(repair_module, "_sync", counting(repair_module._sync))
+        patch.setattr(repair_module, "make_durable", counting(repair_module.make_durable))
         patch.setattr(repair_module, "_second_name", counting(repair_module._second_name))
         patch.setattr(repair_module.os, "replace", counting(repair_module.os.replace))
         with pytest.raises(Crash):

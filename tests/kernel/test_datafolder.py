@@ -133,38 +133,6 @@ def test_too_little_space_is_said_so(tmp_path: Path) -> None:
         assert caught.value.code is ErrorCode.DISK_FULL
 
 
-def test_secrets_are_private_whole_and_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with open_data_folder(tmp_path) as folder:
-        assert folder.read_secret("key") is None
-        path = folder.write_secret("key", b"first")
-        assert mode(path) == 0o600
-        folder.write_secret("key", b"second")
-        assert folder.read_secret("key") == b"second"
-
-        def full(_source: object, _target: object) -> None:
-            raise OSError(28, "No space left on device")
-
-        # The content is written, the rename fails: the old secret stays and no copy is left lying about.
-        with monkeypatch.context() as patch:
-            patch.setattr(datafolder.os, "replace", full)
-            with pytest.raises(MeshError, match="keeps its old content") as caught:
-                folder.write_secret("key", b"third")
-        assert caught.value.code is ErrorCode.DISK_FULL
-        assert folder.read_secret("key") == b"second"
-        assert {entry.name for entry in tmp_path.iterdir()} == {"key", LOCK_NAME}
-        # What a crash left behind does not stand in the way.
-        (tmp_path / ".key.new").write_bytes(b"half")
-        folder.write_secret("key", b"fourth")
-        assert folder.read_secret("key") == b"fourth"
-        path.chmod(0o644)
-        with pytest.raises(MeshError, match="no secret any more") as caught:
-            folder.read_secret("key")
-        assert caught.value.code is ErrorCode.FORBIDDEN
-        for name in ("", "../x", "a/b", ".hidden"):
-            with pytest.raises(ValueError, match="not the name of a file"):
-                folder.write_secret(name, b"")
-
-
 def test_the_default_is_the_users_or_the_systems_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     if sys.platform == "linux":

@@ -1,7 +1,7 @@
 """The driver's contract over real sockets and a real database: order, durability, timers; and two probing another."""
 
 import random
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,6 @@ class Bench:
             sockets=self.wire,  # type: ignore[arg-type]  # the part of the sockets that a driver uses
             links=self.wire,
             store=self.store,
-            observers=[self.wire.observe],
             now=trio.current_time,
             wall=lambda: 0.0,
             log=self.log,
@@ -120,7 +119,7 @@ async def bench(folder: Path) -> AsyncIterator[Bench]:
         made = Bench(folder)
         made.key_value = KeyValue(database)
         async with trio.open_nursery() as nursery:
-            await nursery.start(lambda task_status: made.driver.run(task_status=task_status))
+            await nursery.start(lambda task_status: made.driver.run([made.wire.observe], task_status=task_status))
             yield made
             nursery.cancel_scope.cancel()
 
@@ -203,7 +202,7 @@ async def test_a_failing_store_ends_the_driver_and_releases_nothing(tmp_path: Pa
     b.failure = broken
     b.script.first = [put(b"a"), datagram(b"behind"), Publish("behind")]
     with pytest.raises(BaseExceptionGroup) as caught, trio.fail_after(5):
-        await b.driver.run()
+        await b.driver.run([b.wire.observe])
     only: BaseException = caught.value
     while isinstance(only, BaseExceptionGroup):
         (only,) = only.exceptions
@@ -236,7 +235,7 @@ async def test_a_full_disk_is_waited_out(tmp_path: Path, autojump_clock: trio.te
 
     made.driver._store = store
     async with trio.open_nursery() as nursery:
-        await nursery.start(lambda task_status: made.driver.run(task_status=task_status))
+        await nursery.start(lambda task_status: made.driver.run([made.wire.observe], task_status=task_status))
         made.effects(put(b"a"), datagram(b"behind"), datagram(b"ahead", ahead=True))
         await made.driver.flushed()
         nursery.cancel_scope.cancel()
@@ -258,7 +257,7 @@ async def run_timers(tmp_path: Path, seconds: float, *effects: Effect) -> Bench:
     made = Bench(tmp_path)
     made.script.first = list(effects)
     with trio.move_on_after(seconds):
-        await made.driver.run()
+        await made.driver.run([made.wire.observe])
     return made
 
 
@@ -285,7 +284,7 @@ async def test_a_timer_cancelled_by_another_that_is_due_with_it_does_not_fire(
     made.script.first = [SetTimer(("m", 1), at), SetTimer(("m", 2), at), SetTimer(("m", 3), at)]
     made.script.answers[("m", 1)] = [CancelTimer(("m", 2)), SetTimer(("m", 3), at + 1)]
     with trio.move_on_after(5):
-        await made.driver.run()
+        await made.driver.run([made.wire.observe])
     assert [key for key, _ in made.script.fired] == [("m", 1), ("m", 3)]
     assert made.script.fired[1][1] == pytest.approx(at + 1)
 
@@ -341,6 +340,7 @@ async def test_two_drivers_find_and_probe_each_other(tmp_path: Path) -> None:
     """Hubs, sockets and databases are the agent's own; the links, which have tests of their own, are a short wire."""
     mesh, events = Mesh(2), dict[int, list[object]]()
     drivers: list[Driver] = []
+    watching: list[Callable[[object], None]] = []
     measured = trio.Event()
 
     class Links:
@@ -376,12 +376,13 @@ async def test_two_drivers_find_and_probe_each_other(tmp_path: Path) -> None:
                 if all(any(isinstance(e, PeerMeasured) for e in told) for told in events.values()) and len(events) == 2:
                     measured.set()
 
+            watching.append(observe)
             drivers.append(
                 Driver(node=hub, sockets=sockets, links=Links(index), store=KeyValue(database).persist,
-                       observers=[observe], log=RecordingLog())
+                       log=RecordingLog())
             )  # fmt: skip
-        for driver in drivers:
-            await nursery.start(lambda task_status, driver=driver: driver.run(task_status=task_status))
+        for driver, observer in zip(drivers, watching, strict=True):
+            await nursery.start(driver.run, [observer])
         there = drivers[1].node.membership.addresses(mesh.id(1))
         await drivers[0].submit_durably(ContactFound(mesh.id(1), there[0]))
         with trio.fail_after(10):

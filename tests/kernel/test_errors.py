@@ -22,7 +22,7 @@ def test_only_a_fault_of_ours_is_a_500() -> None:
         (ErrorCode.USAGE, 2),
         (ErrorCode.AGENT_NOT_RUNNING, 3),
         (ErrorCode.UNAUTHORIZED, 4),
-        (ErrorCode.REFUSED_BY_POLICY, 4),
+        (ErrorCode.NOT_ADMIN, 4),
         (ErrorCode.PIN_MISMATCH, 4),
     ],
 )

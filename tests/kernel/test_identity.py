@@ -15,7 +15,6 @@ from cryptography.x509.oid import NameOID
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import (
     certificate_public_key,
-    forget_root,
     found_root,
     issue_leaf,
     load_or_make_identity,
@@ -146,9 +145,6 @@ def test_the_root_key_is_stored_once_and_never_over_anothers(tmp_path: Path) -> 
         store_root(tmp_path, found_root())
     assert caught.value.code is ErrorCode.CONFLICT
     assert load_root(tmp_path) == root
-    forget_root(tmp_path)
-    forget_root(tmp_path)
-    assert load_root(tmp_path) is None
     assert repr(root.seed) not in repr(root)
 
 

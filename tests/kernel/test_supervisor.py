@@ -2,7 +2,7 @@
 
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -81,8 +81,21 @@ async def fail_now(error: BaseException) -> None:
     raise error
 
 
+class Prepared(Supervisor):
+    """A supervisor that holds the tiers that it is to run."""
+
+    def __init__(self, prepared: Sequence[Sequence[Any]], log: Log, **limits: float) -> None:
+        super().__init__(chance=random.Random(7), logger=log, **limits)
+        self._prepared = prepared
+
+    async def run(
+        self, tiers: Sequence[Sequence[Any]] = (), *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        await super().run(tiers or self._prepared, task_status=task_status)
+
+
 def supervise(*tiers: list[Any], log: Log | None = None, **limits: float) -> Supervisor:
-    return Supervisor(tiers, chance=random.Random(7), logger=log or Log(), **limits)
+    return Prepared(tiers, log or Log(), **limits)
 
 
 def states(supervisor: Supervisor) -> dict[str, State]:
@@ -347,7 +360,7 @@ async def test_one_signal_stops_gracefully_and_two_at_once(autojump_clock: trio.
         before = signal.getsignal(signal.SIGTERM)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(send, signals)
-            await serve_until_signal(supervisor, logger=log, on_ready=ready.set)
+            await serve_until_signal(supervisor, (), logger=log, on_ready=ready.set)
         assert ("drained a" in history) == drained
         assert len(log.records) == signals
         assert signal.getsignal(signal.SIGTERM) == before
@@ -356,5 +369,5 @@ async def test_one_signal_stops_gracefully_and_two_at_once(autojump_clock: trio.
 async def test_a_fatal_failure_comes_through_bare(autojump_clock: trio.testing.MockClock) -> None:
     broken = Example("broken", [], fail_after(1.0, OSError("gone")), policy=Policy.FATAL)
     with pytest.raises(MeshError, match="'broken' failed: OSError: gone") as caught:
-        await serve_until_signal(supervise([broken]), logger=Log())
+        await serve_until_signal(supervise([broken]), (), logger=Log())
     assert caught.value.code is ErrorCode.INTERNAL

@@ -61,6 +61,7 @@ class Trial:
     """The trial routes and what they have seen."""
 
     bus: EventBus = field(default_factory=lambda: EventBus(epoch="test"))
+    metrics: Metrics = field(default_factory=Metrics)
     changes: list[str] = field(default_factory=list)
     running: int = 0
 
@@ -121,7 +122,9 @@ class Trial:
 
     async def watch(self, request: ApiRequest[None, None]) -> EventStream:
         last = request.header("last-event-id")
-        return EventStream(bus_frames(self.bus, self.events, last_event_id=last, coalesce=lambda e: e.key))
+        return EventStream(
+            bus_frames(self.bus, self.events, self.metrics, last_event_id=last, coalesce=lambda e: e.key)
+        )
 
     def routes(self) -> list[Route]:
         return [
@@ -221,7 +224,7 @@ async def running_api(
     level: str = "info",
 ) -> AsyncIterator[Running]:
     """The real server with the trial routes, stopped gracefully at the end."""
-    secrets, trial, metrics = SecretSet(), Trial(), Metrics()
+    secrets, trial = SecretSet(), Trial()
     with text_logs(secrets, level) as (logs, text):
         api = build_api(
             bind_loopback(0),
@@ -229,7 +232,7 @@ async def running_api(
             token=TOKEN,
             access=access or Access(),
             limits=limits or ApiLimits(),
-            metrics=metrics,
+            metrics=trial.metrics,
             log=logs.logger("api"),
             secrets=secrets,
             readiness=lambda: Readiness(True),
@@ -238,7 +241,7 @@ async def running_api(
         )
         async with trio.open_nursery() as nursery:
             await nursery.start(api.server.run)
-            yield Running(api, trial, metrics, text)
+            yield Running(api, trial, trial.metrics, text)
             trial.bus.close()
             api.server.stop()
 

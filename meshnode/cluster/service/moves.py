@@ -5,14 +5,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from meshnode.cluster.model import Joining
-from meshnode.cluster.service.onboarding.joiner import Joiner
+from meshnode.cluster.service.onboarding.joiner import Joiner, read_join_url
 from meshnode.cluster.service.switch import prepare_identity, stage_departure, stage_join
 from meshnode.cluster.service.trust import Trust
 from meshnode.kernel.database import Migration
 from meshnode.kernel.errors import ErrorCode, MeshError
 from protocol.ids import MeshId, mesh_id_of
 from protocol.node import Node
-from protocol.trust.join_url import JoinUrl, JoinUrlError, parse_join_url
 
 
 class Moves:
@@ -43,7 +42,7 @@ class Moves:
 
         Raises MeshError: BAD_REQUEST (the URL), ALREADY_MEMBER, and whatever Joiner.join and Trust.leave raise.
         """
-        parsed = parse(url)
+        parsed = read_join_url(url)
         others = len(self._hub.roster) - (1 if self._hub.me in self._hub.roster else 0)
         if others > 0 and self._hub.me in self._hub.roster and not leave_first:
             raise MeshError(
@@ -101,14 +100,6 @@ class _Alone:
     def __exit__(self, error_type: object, *_: object) -> None:
         # After a success this agent is on its way to the other mesh: nothing may touch what was staged for it.
         self._moves.moving(now=error_type is None)
-
-
-def parse(url: str) -> JoinUrl:
-    """The parts of a join URL. Raises MeshError BAD_REQUEST that names the part that is wrong."""
-    try:
-        return parse_join_url(url)
-    except JoinUrlError as error:
-        raise MeshError(ErrorCode.BAD_REQUEST, str(error), detail={"part": error.part}) from error
 
 
 def former_name(mesh_id: MeshId, wall: float) -> str:

@@ -4,7 +4,7 @@ Everything is answered from this node's own copy, so it is the same from every m
 decides nothing about membership; it watches what the protocol publishes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -20,7 +20,6 @@ from meshnode.cluster.model import (
     NodeOffline,
     NodeSuspect,
     NodeUpdated,
-    PeerLine,
     Summary,
 )
 from meshnode.cluster.service.clocks import Clocks
@@ -79,6 +78,7 @@ class Nodes:
         self._last_seen: dict[NodeId, float] = {}
         self._profiles: dict[NodeId, Profile] = {}
         self._quorum: QuorumChanged | None = None
+        self._followed_quorate = False  # as the coordinator said, if that is another node
         self._warnings: dict[str, str] = {}
         self._clocks = Clocks()
         self._no_version_in_common: set[NodeId] = set()  # as the last attempt to open a link showed
@@ -162,8 +162,6 @@ class Nodes:
             return self._hub.election.is_quorate(self._facts.now(), self._facts.wall())
         return self._followed_quorate
 
-    _followed_quorate = False
-
     def summary(self) -> Summary:
         """The mesh in one answer; at most a quarter of a second old."""
         now = self._facts.now()
@@ -196,12 +194,9 @@ class Nodes:
             version=self._facts.version,
             uptime_seconds=int(self._facts.uptime_s()),
             coordinator=self.coordinator(),
-            peers=tuple(self._lines(others)),
+            peers=tuple(map(core.peer_line, others)),
             warnings=tuple(self.warnings()),
         )
-
-    def _lines(self, infos: Iterable[NodeInfo]) -> Iterable[PeerLine]:
-        return map(core.peer_line, infos)
 
     @property
     def is_shut_out(self) -> bool:
@@ -230,7 +225,7 @@ class Nodes:
         heard = hub.heartbeats.latest.get(node)
         if heard is not None:
             age_s = max(0.0, self._facts.now() - heard[1])
-            fields |= core.load_fields(heard[0], age_s if up else 0.0) | {"age_seconds": round(age_s, 1)}
+            fields |= core.load_fields(heard[0], age_s, up=up)
         profile = self._profile(node)
         if profile is not None:
             fields |= {
@@ -251,7 +246,7 @@ class Nodes:
         rtt = self._rtt_s.get(node)
         return NodeInfo(
             id=node,
-            name=admission.name if admission is not None else node,
+            name=self.name_of(node),
             status=core.status_of(up=up),
             addresses=core.addresses_text(addresses),
             last_seen=rfc3339(self._facts.wall()) if up else rfc3339(seen) if seen is not None else None,

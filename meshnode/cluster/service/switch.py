@@ -16,6 +16,7 @@ import msgspec
 from meshnode.cluster.service.onboarding.joiner import JoinGrant
 from meshnode.cluster.store import Mesh, MeshStore
 from meshnode.kernel.database import KeyValue, Migration, open_database
+from meshnode.kernel.durability import make_durable
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import (
     NODE_KEY_FILE,
@@ -115,8 +116,8 @@ def finish(data_dir: Path) -> Path | None:
                 os.replace(data_dir / name, former / name)
             if name in marker.staged:
                 os.replace(staging / name, data_dir / name)
-        _sync(former)
-        _sync(data_dir)
+        make_durable(former)
+        make_durable(data_dir)
         (staging / MARKER).unlink()
         shutil.rmtree(staging)
     except OSError as error:
@@ -148,23 +149,12 @@ def _mark(data_dir: Path, former: str) -> None:
     staging = data_dir / STAGING
     staged = tuple(name for name in FILES if (staging / name).exists())
     for name in staged:
-        with (staging / name).open("rb") as file:
-            os.fsync(file.fileno())
+        make_durable(staging / name)
     draft = staging / f"{MARKER}.new"
     with draft.open("wb") as file:
         file.write(msgspec.json.encode(_Marker(former, staged)))
         file.flush()
         os.fsync(file.fileno())
-    _sync(staging)
+    make_durable(staging)
     os.replace(draft, staging / MARKER)
-    _sync(staging)
-
-
-def _sync(folder: Path) -> None:
-    if os.name == "nt":
-        return  # Windows cannot open a folder; its file system orders renames itself
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    make_durable(staging)

@@ -9,7 +9,7 @@ from meshnode.kernel.database.keyvalue import KeyValue, StateChange, kernel_migr
 from meshnode.kernel.database.migrations import Migration, read_migrations
 from meshnode.kernel.database.repair import RepairReport, export_database, repair_database
 from meshnode.kernel.database.salvage import SalvageReport, TableReport
-from meshnode.kernel.database.store import Database, Statement, open_database
+from meshnode.kernel.database.store import Database, open_database
 
 __all__ = [
     "DATABASE_NAME",
@@ -19,7 +19,6 @@ __all__ = [
     "RepairReport",
     "SalvageReport",
     "StateChange",
-    "Statement",
     "TableReport",
     "export_database",
     "kernel_migrations",

@@ -24,6 +24,7 @@ from meshnode.kernel.database.connection import (
     wal_path,
 )
 from meshnode.kernel.database.salvage import Salvage, SalvageReport, Table, TableReport, open_salvage
+from meshnode.kernel.durability import make_durable
 from meshnode.kernel.errors import ErrorCode, MeshError
 
 _FINDINGS_MAX: Final = 20
@@ -86,9 +87,9 @@ def repair_database(path: Path, *, wall: float) -> RepairReport:
     except apsw.Error as error:
         building.unlink(missing_ok=True)
         raise storage_error(error, building) from error
-    _sync(building)
+    make_durable(building)
     os.replace(building, repaired)
-    _sync(path.parent)
+    make_durable(path.parent)
     return RepairReport(report, _swap(path, repaired, wall))
 
 
@@ -166,9 +167,9 @@ def _swap(path: Path, repaired: Path, wall: float) -> Path:
     kept = _keep(path, wall)
     wal_path(path).unlink(missing_ok=True)
     shm_path(path).unlink(missing_ok=True)
-    _sync(path.parent)
+    make_durable(path.parent)
     os.replace(repaired, path)
-    _sync(path.parent)
+    make_durable(path.parent)
     return kept
 
 
@@ -186,7 +187,7 @@ def _keep(path: Path, wall: float) -> Path:
     if wal_path(path).exists() and wal_path(path).stat().st_size > 0:
         _second_name(wal_path(path), wal_path(kept))
     _second_name(path, kept)
-    _sync(path.parent)
+    make_durable(path.parent)
     return kept
 
 
@@ -196,18 +197,7 @@ def _second_name(file: Path, name: Path) -> None:
     except OSError:
         # Some file systems have no hard links (FAT, some network shares).
         shutil.copyfile(file, name)
-        _sync(name)
-
-
-def _sync(path: Path) -> None:
-    """Make a file's content, or a folder's entries, durable. Windows has no fsync for folders and needs none."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        make_durable(name)
 
 
 def _quoted(name: str) -> str:

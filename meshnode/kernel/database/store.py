@@ -23,7 +23,6 @@ from meshnode.kernel.errors import MeshError
 
 T = TypeVar("T")
 SqlValue = str | bytes | int | float | None
-Statement = tuple[str, Sequence[SqlValue]]
 
 
 class Database:
@@ -65,15 +64,6 @@ class Database:
         DATABASE_CORRUPT), not acknowledged, no write is accepted until a restart. A cancelled write may still commit.
         """
         return cast(T, await self._writer.write(function))
-
-    async def write_batch(self, statements: Sequence[Statement]) -> None:
-        """Run (sql, values) pairs in order, all or none; errors as for `write`."""
-
-        def run(connection: apsw.Connection) -> None:
-            for sql, values in statements:
-                connection.execute(sql, values)
-
-        await self._writer.write(run)
 
     def read(self, function: Callable[[apsw.Connection], T]) -> T:
         """Run `function(connection)` here and now on one consistent snapshot; for small reads (well under 1 ms).

@@ -75,13 +75,12 @@ class Calls:
         self,
         *,
         transport: CallTransport,
-        methods: Mapping[str, PeerMethod[Any]],
         params: RpcParams,
         waiting_max: int,
         logger: Logger,
     ) -> None:
         self._transport = transport
-        self._methods = methods
+        self._methods: Mapping[str, PeerMethod[Any]] = {}
         self._params = params
         self._waiting_max = waiting_max
         self._log = logger
@@ -214,8 +213,9 @@ class Calls:
             case _:
                 assert_never(effect)
 
-    async def keep_time(self) -> None:
-        """Fire the machine's timer when it is due. Runs as long as the links do."""
+    async def run(self, methods: Mapping[str, PeerMethod[Any]]) -> None:
+        """Answer with `methods`, and fire the machine's timer when it is due. Runs as long as the links do."""
+        self._methods = methods
         while True:
             self._timer_moved = trio.Event()
             if self._timer_at is None:

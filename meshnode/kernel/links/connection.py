@@ -111,7 +111,7 @@ class Connection:
         self._delivering = False
         self._long_write = False
         self._used_at = facts.since
-        stream.stall_s = settings.write_stall_s
+        stream.for_control(settings.write_stall_s)
 
     def poke(self) -> None:
         """Something was queued."""

@@ -37,7 +37,7 @@ class Links:
     """All connections with peers. Methods raise MeshError; nothing here raises for what a peer does.
 
     `events` receives, per peer and in order, LinkOpened, FrameReceived and LinkLost (protocol.effects); when it is not
-    emptied, peers are made to wait. `methods` is looked up at every call of a peer, so it may be filled until `run`.
+    emptied, peers are made to wait.
     """
 
     def __init__(
@@ -49,7 +49,6 @@ class Links:
         contexts: TlsContexts,
         gate: Gate,
         book: AddressBook,
-        methods: Mapping[str, PeerMethod[Any]],
         events: trio.MemorySendChannel[LinkEvent],
         settings: LinkSettings,
         logger: Logger,
@@ -67,7 +66,6 @@ class Links:
         self._listener = Listener(context=contexts.server, gate=gate, settings=settings, reception=self, logger=logger)
         self._calls = Calls(
             transport=self,
-            methods=methods,
             params=settings.rpc,
             waiting_max=settings.calls_waiting_max,
             logger=logger,
@@ -87,8 +85,12 @@ class Links:
 
     # ---- for the composition root -----------------------------------------------------------------------------------
 
-    async def run(self, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED) -> None:
-        """Listen and serve until cancelled; reports the TCP port. Then every link says goodbye, within `close_s`.
+    async def run(
+        self, methods: Mapping[str, PeerMethod[Any]], *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Listen and serve until cancelled; reports the TCP port.
+
+        `methods` answer peers' calls. At the end every link says goodbye, within `close_s`.
 
         Raises MeshError PORT_IN_USE or BAD_SETTING if it cannot listen.
         """
@@ -98,7 +100,7 @@ class Links:
                 self._nursery = nursery
                 for listener in listeners:
                     nursery.start_soon(self._listener.serve, listener, nursery)
-                nursery.start_soon(self._calls.keep_time)
+                nursery.start_soon(self._calls.run, methods)
                 self._port = listeners[0].socket.getsockname()[1]
                 task_status.started(self._port)
         finally:
@@ -185,8 +187,7 @@ class Links:
         self._refuse_self(node_id)
         with trio.move_on_after(self._settings.dial_s):
             reached = await self._dialler.reach(node_id)
-            self._pool.attempt += 1
-            hello = self._hello(self._pool.attempt, grant=token, purpose=purpose)
+            hello = self._hello(self._pool.next_attempt(), grant=token, purpose=purpose)
             answer = await self._dialler.introduce(node_id, reached, hello)
             if isinstance(answer, Refused):
                 raise refused_by(node_id, answer)

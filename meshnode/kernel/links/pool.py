@@ -106,6 +106,11 @@ class Pool:
         self.attempt = 0
         """The number of this process's latest dial."""
 
+    def next_attempt(self) -> int:
+        """Number one more dial."""
+        self.attempt += 1
+        return self.attempt
+
     def facts(self) -> list[LinkFacts]:
         """Of every control link that stands."""
         return [peer.connection.facts for peer in self._peers.values() if peer.connection is not None]
@@ -233,9 +238,8 @@ class Pool:
         refused: Refused | None = None
         for _ in range(2):
             reached = await self._dialler.reach(peer.node_id)
-            self.attempt += 1
             dial.greeting = True
-            answer = await self._dialler.introduce(peer.node_id, reached, self._make_hello(self.attempt))
+            answer = await self._dialler.introduce(peer.node_id, reached, self._make_hello(self.next_attempt()))
             dial.greeting = False
             if isinstance(answer, HelloOk):
                 if peer.dial is not dial:

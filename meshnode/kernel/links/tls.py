@@ -90,17 +90,20 @@ class TlsStream:
         self._chunk_bytes = CONTROL_CHUNK_BYTES
         self._landing: memoryview | None = None
         self._cut_reason: str | None = None
-        self.stall_s = float("inf")
-        """A send that moves no byte for so long breaks the stream."""
+        self._stall_s = float("inf")
         self.received_bytes = 0
         """Bytes that came from the network, TLS's own included: a sign of life."""
         _tune(sock)
+
+    def for_control(self, stall_s: float) -> None:
+        """From now on a send that moves no byte for so long breaks the stream."""
+        self._stall_s = stall_s
 
     def for_bulk(self, stall_s: float) -> None:
         """Use large chunks from now on. A control link keeps small ones, because there may be hundreds of them."""
         self._chunk_bytes = BULK_CHUNK_BYTES
         self._landing = memoryview(bytearray(BULK_CHUNK_BYTES))
-        self.stall_s = stall_s
+        self._stall_s = stall_s
         _bear_silence(self._socket, stall_s)
 
     async def handshake(self) -> None:
@@ -257,12 +260,12 @@ class TlsStream:
                 if not self._unsent:
                     return
             try:
-                with trio.move_on_after(self.stall_s) as patience:
+                with trio.move_on_after(self._stall_s) as patience:
                     sent = await self._socket.send(self._unsent)
             except (OSError, trio.ClosedResourceError) as error:
                 raise self._broken(error) from error
             if patience.cancelled_caught:
-                raise StreamBroken(f"it has not taken a byte for {self.stall_s:g} s")
+                raise StreamBroken(f"it has not taken a byte for {self._stall_s:g} s")
             self._unsent = self._unsent[sent:]
 
     def _broken(self, error: OSError | trio.ClosedResourceError) -> StreamBroken:

@@ -183,7 +183,6 @@ class Mesh:
             contexts=make_contexts(identity, leaf, root_certificate(self.root)),
             gate=gate,
             book=book,
-            methods=answered,
             events=send,
             settings=settings or quick(),
             logger=log,
@@ -202,7 +201,7 @@ class Mesh:
     async def _run(self, node: Node, task_status: trio.TaskStatus[object]) -> None:
         try:
             with node.scope:
-                await node.links.run(task_status=task_status)
+                await node.links.run(node.methods, task_status=task_status)
         finally:
             node.stopped.set()
 

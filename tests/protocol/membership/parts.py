@@ -6,6 +6,7 @@ from random import Random
 
 from protocol.effects import CancelTimer, Effect, LinkReceived, Packet, SetTimer, TimerFired, TimerKey
 from protocol.ids import Address, NodeId
+from protocol.membership.broadcasts import Broadcasts
 from protocol.membership.events import MembershipInput, StatementReceived
 from protocol.membership.machine import Membership
 from protocol.membership.parameters import LAN, Parameters
@@ -75,7 +76,7 @@ class Subject:
         """These members are up and their news has been told on."""
         for index in indices:
             self.told(self.mesh.alive(index), via=index)
-        self.machine._s.broadcasts.discard_if(lambda subject: True)
+        self.machine._s.broadcasts = Broadcasts()
 
     def hear(self, *indices: int) -> None:
         """These members were just heard from."""

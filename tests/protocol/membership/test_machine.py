@@ -225,6 +225,19 @@ def test_the_dead_are_pinged_now_and_then() -> None:
     assert 6 <= len({ping.probe for _, ping, _ in sends(effects, Ping)}) <= 14
 
 
+def test_those_remembered_from_before_a_restart_are_sought_though_others_are_up() -> None:
+    """Two that restarted within a partition would otherwise be content with each other when it is over."""
+    mesh = Mesh(5)
+    subject = Subject(5, contacts={mesh.id(index): address_of(index) for index in (1, 2, 3)})
+    subject.told(mesh.alive(1))
+    subject.told(mesh.alive(3))
+    subject.told(mesh.leaving(3))
+    effects = [effect for _ in range(40) for effect in subject.fire("announce")]
+    sought = [mesh.number(to) for to, _ in links(effects, ViewOffer)]
+    assert set(sought) == {2}, "not who is up, nor who said goodbye"
+    assert len(sought) <= 40 * 1.2 * LAN.announce_interval_s / CONTACT_RETRY_MAX_S + 1
+
+
 @given(st.binary(max_size=1300), st.lists(st.binary(max_size=40), max_size=5))
 def test_no_reply_of_a_peer_raises(noise: bytes, shorts: list[bytes]) -> None:
     subject = Subject(3)

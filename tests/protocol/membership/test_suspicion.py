@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.effects import TimerFired
-from protocol.membership.events import PeerCleared, PeerDown, PeerSuspected, PeerUp, Stalled
+from protocol.membership.events import PeerCleared, PeerDown, PeerSuspected, PeerUp, RosterShrank, Stalled
 from protocol.membership.parameters import LAN
 from protocol.wire.messages import Accusation, Alive, Gossip, ViewReport
 from tests.protocol.membership.parts import STEADY, Subject
-from tests.support.hub import BOOT, events, sends
+from tests.support.hub import BOOT, events, evicted, sends
 
 FLOOR_S = LAN.suspicion_floor_s
 
@@ -234,3 +234,20 @@ def test_the_roster_decides_who_is_a_witness() -> None:
     forged = subject.mesh.codec(3).sign(subject.mesh.id(3), body)
     assert subject.mesh.codec(0).open(forged.blob) is None
     assert isinstance(subject.mesh.report(1, [1]).body, ViewReport)
+
+
+def test_an_evicted_node_is_no_witness_any_more() -> None:
+    """What it said before its eviction neither counts towards a verdict nor keeps up a suspicion."""
+    subject = all_up(8)
+    for by, target in ((2, 7), (3, 7), (2, 6)):
+        subject.told(subject.mesh.accusation(by, target), via=by)
+    subject.mesh.roster.apply(evicted(2))
+    effects = subject.give(RosterShrank((subject.mesh.id(2),)))
+    assert events(effects, PeerCleared) == [PeerCleared(subject.mesh.id(6))]
+    assert [stated.signer for stated in subject.machine._suspicions.accusations(subject.mesh.id(7))] == [
+        subject.mesh.id(3)
+    ]
+    subject.told(subject.mesh.accusation(4, 7), via=4)
+    assert events(subject.fire("suspect", subject.mesh.id(7)), PeerDown) == []
+    verdict = events(subject.told(subject.mesh.accusation(5, 7), via=5), PeerDown)
+    assert [set(down.witnesses) for down in verdict] == [{subject.mesh.id(by) for by in (3, 4, 5)}]

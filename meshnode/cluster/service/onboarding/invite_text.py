@@ -22,12 +22,6 @@ def qr_terminal(url: str) -> str:
     return out.getvalue()
 
 
-def qr_svg(url: str) -> str:
-    """The URL as a QR code in an SVG element that needs nothing from elsewhere."""
-    svg = segno.make(url, error="m", micro=False).svg_inline(scale=4, border=4, dark="#000", light="#fff")
-    return str(svg)
-
-
 def conceal_argument(secret: str) -> bool:
     """Overwrite `secret` in this process's own command line, where every local user can read it. True if it is gone.
 
