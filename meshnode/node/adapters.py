@@ -11,9 +11,11 @@ import trio
 from meshnode import __version__
 from meshnode.cluster.service.switch import CONTACTS
 from meshnode.health.model import MeshContact
+from meshnode.kernel.clock import steady_s
 from meshnode.kernel.database import KeyValue
-from meshnode.kernel.driver import Driver, steady_s
+from meshnode.kernel.driver import Driver
 from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.links.clocks import PeerClocks
 from meshnode.kernel.service import Policy
 from protocol.effects import Persist
 from protocol.ids import Address, NodeId, pack_address
@@ -58,7 +60,10 @@ class Gate:
                 "then join with a new invitation.",
             )
         return MeshError(
-            ErrorCode.NOT_A_MEMBER, "The key of this node belongs to no member of the mesh.", retryable=True
+            ErrorCode.NOT_A_MEMBER,
+            "The key of this node belongs to no member of the mesh. If it has just joined, it is tried again; if not, "
+            "join with a new invitation.",
+            retryable=True,
         )
 
 
@@ -113,9 +118,12 @@ class KeyMinter:
 class Contact:
     """What health asks of the mesh."""
 
-    def __init__(self, hub: Node) -> None:
+    def __init__(self, hub: Node, clocks: PeerClocks) -> None:
         self._hub = hub
+        self._clocks = clocks
 
     def contact(self) -> MeshContact:
         members, up = len(self._hub.roster), len(self._hub.membership.view.up)
-        return MeshContact(others=max(0, members - 1), up=max(0, up - 1))
+        offsets = self._clocks.offsets()
+        told = tuple(offset for node, offset in sorted(offsets.items()) if node in self._hub.roster)
+        return MeshContact(others=max(0, members - 1), up=max(0, up - 1), clock_offsets=told)

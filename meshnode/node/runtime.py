@@ -33,6 +33,7 @@ from meshnode.kernel.datagrams import DatagramSocket, open_datagrams
 from meshnode.kernel.driver import Driver
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import NODE_KEY_FILE, ROOT_KEY_FILE, NodeIdentity, load_or_make_identity, load_root
+from meshnode.kernel.links.clocks import PeerClocks
 from meshnode.kernel.links.contracts import LinkEvent
 from meshnode.kernel.links.links import Links
 from meshnode.kernel.links.settings import LinkSettings
@@ -121,6 +122,7 @@ class Network:
     link_events: trio.MemoryReceiveChannel[LinkEvent]
     watcher: AddressWatcher
     book: Book
+    clocks: PeerClocks
     sockets: DatagramSocket
 
 
@@ -255,6 +257,7 @@ class Runtime:
         )
         events_in, events_out = trio.open_memory_channel[LinkEvent](LINK_EVENTS_MAX)
         book = Book(hub, contacts, ground.key_value)
+        clocks = PeerClocks()
         links = Links(
             me=identity.node_id,
             boot=boot,
@@ -267,10 +270,11 @@ class Runtime:
                 host=settings.peers.host or None, port=sockets.port, link_idle_s=settings.peers.link_idle_s
             ),
             logger=log("links"),
+            clocks=clocks,
         )
         state = DurableState(ground.database, ground.key_value, ground.records)
         driver = Driver(node=hub, sockets=sockets, links=links, store=state.persist, log=log("driver"))
-        return Network(hub, driver, links, events_out, watcher, book, sockets)
+        return Network(hub, driver, links, events_out, watcher, book, clocks, sockets)
 
     def _build_cluster(self, ground: Ground, network: Network) -> Cluster:
         return build_cluster(
@@ -313,7 +317,7 @@ class Runtime:
         health = build_health(
             database=ground.database,
             data_dir=self._data_dir,
-            mesh=Contact(network.hub),
+            mesh=Contact(network.hub, network.clocks),
             supervised=self._supervisor.snapshot,
             publish=ground.bus.publish,
             clock=ground.clock,
@@ -324,6 +328,7 @@ class Runtime:
             loopback,
             [cluster.mount, health.mount],
             token=load_or_create_token(self._data_dir),
+            data_dir=str(self._data_dir),
             access=Access(settings.api.require_token, frozenset(settings.api.allowed_origins)),
             limits=api_limits(settings),
             metrics=ground.metrics,

@@ -66,6 +66,13 @@ class PeerMeasured:
 
 
 @dataclass(frozen=True, slots=True)
+class DatagramsPass:
+    """UDP to the peer and back gets through again: an answer came that way."""
+
+    peer: NodeId
+
+
+@dataclass(frozen=True, slots=True)
 class IdentityInUse:
     """Somebody signs with this node's own key in a later boot: the data folder was copied, or an old one restored."""
 

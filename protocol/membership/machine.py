@@ -334,8 +334,6 @@ class Membership:
                     s.send(sender, self._probing.ack(ping), *s.piggyback(room), address=source)
                     self._healing.compare(sender, ping.digest)
                 case Ack(probe, digest):
-                    if not tunnelled:
-                        s.tunnelled.pop(sender, None)
                     self._probing.answered(probe, sender, source)
                     self._healing.compare(sender, digest)
                 case PingRequest() as request if not is_answered:
@@ -343,6 +341,7 @@ class Membership:
                     self._probing.asked(sender, source, request)
                 case Relayed(probe):
                     self._probing.relayed(probe, sender)
+        self._probing.heard(sender, source)
 
     def _link_opened(self, peer: NodeId, boot: int) -> None:
         s = self._s

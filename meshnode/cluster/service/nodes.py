@@ -31,8 +31,9 @@ from meshnode.kernel.times import rfc3339
 from protocol.effects import LinkLost, LinkOpened
 from protocol.election.events import CoordinatorChanged, QuorumChanged
 from protocol.heartbeats.events import HeartbeatHeard
-from protocol.ids import NodeId
+from protocol.ids import Address, NodeId
 from protocol.membership.events import (
+    DatagramsPass,
     IdentityInUse,
     PeerCleared,
     PeerDown,
@@ -44,7 +45,7 @@ from protocol.membership.events import (
 )
 from protocol.membership.view import alive_of
 from protocol.node import Node
-from protocol.records.events import ClockContradicted, RecordChanged, RecordHeld
+from protocol.records.events import ClockAgrees, ClockContradicted, RecordChanged, RecordHeld
 from protocol.trust.events import RosterChanged
 
 PROFILE_COLLECTION: Final = "nodes"
@@ -97,6 +98,10 @@ class Nodes:
         """A member's name; its id if the roster has none."""
         admission = self._hub.roster.admission(node)
         return admission.name if admission is not None else node
+
+    def addresses(self, node: NodeId) -> list[Address]:
+        """Where a member can be reached, the best first."""
+        return list(self._hub.membership.addresses(node))
 
     def find(self, wanted: str, *, also_evicted: bool = False) -> NodeId:
         """The member (or, by its id, an evicted one) that a person means. MeshError NOT_FOUND or CONFLICT."""
@@ -295,6 +300,11 @@ class Nodes:
                 before = self._rtt_s.get(peer)
                 self._rtt_s[peer] = rtt_s if before is None else before + RTT_WEIGHT * (rtt_s - before)
                 (self._tunnelled.add if tunnelled else self._tunnelled.discard)(peer)
+            case DatagramsPass(peer):
+                if peer in self._tunnelled:
+                    self._tunnelled.discard(peer)
+                    self._changed()
+                    self._bus.publish(NodeUpdated(self._info(peer)))
             case PeerUp(peer):
                 self._changed()
                 self._bus.publish(NodeJoined(self._info(peer)))
@@ -320,7 +330,9 @@ class Nodes:
             case RosterChanged(removed=removed):
                 self._changed()
                 for node in removed:
-                    self._metrics.count("fabric_node_evictions_total")
+                    stone = self._hub.roster.evicted(node)
+                    left = stone is not None and stone.by == node
+                    self._metrics.count("meshnode_nodes_left_total" if left else "fabric_node_evictions_total")
                     self._bus.publish(NodeEvicted(node, self.name_of(node)))
                     self._profiles.pop(node, None)
                     self._no_version_in_common.discard(node)
@@ -367,6 +379,10 @@ class Nodes:
                     f"this machine's clock is {ahead_s:.0f} s behind what other nodes wrote; set it (for example: "
                     "`timedatectl set-ntp true`)"
                 )
+                self._changed()
+            case ClockAgrees():
+                if self._warnings.pop("clock", None):
+                    self._changed()
             case Stalled():
                 self._changed()
 

@@ -57,12 +57,13 @@ async def open_listeners(settings: LinkSettings) -> list[trio.SocketListener]:
             raise MeshError(
                 ErrorCode.PORT_IN_USE,
                 f"TCP port {settings.port} is taken by another program on this machine. Stop it, or choose another "
-                "peer port in the settings.",
+                "with --peer-port.",
                 detail={"port": settings.port},
             ) from error
         raise MeshError(
             ErrorCode.BAD_SETTING,
-            f"Cannot listen for peers on {where}: {cause.strerror or cause}. Check the peer address in the settings.",
+            f"Cannot listen for peers on {where}: {cause.strerror or cause}. Choose an address of this machine "
+            "with --peer-host, or leave it out to use all.",
             detail={"port": settings.port},
         ) from error
 

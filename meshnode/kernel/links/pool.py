@@ -11,6 +11,7 @@ from typing import Protocol
 import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.links.clocks import PeerClocks
 from meshnode.kernel.links.connection import IDLE, Connection, LinkFacts
 from meshnode.kernel.links.contracts import LinkEvent
 from meshnode.kernel.links.dial import Dialler, Reached, unreachable
@@ -93,6 +94,7 @@ class Pool:
         make_hello: HelloWriter,
         spawn: Callable[..., None],
         logger: Logger,
+        clocks: PeerClocks,
     ) -> None:
         self._me = me
         self._dialler = dialler
@@ -102,6 +104,7 @@ class Pool:
         self._make_hello = make_hello
         self._spawn = spawn
         self._log = logger
+        self._clocks = clocks
         self._peers: dict[NodeId, PeerState] = {}
         self.attempt = 0
         """The number of this process's latest dial."""
@@ -238,10 +241,11 @@ class Pool:
         refused: Refused | None = None
         for _ in range(2):
             reached = await self._dialler.reach(peer.node_id)
-            dial.greeting = True
+            dial.greeting, asked_at = True, self._clocks.now()
             answer = await self._dialler.introduce(peer.node_id, reached, self._make_hello(self.next_attempt()))
             dial.greeting = False
             if isinstance(answer, HelloOk):
+                self._clocks.answered(peer.node_id, answer.wall_ms, asked_at)
                 if peer.dial is not dial:
                     reached.stream.cut("another connection survived")
                     return
@@ -301,6 +305,7 @@ class Pool:
             outbox=peer.outbox,
             settings=self._settings,
             owner=self,
+            clocks=self._clocks,
             events=self._events,
             first=first,
             predecessor=predecessor,
