@@ -92,10 +92,11 @@ class LeaveBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Left(msgspec.Struct, frozen=True):
-    """The agent leaves its mesh and founds one of its own."""
+    """The agent leaves its mesh and founds one of its own. `former`: the folder where its former files will be."""
 
     status: str
     message: str
+    former: str
 
 
 class ClusterRoutes:
@@ -169,8 +170,8 @@ class ClusterRoutes:
         return await self._moves.join(url, leave_first=body.leave_first)
 
     async def leave(self, request: Request) -> Left:
-        await self._moves.leave(force=request.body.force)
-        return Left("success", "This machine leaves its mesh; its former files are kept in DATA/former/.")
+        former = str(await self._moves.leave(force=request.body.force))
+        return Left("success", f"This machine leaves its mesh; its former files are kept in {former}.", former)
 
     async def landing(self, request: Request) -> Content:
         return self._landing(request.params["token"])

@@ -5,9 +5,10 @@ from typing import Any
 
 import click
 
+from meshnode.cli.arrival import await_mesh
 from meshnode.cli.nodes import complete_node, find_node, node_path
 from meshnode.cli.render import node_text, nodes_text, status_text
-from meshnode.cli.screen import Progress, confirm, say, say_json
+from meshnode.cli.screen import Progress, confirm, say, say_json, terminal_columns
 from meshnode.cli.session import Session, example, with_session
 from meshnode.kernel.redaction import printable
 
@@ -25,7 +26,7 @@ def status(session: Session) -> None:
     if session.as_json:
         say_json(summary)
     else:
-        say(status_text(summary))
+        say(status_text(summary, terminal_columns()))
 
 
 @click.command(epilog=example("meshnode nodes", "meshnode nodes --json"))
@@ -37,7 +38,7 @@ def nodes(session: Session) -> None:
     if session.as_json:
         say_json(found)
     else:
-        say(nodes_text(found, time.time()))
+        say(nodes_text(found, time.time(), terminal_columns()))
 
 
 @click.command(epilog=example("meshnode node attic", "meshnode node 3kq7 --json", "meshnode node"))
@@ -110,7 +111,11 @@ def leave(session: Session, force: bool, yes: bool) -> None:
         confirm(question, assume_yes=yes or session.as_json)
         with Progress("leaving", quiet=session.as_json):
             done: Any = agent.post("/api/cluster/leave", {"force": force}, timeout_s=CHANGE_TIMEOUT_S)
+        with Progress("founding a mesh of its own", quiet=session.as_json):
+            former = summary["mesh_id"]
+            now = await_mesh(agent, former.__ne__, done=f"This machine left the mesh {former}", with_others=False)
     if session.as_json:
-        say_json(done)
+        say_json({**done, "mesh_id": now["mesh_id"], "node_id": now["node_id"]})
     else:
-        say(printable(done["message"]))
+        say(f"left the mesh {former}; {printable(now['name'])} is alone in the new mesh {now['mesh_id']} now")
+        say(f"what it had is kept in {printable(done['former'])}")

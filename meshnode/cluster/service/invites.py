@@ -73,7 +73,10 @@ class Invites:
                     "Only an admin may invite an admin. Invite a member here, then promote it on an admin.",
                 )
             if not self._members_may_invite:
-                raise MeshError(ErrorCode.FORBIDDEN, "In this mesh only admins may invite (mesh.members_may_invite).")
+                raise MeshError(
+                    ErrorCode.FORBIDDEN,
+                    "In this mesh only admins may invite: do this on an admin.",
+                )
         if ttl_s is not None and not TTL_MIN_S <= ttl_s <= TTL_MAX_S:
             raise MeshError(ErrorCode.BAD_REQUEST, "An invitation lasts between 10 seconds and 7 days.")
         made = await self._onboarding.invite(role=role, ttl_s=ttl_s, by=self._nodes.me)

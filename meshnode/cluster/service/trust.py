@@ -136,7 +136,10 @@ class Trust:
         """A member asks this admin. Raises MeshError FORBIDDEN if the mesh does not let it, or NOT_ADMIN."""
         root = self._require_root()
         if not self._members_may_invite and self._driver.node.roster.role(peer) != "admin":
-            raise MeshError(ErrorCode.FORBIDDEN, "In this mesh only admins may invite (mesh.members_may_invite).")
+            raise MeshError(
+                ErrorCode.FORBIDDEN,
+                "In this mesh only admins may invite: do this on an admin.",
+            )
         if request.role == "admin" and self._driver.node.roster.role(peer) != "admin":
             raise MeshError(ErrorCode.FORBIDDEN, "Only an admin may invite an admin. Invite a member, then promote it.")
         public_key = public_key_of_csr(request.csr)
@@ -208,7 +211,7 @@ class Trust:
     async def forget_for(self, peer: NodeId, lost: LostVoter) -> Done:
         """An admin asks this coordinator. Raises MeshError FORBIDDEN if it is none."""
         if self._driver.node.roster.role(peer) != "admin":
-            raise MeshError(ErrorCode.FORBIDDEN, "Only an admin may say that a machine is gone for good.")
+            raise MeshError(ErrorCode.FORBIDDEN, "Only an admin may say that a machine is gone: do this on an admin.")
         await self._forget_here(NodeId(lost.node))
         return Done()
 
@@ -265,7 +268,7 @@ class Trust:
             except MeshError as error:
                 if error.code is ErrorCode.EVICTED:
                     return
-                failures.append(f"{self._nodes.name_of(node)}: {error.message}")
+                failures.append(f"{self._nodes.name_of(node)}: {error.message.rstrip('.')}")
             else:
                 return
         if not force:
@@ -393,7 +396,7 @@ class Trust:
             except MeshError as error:
                 if error.code not in ASK_ANOTHER:
                     raise
-                failures.append(f"{self._nodes.name_of(admin)}: {error.message}")
+                failures.append(f"{self._nodes.name_of(admin)}: {error.message.rstrip('.')}")
         raise MeshError(
             ErrorCode.UNAVAILABLE,
             f"Only an admin can {what}, and none answers ({'; '.join(failures) or 'none is known'}). "

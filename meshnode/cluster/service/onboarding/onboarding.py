@@ -164,11 +164,17 @@ class Onboarding:
         try:
             token_id = parse_token(token)
         except JoinUrlError as error:
-            raise MeshError(ErrorCode.BAD_REQUEST, f"{token!r} is not the token of an invitation.") from error
+            raise MeshError(
+                ErrorCode.BAD_REQUEST,
+                f"{token!r} is no invitation's token; `meshnode invite --list` shows them",
+            ) from error
         revoked = await self._invitations.revoke(token_id)
         found = self._invitations.find(token_id)
         if found is None:
-            raise MeshError(ErrorCode.NOT_FOUND, f"No invitation {token} was made on this machine.")
+            raise MeshError(
+                ErrorCode.NOT_FOUND,
+                f"No invitation {token} was made on this machine. `meshnode invite --list` shows those that were.",
+            )
         if not revoked:
             raise MeshError(ErrorCode.CONFLICT, f"The invitation {token} counts no more: it is {found.state} already.")
         return found
