@@ -18,11 +18,12 @@ from meshnode.cluster.service.moves import Moves
 from meshnode.cluster.service.nodes import Facts, Nodes
 from meshnode.cluster.service.onboarding.invitations import Invitations
 from meshnode.cluster.service.onboarding.issuer import IssuerIdentity
-from meshnode.cluster.service.onboarding.onboarding import INSTALL_COMMAND, Onboarding, OnboardingSetup
-from meshnode.cluster.service.onboarding.pages import LandingPages
+from meshnode.cluster.service.onboarding.onboarding import Onboarding, OnboardingSetup
+from meshnode.cluster.service.onboarding.pages import CONTENT_SECURITY_POLICY, LandingPages
 from meshnode.cluster.service.pings import Pings
 from meshnode.cluster.service.trust import Trust
 from meshnode.cluster.store import Mesh
+from meshnode.cluster.store.invitations import InvitationStore
 from meshnode.kernel.bus import EventBus
 from meshnode.kernel.database import Database, Migration
 from meshnode.kernel.driver import Driver
@@ -62,14 +63,6 @@ class Cluster:
     methods: Mapping[str, PeerMethod[Any]]
 
 
-@dataclass(frozen=True)
-class _Clock:
-    """The onboarding's clocks: the driver's steady one, and the wall."""
-
-    now: Callable[[], float]
-    wall: Callable[[], float]
-
-
 def build_cluster(
     *,
     settings: Settings,
@@ -103,26 +96,23 @@ def build_cluster(
         bus=bus,
         log=log("trust"),
     )
-    clock, run = _Clock(facts.now, facts.wall), secrets.token_hex(8)
+    invitations = Invitations(InvitationStore(database), facts, run=secrets.token_hex(8))
+    pages = LandingPages(invitations=invitations, inviter=lambda: mesh.name)
     onboarding = Onboarding(
         setup=OnboardingSetup(
             host=settings.onboarding.host or settings.peers.host,
             port=settings.onboarding.port,
             ttl_s=settings.onboarding.token_ttl_s,
-            run=run,
         ),
         identity=identity,
         me=_issuer(identity, mesh),
         addresses=lambda: [address.host for address in addresses()],
-        database=database,
-        clock=clock,
+        invitations=invitations,
+        pages=pages,
         admitter=trust,
         facts=MeshFacts(driver.node),
         hidden=hidden,
         log=log("onboarding"),
-    )
-    pages = LandingPages(
-        invitations=Invitations(database, clock, run=run), inviter=mesh.name, install_command=INSTALL_COMMAND
     )
     pings = Pings(links=links, nodes=nodes)
     moves = Moves(
@@ -173,9 +163,6 @@ def _issuer(identity: NodeIdentity, mesh: Mesh) -> IssuerIdentity:
 
 def _landing(pages: LandingPages, path: str) -> Content:
     """The onboarding port's page, for a browser on this machine; the same bytes, with the API's own headers."""
-    answer = pages.answer(f"GET /join/{path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode("ascii", "replace"))
-    head, _, body = answer.partition(b"\r\n\r\n")
-    lines = head.decode("latin-1").split("\r\n")
-    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
-    kept = {name: headers[name] for name in ("content-security-policy",) if name in headers}
-    return Content(body, headers.get("content-type", "text/plain"), status=int(lines[0].split()[1]), headers=kept)
+    page = pages.page(f"/join/{path}")
+    policy = {"content-security-policy": CONTENT_SECURITY_POLICY}
+    return Content(page.body, page.media_type, status=page.status, headers=policy)

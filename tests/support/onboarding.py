@@ -20,6 +20,8 @@ from meshnode.cluster.service.onboarding.issuer import Admitted, IssuerIdentity
 from meshnode.cluster.service.onboarding.joiner import Joiner, JoinGrant, JoinTimes, read_join_url
 from meshnode.cluster.service.onboarding.listener import ListenerLimits
 from meshnode.cluster.service.onboarding.onboarding import Invite, Onboarding, OnboardingSetup
+from meshnode.cluster.service.onboarding.pages import LandingPages
+from meshnode.cluster.store.invitations import InvitationStore
 from meshnode.kernel.database import Database, kernel_migrations, open_database, read_migrations
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import (
@@ -218,13 +220,14 @@ async def open_mesh(
     leaf, admin = issue_leaf(root, identity.public_key), RootAtHand(root, identity)
     log, hidden = RecordingLog(), SecretSet()
     async with open_database(folder / "meshnode.db", MIGRATIONS, wall=0.0) as database:
+        invitations = Invitations(InvitationStore(database), clock, run=run)
         onboarding = Onboarding(
-            setup=OnboardingSetup(host=host, port=port, ttl_s=600, run=run, limits=limits or ListenerLimits()),
+            setup=OnboardingSetup(host=host, port=port, ttl_s=600, limits=limits or ListenerLimits()),
             identity=identity,
             me=issuer_identity(identity, root, leaf, name),
             addresses=lambda: list(addresses),
-            database=database,
-            clock=clock,
+            invitations=invitations,
+            pages=LandingPages(invitations=invitations, inviter=lambda: name),
             admitter=admin,
             facts=admin,
             hidden=hidden,
@@ -233,8 +236,6 @@ async def open_mesh(
         )
         async with trio.open_nursery() as nursery:
             await nursery.start(lambda task_status: onboarding.run(task_status=task_status))
-            yield MeshOfOne(
-                folder, root, identity, leaf, admin, clock, log, hidden, database, onboarding, onboarding.store
-            )
+            yield MeshOfOne(folder, root, identity, leaf, admin, clock, log, hidden, database, onboarding, invitations)
             nursery.cancel_scope.cancel()
     assert log.defects() == []

@@ -1,4 +1,4 @@
-"""The cluster's tables: which mesh this node belongs to, and the trust statements it started with."""
+"""Which mesh this node belongs to, and the trust statements it started with."""
 
 from collections.abc import Sequence
 
