@@ -16,6 +16,7 @@ from meshnode.cluster.service.invites import Facts as MeshFacts
 from meshnode.cluster.service.invites import Invites
 from meshnode.cluster.service.moves import Moves
 from meshnode.cluster.service.nodes import Facts, Nodes
+from meshnode.cluster.service.notices import Notices
 from meshnode.cluster.service.onboarding.invitations import Invitations
 from meshnode.cluster.service.onboarding.issuer import IssuerIdentity
 from meshnode.cluster.service.onboarding.onboarding import Onboarding, OnboardingSetup
@@ -83,7 +84,8 @@ def build_cluster(
     restart: Callable[[], None],
 ) -> Cluster:
     """Wire it. Raises MeshError if identity and certificate do not fit together."""
-    nodes = Nodes(hub=driver.node, facts=facts, bus=bus, metrics=metrics)
+    notices = Notices()
+    nodes = Nodes(hub=driver.node, facts=facts, bus=bus, metrics=metrics, notices=notices)
     trust = Trust(
         data_dir=data_dir,
         identity=identity,
@@ -113,6 +115,7 @@ def build_cluster(
         facts=MeshFacts(driver.node),
         hidden=hidden,
         log=log("onboarding"),
+        notices=notices,
     )
     pings = Pings(links=links, nodes=nodes)
     moves = Moves(

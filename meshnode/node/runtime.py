@@ -313,7 +313,7 @@ class Runtime:
         health = build_health(
             database=ground.database,
             data_dir=self._data_dir,
-            mesh=Contact(network.hub),
+            mesh=Contact(network.hub, ground.facts.now),
             supervised=self._supervisor.snapshot,
             publish=ground.bus.publish,
             clock=ground.clock,

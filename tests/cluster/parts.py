@@ -12,6 +12,7 @@ import trio
 
 from meshnode.cluster.peers import peer_methods
 from meshnode.cluster.service.nodes import Nodes
+from meshnode.cluster.service.notices import Notices
 from meshnode.cluster.service.pings import Pings
 from meshnode.cluster.service.trust import Trust
 from meshnode.kernel.bus import EventBus
@@ -101,7 +102,7 @@ class Member:
         self.identity = NodeIdentity(node_id, public, folder / "node.key", seed)
         self.driver, self.links = Driver(house.hubs, index), Links(house, node_id)
         self.bus, facts = EventBus(epoch="e"), Facts(house.hubs, f"n{index}")
-        self.nodes = Nodes(hub=self.driver.node, facts=facts, bus=self.bus, metrics=Metrics())
+        self.nodes = Nodes(hub=self.driver.node, facts=facts, bus=self.bus, metrics=Metrics(), notices=Notices())
         self.trust = Trust(
             data_dir=folder, identity=self.identity, root=ROOT if index == 0 else None, nodes=self.nodes,
             driver=self.driver, links=self.links,  # type: ignore[arg-type]  # the parts that Trust uses

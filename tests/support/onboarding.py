@@ -15,6 +15,7 @@ from typing import Any
 import trio
 from nacl.signing import SigningKey
 
+from meshnode.cluster.service.notices import Notices
 from meshnode.cluster.service.onboarding.invitations import Invitations
 from meshnode.cluster.service.onboarding.issuer import Admitted, IssuerIdentity
 from meshnode.cluster.service.onboarding.joiner import Joiner, JoinGrant, JoinTimes, read_join_url
@@ -156,6 +157,7 @@ class MeshOfOne:
     hidden: SecretSet
     database: Database
     onboarding: Onboarding
+    notices: Notices
     invitations: Invitations
     _machines: int = 0
     urls: list[str] = field(default_factory=list)
@@ -218,7 +220,7 @@ async def open_mesh(
     root, clock = root or found_root(), clock or SteppedClock()
     identity = load_or_make_identity(folder / "founder")
     leaf, admin = issue_leaf(root, identity.public_key), RootAtHand(root, identity)
-    log, hidden = RecordingLog(), SecretSet()
+    log, hidden, notices = RecordingLog(), SecretSet(), Notices()
     async with open_database(folder / "meshnode.db", MIGRATIONS, wall=0.0) as database:
         invitations = Invitations(InvitationStore(database), clock, run=run)
         onboarding = Onboarding(
@@ -232,10 +234,13 @@ async def open_mesh(
             facts=admin,
             hidden=hidden,
             log=log,
+            notices=notices,
             entropy=entropy,
         )
         async with trio.open_nursery() as nursery:
             await nursery.start(lambda task_status: onboarding.run(task_status=task_status))
-            yield MeshOfOne(folder, root, identity, leaf, admin, clock, log, hidden, database, onboarding, invitations)
+            yield MeshOfOne(
+                folder, root, identity, leaf, admin, clock, log, hidden, database, onboarding, notices, invitations
+            )
             nursery.cancel_scope.cancel()
     assert log.defects() == []

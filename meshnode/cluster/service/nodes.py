@@ -23,6 +23,7 @@ from meshnode.cluster.model import (
     Summary,
 )
 from meshnode.cluster.service.clocks import Clocks
+from meshnode.cluster.service.notices import Notices
 from meshnode.kernel.bus import EventBus
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.metrics import Metrics
@@ -68,7 +69,7 @@ class Facts(Protocol):
 class Nodes:
     """Reads of the mesh, and the translator of protocol events."""
 
-    def __init__(self, *, hub: Node, facts: Facts, bus: EventBus, metrics: Metrics) -> None:
+    def __init__(self, *, hub: Node, facts: Facts, bus: EventBus, metrics: Metrics, notices: Notices) -> None:
         self._hub = hub
         self._facts = facts
         self._bus = bus
@@ -79,7 +80,7 @@ class Nodes:
         self._profiles: dict[NodeId, Profile] = {}
         self._quorum: QuorumChanged | None = None
         self._followed_quorate = False  # as the coordinator said, if that is another node
-        self._warnings: dict[str, str] = {}
+        self._notices = notices
         self._clocks = Clocks()
         self._no_version_in_common: set[NodeId] = set()  # as the last attempt to open a link showed
         self._summary: tuple[float, Summary] | None = None
@@ -201,11 +202,11 @@ class Nodes:
     @property
     def is_shut_out(self) -> bool:
         """Whether this node was evicted: by its own roster, or as the others say."""
-        return self._hub.me not in self._hub.roster or "evicted" in self._warnings
+        return self._hub.me not in self._hub.roster or "evicted" in self._notices
 
     def warnings(self) -> Sequence[str]:
         """What the person should know and do something about."""
-        found = list(self._warnings.values())
+        found = self._notices.texts()
         found += filter(None, [self._clocks.warning(self.name_of)])
         odd = [self.name_of(member) for member in self._hub.roster.members() if self._incompatible(member)]
         if odd:
@@ -343,14 +344,16 @@ class Nodes:
                 self._changed()
             case IdentityInUse() | LinkLost(code=ErrorCode.CONFLICT):
                 # The second: a peer holds a newer link under this very key.
-                self._warnings["identity"] = (
+                self._notices.put(
+                    "identity",
                     "another machine runs with a copy of this node's key: stop one of the two; "
-                    "on the copy run `meshnode leave --force` to give it an identity of its own"
+                    "on the copy run `meshnode leave --force` to give it an identity of its own",
                 )
             case LinkLost(peer=peer, code=ErrorCode.EVICTED):
-                self._warnings["evicted"] = (
+                self._notices.put(
+                    "evicted",
                     f"{self.name_of(peer)} says that this node was evicted from the mesh. If that is meant, "
-                    "`meshnode leave --force` starts afresh; then join with a new invitation"
+                    "`meshnode leave --force` starts afresh; then join with a new invitation",
                 )
                 self._changed()
             case LinkLost(peer=peer, code=ErrorCode.INCOMPATIBLE_VERSION):
@@ -360,12 +363,13 @@ class Nodes:
                     self._bus.publish(NodeUpdated(self._info(peer)))
             case LinkOpened(peer):
                 self._no_version_in_common.discard(peer)
-                if self._warnings.pop("evicted", None):
+                if self._notices.clear("evicted"):
                     self._changed()
             case ClockContradicted(_, ahead_s):
-                self._warnings["clock"] = (
+                self._notices.put(
+                    "clock",
                     f"this machine's clock is {ahead_s:.0f} s behind what other nodes wrote; set it (for example: "
-                    "`timedatectl set-ntp true`)"
+                    "`timedatectl set-ntp true`)",
                 )
             case Stalled():
                 self._changed()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from meshnode.cluster.service.notices import Notices
 from meshnode.cluster.service.onboarding.certificates import issuer_context
 from meshnode.cluster.service.onboarding.invitations import Invitation, Invitations
 from meshnode.cluster.service.onboarding.invite_text import join_command
@@ -73,6 +74,7 @@ class Onboarding:
         facts: MeshFacts,
         hidden: SecretSet,
         log: Logger,
+        notices: Notices,
         entropy: Callable[[int], bytes] = secrets.token_bytes,
     ) -> None:
         """`addresses`: the IP addresses at which others may reach this machine, the best first; asked at each invite.
@@ -95,6 +97,7 @@ class Onboarding:
             invitations=invitations,
             log=log,
             limits=setup.limits,
+            notices=notices,
         )
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
