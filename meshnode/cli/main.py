@@ -18,7 +18,7 @@ from meshnode.cli.commands.doctor import doctor
 from meshnode.cli.commands.invite import invite
 from meshnode.cli.commands.join import join
 from meshnode.cli.commands.logs import logs
-from meshnode.cli.commands.mesh import evict, leave, node, nodes, promote, status
+from meshnode.cli.commands.mesh import evict, leave, node, nodes, promote, rename, status
 from meshnode.cli.commands.metrics import metrics
 from meshnode.cli.commands.ping import ping
 from meshnode.cli.commands.token import token
@@ -32,7 +32,7 @@ EXIT_INTERRUPTED: Final = 130
 _NAME: Final = "meshnode"
 # In the order in which somebody needs them; the help shows them so.
 COMMANDS: Final[tuple[click.Command, ...]] = (
-    up, invite, join, status, nodes, node, ping, promote, evict, leave,
+    up, invite, join, status, nodes, node, ping, rename, promote, evict, leave,
     doctor, logs, metrics, token, config, version, completion,
 )  # fmt: skip
 

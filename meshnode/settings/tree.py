@@ -88,6 +88,10 @@ class OnboardingSettings(Struct, frozen=True, forbid_unknown_fields=True):
     token_ttl_s: Annotated[
         float, _doc("How long an invitation is valid when nothing else is asked for.", "s", ge=10, le=7 * 86_400)
     ] = 600.0
+    arrival_s: Annotated[
+        float,
+        _doc("A machine that was admitted and is not heard of for so long is a member no more.", "s", ge=1, le=86_400),
+    ] = 900.0
 
 
 class MembershipSettings(Struct, frozen=True, forbid_unknown_fields=True):

@@ -220,6 +220,14 @@ def test_evict(agent: FakeAgent, command: Command) -> None:
     assert agent.asked("DELETE") == [f"DELETE /api/nodes/{PEER}", f"DELETE /api/nodes/{PEER}?lost=true"]
 
 
+def test_rename(agent: FakeAgent, command: Command) -> None:
+    agent.on("GET /api/status", Answer(summary()))
+    agent.on(NODES, Answer([node(), peer()]))
+    agent.on(f"PATCH /api/nodes/{ME}", Answer(node(name="attic")))
+    assert command("rename", "attic").out == "This node was den and is attic now.\n"
+    assert [one.body for one in agent.heard if one.method == "PATCH"] == [{"name": "attic"}]
+
+
 def test_promote(agent: FakeAgent, command: Command) -> None:
     agent.on(NODES, Answer([node(), peer()]))
     agent.on(f"POST /api/nodes/{PEER}/promote", Answer(peer(role="admin")))

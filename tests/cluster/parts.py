@@ -15,6 +15,7 @@ from meshnode.cluster.service.nodes import Nodes
 from meshnode.cluster.service.notices import Notices
 from meshnode.cluster.service.pings import Pings
 from meshnode.cluster.service.trust import Trust
+from meshnode.cluster.service.twins import Twins
 from meshnode.kernel.bus import EventBus
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import NodeIdentity, RootKey, root_from_seed
@@ -108,7 +109,11 @@ class Member:
             driver=self.driver, links=self.links,  # type: ignore[arg-type]  # the parts that Trust uses
             facts=facts, members_may_invite=members_may_invite, bus=self.bus, log=RecordingLog(),
         )  # fmt: skip
-        self.methods = peer_methods(self.trust, Pings(links=self.links, nodes=self.nodes))  # type: ignore[arg-type]  # as above
+        self.methods = peer_methods(
+            self.trust,
+            Pings(links=self.links, nodes=self.nodes),  # type: ignore[arg-type]  # as above
+            Twins(hub=self.driver.node, links=self.links, notices=Notices(), log=RecordingLog()),  # type: ignore[arg-type]  # as above
+        )
 
 
 class House:

@@ -195,7 +195,7 @@ def issuer_identity(identity: NodeIdentity, root: RootKey, leaf: bytes, name: st
     return IssuerIdentity(
         node_id=identity.node_id,
         public_key=identity.public_key,
-        name=name,
+        name=lambda: name,
         leaf=leaf,
         root_certificate=root_certificate(root),
         root_public_key=root.public_key,

@@ -23,6 +23,7 @@ from meshnode.cluster.model import (
     Summary,
 )
 from meshnode.cluster.service.clocks import Clocks
+from meshnode.cluster.service.names import NAMES_COLLECTION, name_of
 from meshnode.cluster.service.notices import Notices
 from meshnode.kernel.bus import EventBus
 from meshnode.kernel.errors import ErrorCode, MeshError
@@ -34,7 +35,6 @@ from protocol.election.events import CoordinatorChanged, QuorumChanged
 from protocol.heartbeats.events import HeartbeatHeard
 from protocol.ids import NodeId
 from protocol.membership.events import (
-    IdentityInUse,
     PeerCleared,
     PeerDown,
     PeerLeft,
@@ -77,6 +77,7 @@ class Nodes:
         self._rtt_s: dict[NodeId, float] = {}
         self._tunnelled: set[NodeId] = set()
         self._last_seen: dict[NodeId, float] = {}
+        self._names: dict[NodeId, str] = {}
         self._profiles: dict[NodeId, Profile] = {}
         self._quorum: QuorumChanged | None = None
         self._followed_quorate = False  # as the coordinator said, if that is another node
@@ -96,8 +97,10 @@ class Nodes:
 
     def name_of(self, node: NodeId) -> str:
         """A member's name; its id if the roster has none."""
-        admission = self._hub.roster.admission(node)
-        return admission.name if admission is not None else node
+        known = self._names.get(node)
+        if known is None:
+            known = self._names[node] = name_of(self._hub, node)
+        return known
 
     def find(self, wanted: str, *, also_evicted: bool = False) -> NodeId:
         """The member (or, by its id, an evicted one) that a person means. MeshError NOT_FOUND or CONFLICT."""
@@ -190,7 +193,7 @@ class Nodes:
             gpu_node_count=len(with_gpu),
             mesh_id=self._hub.mesh_id,
             node_id=me,
-            name=self._facts.name,
+            name=self.name_of(me),
             role=core.role_of(self._hub.roster.role(me)),
             version=self._facts.version,
             uptime_seconds=int(self._facts.uptime_s()),
@@ -319,6 +322,7 @@ class Nodes:
     def _observe_others(self, event: object) -> None:
         match event:
             case RosterChanged(removed=removed):
+                self._names.clear()
                 self._changed()
                 for node in removed:
                     self._metrics.count("fabric_node_evictions_total")
@@ -336,19 +340,14 @@ class Nodes:
             case RecordChanged(collection, key, record):
                 if record.author is not None and self._clocks.agreed(record.author):
                     self._changed()
+                if collection == NAMES_COLLECTION:
+                    self._renamed(NodeId(key.decode("ascii", "replace")))
                 if collection == PROFILE_COLLECTION:
                     self._profiles.pop(NodeId(key.decode("ascii", "replace")), None)
                     self._changed()
             case RecordHeld(author=author, ahead_s=ahead_s):
                 self._clocks.held(author, ahead_s)
                 self._changed()
-            case IdentityInUse() | LinkLost(code=ErrorCode.CONFLICT):
-                # The second: a peer holds a newer link under this very key.
-                self._notices.put(
-                    "identity",
-                    "another machine runs with a copy of this node's key: stop one of the two; "
-                    "on the copy run `meshnode leave --force` to give it an identity of its own",
-                )
             case LinkLost(peer=peer, code=ErrorCode.EVICTED):
                 self._notices.put(
                     "evicted",
@@ -373,6 +372,12 @@ class Nodes:
                 )
             case Stalled():
                 self._changed()
+
+    def _renamed(self, node: NodeId) -> None:
+        self._names.pop(node, None)
+        self._changed()
+        if node in self._hub.roster:
+            self._bus.publish(NodeUpdated(self._info(node)))
 
     def _gone(self, peer: NodeId) -> None:
         self._changed()
