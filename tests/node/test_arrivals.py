@@ -43,7 +43,7 @@ def test_who_never_comes_is_withdrawn_and_may_join_anew(house: Agents) -> None:
     joiner = killed_mid_join(house, a, a.invite())
     (ghost,) = [node["id"] for node in a.get("/api/nodes") if not node["this_node"]]
     until(lambda: len(a.get("/api/nodes")) == 1, "the ghost to go", 15.0)
-    assert "never came" in a.log()
+    until(lambda: "never came" in a.log(), "the log to say so")
     assert joiner.start(a.invite()).node_id == ghost, "the same key is welcome with a new invitation"
     agree([a, joiner])
     # Whoever has come stays, online or not, also after a restart of the admin.
