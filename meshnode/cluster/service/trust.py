@@ -35,10 +35,12 @@ from protocol.trust.statements import (
     Admission,
     TrustStatement,
     admission,
+    decode,
     eviction,
     record_key,
     seal,
     succeeding_time,
+    withdrawal,
 )
 from protocol.wire.crypto import SodiumSuite, usable_identity
 
@@ -159,6 +161,7 @@ class Trust:
             )
         known = roster.admission(node_id_of(public_key))
         statement_known = roster.statement(node_id_of(public_key))
+        withdrawn = None if statement_known is None else decode(statement_known)
         if known is not None and statement_known is not None:
             # A member may send any certificate request it once saw: signing a newer admission for it would let it
             # change the role of somebody who is in already. Whoever comes again gets what was signed before.
@@ -168,7 +171,7 @@ class Trust:
             public_key=public_key,
             name=name,
             role=role,
-            admitted_at=self._wall_ms(),
+            admitted_at=succeeding_time(withdrawn, self._wall_ms()),
             by=by,
             invitation=invitation,
         )
@@ -199,6 +202,14 @@ class Trust:
         self._log.info("node evicted", node=node, name=name)
         if lost:
             await self._forget(node)
+
+    async def withdraw(self, node: NodeId) -> None:
+        """Take back the admission of a machine that never came. Its key may be admitted again. MeshError NOT_ADMIN."""
+        root = self._require_root()
+        known = self._driver.node.roster.admission(node)
+        if known is not None:
+            at = succeeding_time(known, self._wall_ms())
+            await self._publish(root, withdrawal(node_id=node, withdrawn_at=at, by=self._nodes.me))
 
     async def _forget(self, node: NodeId) -> None:
         """Have the coordinator count without this voter. It takes that only while it lacks a majority."""
