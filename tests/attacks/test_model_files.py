@@ -1,4 +1,4 @@
-"""Case 36, model files: whatever a GGUF says of itself, reading it ends soon, in little memory, with answer or refusal."""
+"""Case 36, model files: whatever a GGUF says of itself, reading it ends soon, in little memory: answered or refused."""
 
 import random
 import struct

@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from meshnode.llm.gguf.header import Array
-from meshnode.llm.gguf.rules import Rule, cut_period, never, rule_of, window_layers
+from meshnode.llm.gguf.rules import Rule, cut_period, cuts_of, never, rule_of, window_layers
 from meshnode.llm.gguf.slicing import EVERYWHERE, INPUT
 from meshnode.llm.gguf.tensor_types import TENSOR_TYPES
 from meshnode.llm.gguf.weights import VOCABULARY_MAX, Placed, Weights
@@ -138,8 +138,8 @@ def _cuts(weights: Weights, rule: Rule | str) -> tuple[tuple[int, ...], str]:
     refusal = never(weights, rule)
     if refusal is not None:
         return (), refusal
+    cuts = cuts_of(weights, rule)
     period = cut_period(weights, rule)
-    cuts = tuple(range(period, weights.layers, period))
     return cuts, "" if cuts else f"its {weights.layers} layers repeat with a period of {period} and cannot be cut"
 
 

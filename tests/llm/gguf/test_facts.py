@@ -38,6 +38,8 @@ def test_windows_and_cuts_follow_the_pattern() -> None:
     assert shape_of(opened(tiny_model("gemma3", layers=12))).window_tokens == (16, 16, 16, 16, 16, 0) * 2
     assert shape_of(opened(tiny_model("gpt-oss"))).window_tokens == (16, 0) * 4
     assert shape_of(opened(tiny_model("llama"))).cuts == tuple(range(1, 8))
+    assert shape_of(opened(tiny_model("gpt-oss"))).cuts == (2, 4, 6)
+    assert shape_of(opened(tiny_model("gemma3", layers=12))).cuts == (1, 2, 3, 4, 6, 7, 8, 9, 10)
     assert shape_of(opened(tiny_model("smollm3", layers=12))).cuts == (4, 8)
     assert shape_of(opened(tiny_model("smollm3", layers=4))).cuts == ()
     assert "period of 4" in shape_of(opened(tiny_model("smollm3", layers=4))).uncut_reason

@@ -1,12 +1,13 @@
 """Slices as files: which bytes come from where, what changed in the header, what is refused."""
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from meshnode.llm.gguf.errors import GgufError
+from meshnode.llm.gguf.facts import shape_of
 from meshnode.llm.gguf.header import Array, Header, numbers_of, read_header
 from meshnode.llm.gguf.pieces import Zeros
 from meshnode.llm.gguf.rules import REFUSED, RULES, rule_of
@@ -53,7 +54,7 @@ def test_the_stages_hold_every_layer_once(architecture: str, tail: bool) -> None
     weights = opened(file)
     original = {name: data for name, _, _, data in file.tensors}
     seen: set[str] = set()
-    for first, last in pairwise([0, 4, 8] if RULES[architecture].cut_every == 4 else [0, 3, 4, 8]):
+    for first, last in pairwise([0, 4, 8] if RULES[architecture].cut_every == 4 else [0, 2, 6, 8]):
         cut = slice_layers(weights, first, last, tail=tail)
         header, tensors = parsed(weights, cut)
         extra = 1 if tail and last < 8 else 0
@@ -179,6 +180,22 @@ def test_periods_hold_the_cuts() -> None:
         with pytest.raises(GgufError, match="multiples of 4"):
             slice_layers(weights, first, last)
     assert slice_layers(weights, 4, 8).first == 4
+
+
+def test_a_stage_of_windowed_models_needs_a_window() -> None:
+    weights = opened(tiny_model("gpt-oss"))
+    with pytest.raises(GgufError, match="wants a layer with a window"):
+        slice_layers(weights, 7, 8)
+    assert slice_layers(weights, 6, 7).file.size
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_whichever_cuts_are_chosen_no_stage_is_refused(architecture: str) -> None:
+    weights = opened(tiny_model(architecture))
+    edges = [0, *shape_of(weights).cuts, weights.layers]
+    assert len(edges) > 2
+    for first, last in combinations(edges, 2):
+        slice_layers(weights, first, last, tail=True)
 
 
 def test_what_cannot_be_cut_says_why() -> None:
