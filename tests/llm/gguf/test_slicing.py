@@ -231,6 +231,8 @@ def test_a_slice_is_the_same_from_one_file_or_several_and_from_the_header_alone(
     rebuilt = bytearray(cut.file.size)
     for need in cut.file.needed():
         rebuilt[need.at : need.at + need.length] = whole[need.offset : need.offset + need.length]
+    assert cut.file.read_at(remote.sources, 0, cut.head_bytes) == expected[: cut.head_bytes]
+    assert read_header(PrefixSource(expected[: cut.head_bytes], len(expected))).data_offset == cut.head_bytes
     copied = sum(need.length for need in cut.file.needed())
     assert copied == cut.file.bytes_needed()
     at = 0
