@@ -123,6 +123,9 @@ class LoadingMachine:
         return out
 
     def _coordinate(self, term: int | None, now: float) -> None:
+        if self._s.term is not None and term is not None:
+            self._s.term = term  # of a new term, but what it knows holds
+            return
         if term == self._s.term:
             return
         self._s.held.clear()
