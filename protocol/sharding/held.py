@@ -46,6 +46,7 @@ class LoadingParameters:
     tries_max: int = 4
     asks_max: int = 4096
     pipelines_max: int = 256
+    strayed_tries_max: int = 20  # plans for a load that waits for strays to go, one a second
     unheard_s: float = 10.0  # no report of a stage that should be there
 
 
@@ -91,6 +92,8 @@ class Load:
     layout: Layout | None = None
     lost: set[NodeId] = field(default_factory=set)
     words: str = "planning"
+    again_at: float = 0.0  # plan anew then: memory is still held by what belongs to nobody
+    strayed_tries: int = 0
 
 
 @dataclass(frozen=True, slots=True)

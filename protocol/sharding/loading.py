@@ -181,8 +181,7 @@ class LoadingMachine:
         for held in list(self._s.held.values()):
             self._tending.look_after(held, now)
         for load in list(self._s.loads.values()):
-            if load.pipeline is None and now - load.planned_at > self._s.params.plan_s + self._s.params.unload_s:
-                self._tending.give_up(load, "timeout", f"{load.words}: nothing came of it", now)
+            self._tending.look_after_load(load, now)
         for name, stray in list(self._s.strays.items()):
             if now >= self._s.gathering_until and now - stray.since > self._s.params.orphan_s:
                 del self._s.strays[name]

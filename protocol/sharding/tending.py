@@ -48,7 +48,7 @@ class Tending:
     def _plan(self, load: Load, now: float) -> None:
         self._job += 1
         load.job, load.planned_at = self._job, now
-        load.pipeline, load.layout = None, None
+        load.pipeline, load.layout, load.again_at = None, None, 0.0
         load.words = "planning"
         freed = [held for name in (*load.freed, load.replaces) if name and (held := self._s.held.get(name))]
         taken = [
@@ -82,6 +82,10 @@ class Tending:
         if event.code == "no_memory" and idle:
             load.freed.append(min(idle, key=lambda held: (held.used_at, held.pipeline.id)).pipeline.id)
             self._plan(load, now)
+        elif event.code == "no_memory" and self._s.strays and load.strayed_tries < self._s.params.strayed_tries_max:
+            load.strayed_tries += 1
+            load.again_at = now + self._s.params.again_s
+            load.words = "waiting for stages that nobody needs to be unloaded"
         else:
             self.give_up(load, event.code, event.words, now, short_bytes=event.short_bytes)
 
@@ -140,6 +144,13 @@ class Tending:
             for node in list(old.reports):
                 self._s.unload(old, node, now)
         load.replaces = None
+
+    def look_after_load(self, load: Load, now: float) -> None:
+        """Plan again where that was put off; end a load of which nothing came."""
+        if 0.0 < load.again_at <= now:
+            self._plan(load, now)
+        elif load.pipeline is None and now - load.planned_at > self._s.params.plan_s + self._s.params.unload_s:
+            self.give_up(load, "timeout", f"{load.words}: nothing came of it", now)
 
     # ---- reports -----------------------------------------------------------------------------------------------------
 

@@ -1,11 +1,13 @@
 """Stages and loads: never two loads of one model at one coordinator, no more memory than there is, tables bounded, and in
 the end no stage that nobody answers for."""
 
+from protocol.sharding.session import STEM_BYTES
 from simulations.checkers.checker import Checker, Violation
 from simulations.sharding.fabric import Fabric
 from simulations.world import World
 
 OVERDUE_S = 45.0
+LEFT_S = 1.0
 
 
 class OwnedStages(Checker):
@@ -32,6 +34,21 @@ class OwnedStages(Checker):
                 if size > size_max:
                     self._object(world, f"{member.computer} has {size} {name}, the limit is {size_max}")
         self._look_for_orphans(world)
+        if fabric.peaceful:
+            self._look_for_leftovers(world)
+
+    def _look_for_leftovers(self, world: World) -> None:
+        """Who left or stopped early is forgotten by every stage within a second, give or take a slow frame."""
+        over = {
+            client.session.id[:STEM_BYTES]
+            for member in self._fabric.members.values()
+            for client in member.clients.values()
+            if client.end and world.now - client.ended_at > LEFT_S
+        }
+        for member in self._fabric.members.values():
+            for engine in member.stages.engines.values():
+                if any(session[:STEM_BYTES] in over for session in (*engine.sessions, *engine.sequences)):
+                    self._object(world, f"{member.computer} still works for a client that was gone {LEFT_S} s ago")
 
     def _look_for_orphans(self, world: World) -> None:
         owned = {
@@ -55,7 +72,9 @@ class OwnedStages(Checker):
         """Nobody asked for anything for longer than pipelines are kept."""
         for member in self._fabric.members.values():
             if member.stages.engines or member.hosting.stages:
-                self._object(world, f"{member.computer} still holds {len(member.stages.engines)} stages that nobody uses")
+                self._object(
+                    world, f"{member.computer} still holds {len(member.stages.engines)} stages that nobody uses"
+                )
             if member.loading.waiting or member.loading.loads:
                 self._object(world, f"{member.computer} still has asks or loads")
 

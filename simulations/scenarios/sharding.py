@@ -41,7 +41,9 @@ class Sharding:
         made.settle()
         run = _Run(made, fabric, options)
         world.after(0.5, run.client)
-        if options.pattern != "quiet":
+        if options.pattern == "quiet":
+            fabric.peaceful, fabric.wires.slow_chance = True, 0.0
+        else:
             world.after(5.0, run.fault)
         world.run(options.duration_s or DURATION_S)
         run.is_over = True

@@ -56,6 +56,7 @@ class Fabric(Checker):
         self.rng = Random(f"sharding/{seed}")
         self.params = params
         self.context = CONTEXT
+        self.peaceful = False  # no faults in this run, and no slow frames
         self.members: dict[int, Member] = {}
         self.capacity: dict[int, int] = {}
         self.liars: set[int] = set()

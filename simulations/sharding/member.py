@@ -294,9 +294,7 @@ class Member:
         """One frame of a bulk stream."""
         target = self.fabric.world.find(node)
         assert target is not None  # nobody makes nodes up
-        self.fabric.wires.send(
-            self.computer, target, stream, lambda: deliver(self.fabric.members[target.index]), lost
-        )
+        self.fabric.wires.send(self.computer, target, stream, lambda: deliver(self.fabric.members[target.index]), lost)
 
     def call(self, node: NodeId, deliver: Callable[["Member", Callable[[bytes], None]], None],
              replied: Callable[[bytes | None], None]) -> None:  # fmt: skip

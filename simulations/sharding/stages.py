@@ -233,7 +233,9 @@ class Stages:
             node = engine.pipeline.nodes[engine.index + 1]
             pipeline = engine.pipeline.id
             self._member.send(
-                node, ("steps", pipeline), lambda other: other.stages.step(pipeline, session, start, chunk, wants, opened)
+                node,
+                ("steps", pipeline),
+                lambda other: other.stages.step(pipeline, session, start, chunk, wants, opened),
             )
 
     def _sample(self, engine: Engine, kept: Kept, session: bytes) -> None:
@@ -274,7 +276,9 @@ class Stages:
                 case 7:
                     finish = 9
                 case _:
-                    self._to_entry(kept.entry, session, "pieces", index, tokens, pieces, FINISH_EOG if not tokens else finish)
+                    self._to_entry(
+                        kept.entry, session, "pieces", index, tokens, pieces, FINISH_EOG if not tokens else finish
+                    )
                     if finish:
                         index, tokens, pieces = index + 1, (1,), (b"?",)
                     else:
