@@ -259,8 +259,8 @@ class Stages:
         if self._computer.index in self._fabric.liars and self._rng.random() < 0.2:
             self._fabric.lies += 1
             match self._rng.randrange(9):
-                case 0:
-                    index += 3
+                case 0 if not finish:
+                    return  # and the next ones leave a gap
                 case 1 if index:
                     index, tokens, pieces = index - 1, (0, *tokens), (b"", *pieces)
                 case 2:
