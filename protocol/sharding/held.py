@@ -1,4 +1,5 @@
-"""What a coordinator knows of pipelines: those that it answers for, loads under way, who waits, and strays that it found."""
+"""What a coordinator knows of pipelines: those that it answers for, loads under way, who waits, and strays that it
+found."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -1,7 +1,7 @@
 """The stages that one node holds: obeys the coordinator's fenced commands, and reports all that it holds.
 
-Reports are whole and repeated, so a lost one costs time only, and a new coordinator learns everything by waiting. The engine
-processes are the service's; this machine says when they start and end.
+Reports are whole and repeated, so a lost one costs time only, and a new coordinator learns everything by waiting. The
+engine processes are the service's; this machine says when they start and end.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from protocol.election.events import CoordinatorChanged
 from protocol.election.fence import Fence
 from protocol.ids import NodeId
 from protocol.sharding.pipelines import (
+    LOAD_WORDS_CHARS_MAX,
     REPORTED_STAGES_MAX,
-    WORDS_CHARS_MAX,
     LoadStage,
     NodeReport,
     Pipeline,
@@ -45,7 +45,7 @@ class StageCommanded:
 
 @dataclass(frozen=True, slots=True)
 class EngineChanged:
-    """The engine of a pipeline's stage: loading (with a share), ready, broken (with words), or gone after StopEngine."""
+    """The engine of a pipeline's stage: loading (with a share), ready, broken (with words), gone after StopEngine."""
 
     pipeline: bytes
     state: str
@@ -118,7 +118,7 @@ class StartEngine:
 
 @dataclass(frozen=True, slots=True)
 class RebindEngine:
-    """The engine of pipeline `old` now serves in `pipeline`: same layers, other neighbours, all its sessions forgotten."""
+    """The engine of pipeline `old` now serves in `pipeline`: same layers, other neighbours, no sessions."""
 
     old: bytes
     pipeline: Pipeline
@@ -191,7 +191,7 @@ class Hosting:
             case ProbeEnded(pipeline, number, ok, words):
                 stage = self._stages.get(pipeline)
                 if stage is not None:
-                    said = words[:WORDS_CHARS_MAX]
+                    said = words[:LOAD_WORDS_CHARS_MAX]
                     stage.report = replace(stage.report, probed=number, probed_ok=ok, words=said)
                     self._report(now)
             case ReportDone(ok):
@@ -288,7 +288,7 @@ class Hosting:
                 span = next(span for span in stage.then.stages if span.node == self._me)
                 self._begin(stage.then, span, now)
         elif stage.report.state != "unloading":
-            words = event.words[:WORDS_CHARS_MAX]
+            words = event.words[:LOAD_WORDS_CHARS_MAX]
             share = min(1.0, max(0.0, event.share))
             stage.report = replace(
                 stage.report, state=event.state, share=share, words=words, blamed=event.blamed, active=0

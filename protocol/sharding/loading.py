@@ -1,9 +1,10 @@
-"""Loads, at the coordinator: one at a time for a model, joined by all who want it; what is loaded is watched and let go.
+"""Loads, at the coordinator: one at a time for a model, joined by all who want it; what is loaded is watched and let
+go.
 
-The coordinator keeps nothing durable. What is loaded where, it learns from the reports of the nodes: a new one first listens
-for `gather_s`, adopts what is whole, joins what is being loaded, and lets go of what belongs to nothing. A pipeline is ready
-only after a token went through all its stages. Planning is the planner's (it takes a while, so it is an effect here);
-engines are the nodes' (hosting.py), and every command carries the term for their fence.
+The coordinator keeps nothing durable. What is loaded where, it learns from the reports of the nodes: a new one first
+listens for `gather_s`, adopts what is whole, joins what is being loaded, and lets go of what belongs to nothing. A
+pipeline is ready only after a token went through all its stages. Planning is the planner's (it takes a while, so it is
+an effect here); engines are the nodes' (hosting.py), and every command carries the term for their fence.
 """
 
 from typing import Final, assert_never
@@ -14,7 +15,7 @@ from protocol.ids import NodeId
 from protocol.membership.events import PeerDown, PeerLeft
 from protocol.sharding.held import Ask, Held, Load, LoadingEffect, LoadingParameters, LoadingState, suits
 from protocol.sharding.pipelines import (
-    WORDS_CHARS_MAX,
+    LOAD_WORDS_CHARS_MAX,
     AnswerEnsure,
     AskGone,
     CommandFailed,
@@ -218,4 +219,4 @@ class LoadingMachine:
             if span.node in held.reports
         )
         words = "waiting for the first token" if held.state == "probing" else f"loading: {load.words}"
-        return Loading(words[:WORDS_CHARS_MAX], min(1.0, done / layers))
+        return Loading(words[:LOAD_WORDS_CHARS_MAX], min(1.0, done / layers))

@@ -81,7 +81,7 @@ def _pair(one: NodeId, other: NodeId) -> tuple[NodeId, NodeId]:
 
 
 def version_groups(offers: Iterable[NodeOffer], agreeing: frozenset[tuple[str, str]]) -> list[list[NodeOffer]]:
-    """Nodes that may stand in one pipeline: one version, or versions that a self-test found to agree, each with each."""
+    """Nodes that may stand in one pipeline: of one version, or of versions that a self-test found to agree."""
     by_version: dict[str, list[NodeOffer]] = {}
     for offer in offers:
         by_version.setdefault(offer.version, []).append(offer)

@@ -1,7 +1,7 @@
 """Pipelines as the mesh speaks of them: layouts, wishes and answers, commands to stages and reports of them.
 
-All of these are bodies of calls (docs/protocol.md, Models): arrays, every field bounded. What the machines of loading and
-hosting exchange with their agents stands below.
+All of these are bodies of calls (docs/protocol.md, Models): arrays, every field bounded. What the machines of loading
+and hosting exchange with their agents stands below.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ STAGES_MAX = 64
 REPORTED_STAGES_MAX = 64
 PIPELINE_ID_BYTES = 8
 WITHOUT_MAX = 64
-WORDS_CHARS_MAX = 512
+LOAD_WORDS_CHARS_MAX = 512
 
 PipelineId = Annotated[bytes, msgspec.Meta(min_length=PIPELINE_ID_BYTES, max_length=PIPELINE_ID_BYTES)]
 _Node = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
-_Words = Annotated[str, msgspec.Meta(max_length=WORDS_CHARS_MAX)]
+_Words = Annotated[str, msgspec.Meta(max_length=LOAD_WORDS_CHARS_MAX)]
 _Model = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 _Layer = Annotated[int, msgspec.Meta(ge=0, le=4096)]
 _Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
@@ -109,7 +109,7 @@ Answer = Ready | Loading | Refused
 
 
 class LoadStage(_Message, frozen=True, tag=0):
-    """Hold your stage of this pipeline. An engine of `replaces` with the same model, layers and context is taken over."""
+    """Hold your stage of this pipeline. An engine of `replaces` that would do the same is taken over."""
 
     pipeline: Pipeline
     replaces: PipelineId | None = None
@@ -248,9 +248,9 @@ class AnswerEnsure:
 class PlanWanted:
     """Run the planner; answered by Planned with the same number.
 
-    `freed` and `taken`: (RAM, VRAM) bytes by node to add to and to take from what the nodes offer: what will be unloaded
-    first, and what is promised to loads under way. `kept`: stages of a broken pipeline whose engines still stand; with
-    them, planner.mend is tried first.
+    `freed` and `taken`: (RAM, VRAM) bytes by node to add to and to take from what the nodes offer: what will be
+    unloaded first, and what is promised to loads under way. `kept`: stages of a broken pipeline whose engines still
+    stand; with them, planner.mend is tried first.
     """
 
     job: int

@@ -304,8 +304,9 @@ def _compared(
             return [f"split over {names}: {rate:.1f} tok/s; {words}"], alternatives
     needed = fitting.needed_bytes(1)
     roomiest = max(group, key=lambda offer: (fitting.room(offer), offer.node))
+    room = fitting.room(roomiest)
     reason = (
-        f"needs {needed / GB:.1f} GB; the roomiest node, {roomiest.name}, has {fitting.room(roomiest) / GB:.1f} GB free,"
+        f"needs {needed / GB:.1f} GB; the roomiest node, {roomiest.name}, has {room / GB:.1f} GB free,"
         f" so it is split over {names}: {rate:.1f} tok/s"
     )
     return [reason], alternatives

@@ -8,8 +8,8 @@ For stages 0..S-1 with weights w_i (bytes), hidden width d (4 bytes a value), ro
     round(r)     = Σ compute_i(r) + Σ hop_i(r) + back
 
 One stream gives 1/round(1) tokens a second. With n streams the sequencer keeps g = min(S, n) groups of m = ceil(n/g)
-rows under way: n / max(round(m), g · max_i compute_i(m)). A prompt of P tokens goes in micro-batches of M rows, the next one on
-its way while the last is computed: round(M) + (ceil(P/M) - 1) · max_i max(compute_i(M), hop_i(M) - rtt/2).
+rows under way: n / max(round(m), g · max_i compute_i(m)). A prompt of P tokens goes in micro-batches of M rows, the
+next one on its way while the last is computed: round(M) + (ceil(P/M) - 1) · max_i max(compute_i(M), hop_i(M) - rtt/2).
 The output head is read once a step on the last stage and counts into w there; the embedding is a look-up and does not.
 """
 

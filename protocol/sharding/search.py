@@ -1,7 +1,8 @@
 """The search for stages: which nodes, in which order, with which layers, so that one token takes the least time.
 
-Branch and bound, exact for up to EXACT_NODES nodes as long as EFFORT_MAX suffices (it says when it did not). Larger meshes
-are first thinned out, and proportional shares are always tried as well, so that the answer is never worse than those.
+Branch and bound, exact for up to EXACT_NODES nodes as long as EFFORT_MAX suffices (it says when it did not). Larger
+meshes are first thinned out, and proportional shares are always tried as well, so that the answer is never worse than
+those.
 """
 
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ class Search:
         return _State(bound, spent, cuts, state.used | 1 << index, first, index, end)
 
     def _breaks(self, offer: NodeOffer, at: int, unused: int, stages: int) -> list[int]:
-        """Where a stage had best end: when the devices are full, when all is full, as early as may be, at an even share."""
+        """Where a stage had best end: with full devices, with all full, as early as may be, at an even share."""
         ends = self._ends(offer, at, unused, stages)
         if not ends:
             return []

@@ -1,8 +1,9 @@
 """One generation session, at its entry: it outlives every other node of the mesh.
 
-The entry holds the prompt and every token that came so far. Whatever breaks (a stage dies, stalls, lies), it cancels what
-was, asks the coordinator for a pipeline, and opens the session anew with all tokens so far; the answer goes on where it was.
-Each try has an id of its own (14 random bytes, then the number of the try), so frames of an earlier one fall away.
+The entry holds the prompt and every token that came so far. Whatever breaks (a stage dies, stalls, lies), it cancels
+what was, asks the coordinator for a pipeline, and opens the session anew with all tokens so far; the answer goes on
+where it was. Each try has an id of its own (14 random bytes, then the number of the try), so frames of an earlier one
+fall away.
 
 Text, stop strings and tool calls are the service's business; loading is the coordinator's.
 """
@@ -38,7 +39,7 @@ from protocol.sharding.events import (
     StopFound,
     StreamLost,
 )
-from protocol.sharding.pipelines import Loading, Pipeline, Ready, Refused
+from protocol.sharding.pipelines import WITHOUT_MAX, Loading, Pipeline, Ready, Refused
 
 STEM_BYTES: Final = 14
 ATTEMPTS_MAX: Final = 0xFFFF
@@ -79,7 +80,7 @@ REFUSAL_CODES: Final = {"too_long": "bad_request", "unknown_model": "not_found"}
 
 
 class Session:
-    """See the module. `start` once, then `handle`; neither raises on what a peer sent. Timers: ("session", stem, ...)."""
+    """See the module. `start` once, then `handle`; neither raises on what a peer sent. Timers: ("session", stem, _)."""
 
     def __init__(
         self,
@@ -184,7 +185,8 @@ class Session:
 
     def _without(self) -> tuple[NodeId, ...]:
         struck = {node for node, strikes in self._strikes.items() if strikes >= self._params.strikes_max}
-        return tuple(sorted(struck | self._liars | self._gone))
+        others = sorted((struck | self._gone) - self._liars)
+        return (*sorted(self._liars), *others)[:WITHOUT_MAX]
 
     def _answered(self, event: EnsureAnswered, now: float) -> None:
         if event.ask != self._ask or self.state != "ensuring":

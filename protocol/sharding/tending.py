@@ -6,8 +6,8 @@ from protocol.effects import Publish
 from protocol.ids import NodeId
 from protocol.sharding.held import Held, Load, LoadingState, Stray, is_ready, sizes, stands
 from protocol.sharding.pipelines import (
+    LOAD_WORDS_CHARS_MAX,
     PIPELINE_ID_BYTES,
-    WORDS_CHARS_MAX,
     EnsureRequest,
     LoadFailed,
     LoadStage,
@@ -70,7 +70,7 @@ class Tending:
             return
         if event.plan is not None:
             load.layout = event.plan
-            load.words = event.plan.words[:WORDS_CHARS_MAX]
+            load.words = event.plan.words[:LOAD_WORDS_CHARS_MAX]
             nodes = {span.node for span in event.plan.stages}
             for name in load.freed:
                 held = self._s.held.get(name)
@@ -131,7 +131,7 @@ class Tending:
             self.lose(self._s.held[load.pipeline], words, now)
         self._release_old(load, now)
         refused = Refused(
-            code[:32], words[:WORDS_CHARS_MAX], code not in ("no_memory", "too_long", "uncut"), short_bytes
+            code[:32], words[:LOAD_WORDS_CHARS_MAX], code not in ("no_memory", "too_long", "uncut"), short_bytes
         )
         for ask in [ask for ask, asked in self._s.asks.items() if asked.request.model == load.model]:
             self._s.answer(ask, refused)
@@ -292,7 +292,7 @@ class Tending:
             return
         was_ready = held.ever_ready
         held.state, held.broken, held.since = "unloading", words, now
-        self._s.out.append(Publish(PipelineLost(held.pipeline.id, held.pipeline.model, words[:WORDS_CHARS_MAX])))
+        self._s.out.append(Publish(PipelineLost(held.pipeline.id, held.pipeline.model, words[:LOAD_WORDS_CHARS_MAX])))
         load = self._s.loads.get(held.pipeline.model)
         mine = load is not None and load.pipeline == held.pipeline.id
         if load is None and was_ready and guilty is not None:

@@ -1,5 +1,4 @@
-"""What clients get: every token once and in order, the very ones of an undisturbed run; every answer ends; no honest node
-is accused."""
+"""What clients get: every token once, as in an undisturbed run, and an end; and no honest node is accused."""
 
 from simulations.checkers.checker import Checker, Violation
 from simulations.computer import Computer

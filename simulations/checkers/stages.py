@@ -1,5 +1,7 @@
-"""Stages and loads: never two loads of one model at one coordinator, no more memory than there is, tables bounded, and in
-the end no stage that nobody answers for."""
+"""Stages and loads: never two loads of one model at one coordinator, no more memory than there is, tables bounded.
+
+In the end no stage is left that nobody answers for, and none that nobody uses.
+"""
 
 from protocol.sharding.session import STEM_BYTES
 from simulations.checkers.checker import Checker, Violation

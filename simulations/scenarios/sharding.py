@@ -1,6 +1,6 @@
-"""Models over a mesh where peers die, stall, lie, come back, part and meet: clients must not notice, or must be told why.
+"""Models over a mesh where peers die, stall, lie, come back, part and meet: clients must not notice, or be told why.
 
-Patterns: none (all faults), `quiet` (no faults: the baseline), or a comma-separated choice of crash, pause, hang, lie, split.
+Patterns: none (all faults), `quiet` (no faults: the baseline), or a comma-separated choice of FAULTS.
 """
 
 from collections.abc import Callable, Sequence

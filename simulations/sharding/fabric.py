@@ -5,6 +5,7 @@ It watches a world as a checker does, because that is where starts, crashes and 
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Final, Protocol
 
@@ -84,7 +85,7 @@ class Fabric(Checker):
         late = self.rng.random() < 0.3
         for member in list(self.members.values()):
             delay = self.rng.uniform(4.0, 8.0) if late else self.rng.uniform(0.0, 0.1)
-            member.later(delay, lambda member=member: member.peer_lost(computer))
+            member.later(delay, partial(member.peer_lost, computer))
 
     def published(self, computer: Computer, event: object) -> None:
         """What the hub says reaches the machines beside it at once."""

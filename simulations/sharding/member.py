@@ -1,10 +1,12 @@
 """One computer's part in serving models: performs the effects of the session, loading and hosting machines.
 
-It stands where the agent's llm service stands and decides nothing. The hub beside it (membership, election) is the real one.
+It stands where the agent's llm service stands and decides nothing. The hub beside it (membership, election) is the real
+one.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -15,17 +17,49 @@ from protocol.election.fence import FENCE_MACHINE, Fence
 from protocol.ids import NodeId
 from protocol.membership.events import PeerDown, PeerLeft
 from protocol.sharding.events import (
-    Accuse, CancelSession, ClientLeft, Emit, Ensure, EnsureAnswered, EnsureFailed, Fail, Finish, OpenSession,
-    PiecesReceived, Progressed, SessionAccepted, SessionInput, SessionRefused, StageErred, StopFound, StreamLost,
+    Accuse,
+    CancelSession,
+    ClientLeft,
+    Emit,
+    Ensure,
+    EnsureAnswered,
+    EnsureFailed,
+    Fail,
+    Finish,
+    OpenSession,
+    PiecesReceived,
+    Progressed,
+    SessionAccepted,
+    SessionInput,
+    SessionRefused,
+    StageErred,
+    StopFound,
+    StreamLost,
 )  # fmt: skip
 from protocol.sharding.hosting import (
-    AnswerCommand, Hosting, HostingInput, RebindEngine, ReportDone, RunProbe, SendReport, StageCommanded, StartEngine,
+    AnswerCommand,
+    Hosting,
+    HostingInput,
+    RebindEngine,
+    ReportDone,
+    RunProbe,
+    SendReport,
+    StageCommanded,
+    StartEngine,
     StopEngine,
 )  # fmt: skip
 from protocol.sharding.loading import LoadingInput, LoadingMachine
 from protocol.sharding.pipelines import (
-    Answer, AnswerEnsure, CommandFailed, CommandStage, EnsureAsked, EnsureRequest, NodeReport, Planned, PlanWanted,
-    Reported, StageCommand,
+    Answer,
+    AnswerEnsure,
+    CommandFailed,
+    CommandStage,
+    EnsureAsked,
+    EnsureRequest,
+    NodeReport,
+    PlanWanted,
+    Reported,
+    StageCommand,
 )  # fmt: skip
 from protocol.sharding.session import STEM_BYTES, Session
 from simulations.computer import Computer
@@ -109,7 +143,7 @@ class Member:
                     if reply is not None:
                         reply(_encode(answer))
                 case PlanWanted():
-                    self.later(self.fabric.rng.uniform(0.01, 0.2), lambda wanted=effect: self._planned(wanted))
+                    self.later(self.fabric.rng.uniform(0.01, 0.2), partial(self._planned, effect))
                 case CommandStage(node, command):
                     self._command(node, command)
                 case Publish(published):
@@ -184,17 +218,15 @@ class Member:
                     self._ensure(stem, effect)
                 case OpenSession(to, session, pipeline, prompt, generated):
                     running = Running(session, self.computer.index, prompt, generated, client.max_tokens)
-                    self.send(
-                        to, ("open", session), lambda other, run=running, name=pipeline: other.stages.open(run, name),
-                        lambda to=to: self.client(stem, StreamLost(to, "it could not be opened")),
-                    )  # fmt: skip
+                    lost = partial(self.client, stem, StreamLost(to, "it could not be opened"))
+                    self.send(to, ("open", session), partial(_opened, running, pipeline), lost)
                 case _:
                     self._more(client, stem, effect)
 
     def _more(self, client: Client, stem: bytes, effect: object) -> None:
         match effect:
             case CancelSession(to, session):
-                self.send(to, ("open", session), lambda other, session=session: other.cancelled(session))
+                self.send(to, ("open", session), partial(_cancelled, session))
             case Emit(index, tokens, pieces):
                 self._emitted(client, stem, index, tokens, pieces)
             case Accuse(peer, words):
@@ -341,3 +373,11 @@ class Member:
             ("pipelines", len(self.loading.pipelines), 24),
             ("stages", len(self.hosting.stages), 16),
         )
+
+
+def _opened(running: Running, pipeline: bytes, member: Member) -> None:
+    member.stages.open(running, pipeline)
+
+
+def _cancelled(session: bytes, member: Member) -> None:
+    member.cancelled(session)

@@ -1,6 +1,7 @@
 """The stages of one computer: toy engines that load, compute, hang, lie and die, and the frames between them.
 
-It stands where the engine processes and the agent's relays stand: it does what hosting asks for and tells it what happens.
+It stands where the engine processes and the agent's relays stand: it does what hosting asks for and tells it what
+happens.
 """
 
 from collections.abc import Callable
@@ -260,8 +261,9 @@ class Stages:
             self._fabric.lies += 1
             match self._rng.randrange(9):
                 case 0 if not finish:
+                    kept.left_out = True
                     return  # and the next ones leave a gap
-                case 1 if index:
+                case 1 if index and not kept.left_out:
                     index, tokens, pieces = index - 1, (0, *tokens), (b"", *pieces)
                 case 2:
                     tokens = tuple(token + VOCABULARY for token in tokens)

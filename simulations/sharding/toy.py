@@ -1,7 +1,7 @@
 """The toy engine: one stage of a model whose next token is a hash of all tokens so far.
 
-Each stage keeps the tokens of every sequence, as a real one keeps keys and values, and hands on what it was given; the last
-one hashes its own copy. So any loss, doubling or mix-up on the way, in any stage, changes every token after it.
+Each stage keeps the tokens of every sequence, as a real one keeps keys and values, and hands on what it was given; the
+last one hashes its own copy. So any loss, doubling or mix-up on the way, in any stage, changes every token after it.
 """
 
 from collections.abc import Sequence
@@ -55,6 +55,7 @@ class Kept:
     max_tokens: int
     tokens: list[int] = field(default_factory=list)
     done: bool = False
+    left_out: bool = False  # a liar kept a token to itself
     said_at: float = 0.0
 
 

@@ -1,7 +1,7 @@
-"""Calls and bulk streams between computers, as far as sharding needs them: late, cut, broken, never out of order in themselves.
+"""Calls and bulk streams between computers, as far as sharding needs them: late, cut, broken.
 
-Streams of one pair are independent of one another: what leaves first on one may arrive last. A stream breaks when a process
-dies (its kernel says so at once, or, when the plug was pulled, keep-alives do) and when its path stays cut.
+Streams of one pair are independent of one another: what leaves first on one may arrive last. A stream breaks when a
+process dies (its kernel says so at once, or, when the plug was pulled, keep-alives do) and when its path stays cut.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class Wires:
 
     def call(self, source: Computer, target: Computer | None, deliver: Callable[[Callable[[bytes], None]], None],
              replied: Callable[[bytes | None], None]) -> None:  # fmt: skip
-        """A call: `deliver` is run there with a way to answer; `replied` here exactly once, with None when it failed."""
+        """A call: `deliver` is run there with a way to answer; `replied` here once, with None when it failed."""
         done = [False]
         run = source.run
 

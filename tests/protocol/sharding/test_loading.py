@@ -1,4 +1,5 @@
-"""The coordinator's side: one load that all join, nodes lost on the way, what a new coordinator finds, and what is let go."""
+"""The coordinator's side: one load that all join, nodes lost on the way, what a new coordinator finds, and what is let
+go."""
 
 from random import Random
 

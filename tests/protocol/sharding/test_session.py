@@ -1,5 +1,6 @@
 """A session at its entry: every token once, whatever stages do; ended within bounded time; liars named, others not."""
 
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -398,7 +399,7 @@ def test_tries_without_a_token_are_few_and_further_and_further_apart() -> None:
         while entry.session.state == "ensuring" and kinds(entry.out)[-1:] != [Ensure]:
             entry.wait(0.05)
     assert len(tries) == 7
-    pauses = [later - earlier for earlier, later in zip(tries, tries[1:], strict=False)]
+    pauses = [later - earlier for earlier, later in pairwise(tries)]
     assert pauses[0] == 0.0
     assert pauses[1:] == sorted(pauses[1:])
     assert pauses[-1] > 2.0
