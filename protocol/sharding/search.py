@@ -56,9 +56,10 @@ class Search:
         overhead, width = constants.hop_overhead_s, fitting.shape.n_embd
         self._hop = [[hop_s(links, a.node, b.node, 1, width, overhead) for b in offers] for a in offers]
         self._back = [[back_s(links, a.node, b.node, overhead) for b in offers] for a in offers]
-        self._hop_min = min(
-            (self._hop[i][j] for i in range(len(offers)) for j in range(len(offers)) if i != j), default=0.0
-        )
+        # Whoever stands behind the first stage is reached over its nearest neighbour at best.
+        others = range(len(offers))
+        self._reached = [min((self._hop[i][j] for i in others if i != j), default=0.0) for j in others]
+        self._bounds: dict[tuple[int, int, int], float] = {}
         # What any layer costs at least, the fastest memory first: (seconds a byte, bytes, node, which of its memories).
         pieces: list[tuple[float, int, int, int]] = []
         scratch = fitting.compute_bytes(0)
@@ -133,9 +134,17 @@ class Search:
         return known
 
     def _at_least(self, unused: int, first: int, stages: int) -> float:
-        """A bound from below on what the layers from `first` on still cost."""
+        """A bound from below on what the layers from `first` on still cost, the way back left out."""
+        key = (unused, first, stages)
+        known = self._bounds.get(key)
+        if known is None:
+            known = self._bounds[key] = self._bound(unused, first, stages)
+        return known
+
+    def _bound(self, unused: int, first: int, stages: int) -> float:
         left = self._fitting.between(first, self._end)
-        cost = stages * self._hop_min
+        reached = sorted(cost for index, cost in enumerate(self._reached) if unused >> index & 1)
+        cost = sum(reached[:stages])
         most = list(self._most[stages])
         for rate, room, bit, kind in self._pieces:
             if unused & bit:
@@ -146,6 +155,15 @@ class Search:
                 if not left:
                     return cost
         return inf
+
+    def _way_back(self, first: int, unused: int) -> float:
+        """The token's way from the last stage, which is one of these, at best."""
+        key = (unused, -1, first)
+        known = self._bounds.get(key)
+        if known is None:
+            ways = (way for index, way in enumerate(self._back[first]) if unused >> index & 1)
+            known = self._bounds[key] = min(ways, default=0.0)
+        return known
 
     def _compute_s(self, index: int, first: int, end: int) -> float | None:
         """Seconds of one token through these layers on this node; None if they do not fit."""
@@ -187,7 +205,7 @@ class Search:
         if end == self._end:
             bound = spent + (self._back[first][index] if first != index else 0.0)
         else:
-            bound = spent + self._at_least(unused, end, stages)
+            bound = spent + self._at_least(unused, end, stages) + self._way_back(first, unused)
         cuts = (*state.cuts, (self._offers[index], state.at, end))
         return _State(bound, spent, cuts, state.used | 1 << index, first, index, end)
 
@@ -230,7 +248,7 @@ class Search:
                 if end == self._end:
                     total = spent + (self._back[begin][index] if begin != index else 0.0)
                 else:
-                    total = spent + self._at_least(unused, end, stages - 1)
+                    total = spent + self._at_least(unused, end, stages - 1) + self._way_back(begin, unused)
                 if total < self._best_s:
                     options.append((total, spent, index, end, begin))
         options.sort()

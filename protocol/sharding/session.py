@@ -17,7 +17,6 @@ from protocol.membership.events import PeerDown, PeerLeft
 from protocol.sharding.events import (
     FINISH_EOG,
     FINISH_ERROR,
-    FINISH_LENGTH,
     FINISH_NONE,
     Accuse,
     CancelSession,
@@ -40,6 +39,7 @@ from protocol.sharding.events import (
     StreamLost,
 )
 from protocol.sharding.pipelines import WITHOUT_MAX, Loading, Pipeline, Ready, Refused
+from protocol.sharding.scrutiny import Bounds, nonsense
 
 STEM_BYTES: Final = 14
 ATTEMPTS_MAX: Final = 0xFFFF
@@ -64,8 +64,6 @@ class SessionParameters:
     tries_max: int = 6  # in a row without a single token
     attempts_max: int = 256
     strikes_max: int = 2  # from then on a node is avoided
-    pieces_max: int = 256  # tokens a frame
-    piece_bytes_max: int = 4096
 
 
 FINAL_CODES: Final = {
@@ -365,7 +363,9 @@ class Session:
         if not self._concerns(event.peer, event.session, last=True):
             return
         have = len(self.tokens)
-        wrong = self._nonsense(event)
+        pipeline = self.pipeline
+        assert pipeline is not None  # _concerns looked
+        wrong = nonsense(event, self.tokens, Bounds(self._max_tokens, len(self._prompt), pipeline))
         if wrong:
             self._lied(event.peer, wrong, now)
             return
@@ -390,30 +390,6 @@ class Session:
         elif event.finish != FINISH_NONE or len(self.tokens) == self._max_tokens:
             self._ended_by = event.peer if event.finish != FINISH_NONE else None
             self._finish("stop" if event.finish == FINISH_EOG else "length", cancel=event.finish == FINISH_NONE)
-
-    def _nonsense(self, event: PiecesReceived) -> str:
-        """What no honest stage sends, in words; empty if it may be believed."""
-        params, have, count = self._params, len(self.tokens), len(event.tokens)
-        assert self.pipeline is not None  # the caller looked
-        vocabulary = self.pipeline.vocabulary or 2**31
-        if event.index < 0 or event.finish not in (FINISH_NONE, FINISH_EOG, FINISH_LENGTH, FINISH_ERROR):
-            return f"sent index {event.index}, finish {event.finish}"
-        if count > params.pieces_max or count != len(event.pieces) or len(event.details) not in (0, count):
-            return f"sent {count} tokens with {len(event.pieces)} pieces"
-        if any(len(piece) > params.piece_bytes_max for piece in event.pieces):
-            return f"sent a piece of {max(map(len, event.pieces))} bytes"
-        if any(not 0 <= token < vocabulary for token in event.tokens):
-            return "sent a token that the vocabulary does not have"
-        again = event.tokens[: max(0, have - event.index)]
-        if again != tuple(self.tokens[event.index : event.index + len(again)]):
-            return f"sent token {event.index} again, and another one"
-        end = max(have, event.index + count)
-        if end > self._max_tokens:
-            return f"sent {end} tokens; {self._max_tokens} were wanted"
-        full = len(self._prompt) + end + 1 >= self.pipeline.context
-        if event.finish == FINISH_LENGTH and event.index <= have and end < self._max_tokens and not full:
-            return f"stopped for length after {end} of {self._max_tokens} tokens"
-        return ""
 
     # ---- time, and the end ------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from protocol.sharding import session
 from protocol.sharding.events import CancelSession
 from protocol.sharding.loading import LoadingMachine
 from protocol.sharding.session import STEM_BYTES, Session
@@ -18,13 +19,13 @@ def _gaps_swallowed(patches: Patches) -> None:
 
 
 def _nonsense_believed(patches: Patches) -> None:
-    patches.set(Session, "_nonsense", lambda self, event: "")
+    patches.set(session, "nonsense", lambda event, tokens, bounds: "")
 
 
 def _late_frames_believed(patches: Patches) -> None:
-    def concerns(self: Any, peer: Any, session: bytes, *, last: bool | None) -> bool:
-        is_mine = session[:STEM_BYTES] == self._stem
-        return bool(original(self, peer, self.id if is_mine else session, last=last))
+    def concerns(self: Any, peer: Any, named: bytes, *, last: bool | None) -> bool:
+        is_mine = named[:STEM_BYTES] == self._stem
+        return bool(original(self, peer, self.id if is_mine else named, last=last))
 
     original = patches.set(Session, "_concerns", concerns)
 

@@ -290,22 +290,23 @@ class Member:
         self._asks[self._number] = answer
         self.loaded(EnsureAsked(self._number, peer, _requests.decode(body)))
 
+    def stage_commanded(self, peer: NodeId, body: bytes, answer: Callable[[bytes], None]) -> None:
+        """`llm.stage` came."""
+        self._number += 1
+        self._calls[self._number] = answer
+        self.hosted(StageCommanded(peer, _commands.decode(body), self._number))
+
     def _command(self, node: NodeId, command: StageCommand) -> None:
         body, me = _encode(command), self.computer.node_id
         order = command.order
         pipeline = order.pipeline if isinstance(order.pipeline, bytes) else order.pipeline.id
-
-        def commanded(other: "Member", answer: Callable[[bytes], None]) -> None:
-            other._number += 1
-            other._calls[other._number] = answer
-            other.hosted(StageCommanded(me, _commands.decode(body), other._number))
 
         def replied(words: bytes | None) -> None:
             if words is None or words:
                 said = "it did not answer" if words is None else words.decode()
                 self.loaded(CommandFailed(node, pipeline, said))
 
-        self.call(node, commanded, replied)
+        self.call(node, lambda other, answer: other.stage_commanded(me, body, answer), replied)
 
     def _report(self, to: NodeId, report: NodeReport) -> None:
         body, me = _encode(report), self.computer.node_id

@@ -1,142 +1,26 @@
-"""The coordinator's side: one load that all join, nodes lost on the way, what a new coordinator finds, and what is let
-go."""
+"""The coordinator's side: one load that all join, nodes lost on the way, probes, complaints, memory made."""
 
-from random import Random
-
-from msgspec import structs
-
-from protocol.effects import CancelTimer, Publish, SetTimer, TimerFired
-from protocol.election.events import CoordinatorChanged
 from protocol.membership.events import PeerDown, PeerLeft
-from protocol.sharding.held import LoadingParameters
-from protocol.sharding.loading import SWEEP_TIMER, LoadingMachine
 from protocol.sharding.pipelines import (
-    AnswerEnsure,
     AskGone,
     CommandFailed,
     CommandStage,
     EnsureAsked,
     EnsureRequest,
-    Layout,
     LoadFailed,
     Loading,
     LoadStage,
     ModelPinned,
-    NodeReport,
-    Pipeline,
     PipelineLost,
     PipelineReady,
-    Planned,
     PlanWanted,
     ProbePipeline,
     Ready,
     Refused,
-    Reported,
-    Span,
-    StageReport,
     UnloadStage,
     UnloadWanted,
 )
-
-ME = "me"
-
-
-def spans(*nodes: str, size: int = 10) -> tuple[Span, ...]:
-    return tuple(Span(node, 4 * index, 4 * index + 4, size) for index, node in enumerate(nodes))
-
-
-class Coordinator:
-    """The machine, and nodes that do as they are told as far as a test lets them."""
-
-    def __init__(self, *, gather_s: float = 0.0, **changes) -> None:
-        params = LoadingParameters(gather_s=gather_s, **changes)
-        self.machine = LoadingMachine(me=ME, rng=Random(1), params=params)
-        self.now = 100.0
-        self.sweep_at: float | None = None
-        self.all: list = []
-        self.reports: dict[str, dict[bytes, tuple[float, StageReport]]] = {}
-        self.asks = 0
-        self.tell(CoordinatorChanged(3, ME, True))
-
-    def tell(self, event) -> list:
-        out = self.machine.handle(event, self.now)
-        for effect in out:
-            if isinstance(effect, SetTimer):
-                self.sweep_at = effect.at
-            elif isinstance(effect, CancelTimer):
-                self.sweep_at = None
-        self.all += out
-        return out
-
-    def ask(self, model: str = "m", **changes) -> int:
-        self.asks += 1
-        self.tell(EnsureAsked(self.asks, "entry", EnsureRequest(model, 100, **changes)))
-        return self.asks
-
-    def wait(self, seconds: float, *, reporting: bool = True) -> None:
-        until = self.now + seconds
-        while self.sweep_at is not None and self.sweep_at <= until:
-            self.now, self.sweep_at = self.sweep_at, None
-            if reporting:
-                for node in list(self.reports):
-                    self.report(node)
-            self.tell(TimerFired(SWEEP_TIMER))
-        self.now = until
-
-    def of(self, kind: type) -> list:
-        return [effect for effect in self.all if isinstance(effect, kind)]
-
-    def orders(self, kind: type) -> list[tuple[str, object]]:
-        return [
-            (each.node, each.command.order) for each in self.of(CommandStage) if isinstance(each.command.order, kind)
-        ]
-
-    def answer(self, ask: int):
-        return next(
-            (effect.answer for effect in self.all if isinstance(effect, AnswerEnsure) and effect.ask == ask), None
-        )
-
-    def published(self, kind: type) -> list:
-        return [each.event for each in self.of(Publish) if isinstance(each.event, kind)]
-
-    def plan(self, *nodes: str, size: int = 10) -> None:
-        self.tell(Planned(self.of(PlanWanted)[-1].job, Layout(spans(*nodes, size=size), 1000, "as planned")))
-
-    def no_plan(self, code: str = "no_memory") -> None:
-        self.tell(Planned(self.of(PlanWanted)[-1].job, None, code, "4.2 GB short", 42))
-
-    def newest(self) -> Pipeline:
-        return self.orders(LoadStage)[-1][1].pipeline
-
-    def stage(self, node: str, pipeline: Pipeline, state: str, **changes) -> None:
-        self.reports.setdefault(node, {})[pipeline.id] = (self.now, StageReport(pipeline, state, **changes))
-        self.report(node)
-
-    def report(self, node: str, *, pressed: bool = False) -> None:
-        reports = self.reports.get(node, {}).values()
-        stages = tuple(structs.replace(report, idle_s=self.now - since) for since, report in reports)
-        self.tell(Reported(node, NodeReport(stages, pressed)))
-
-    def gone(self, node: str, pipeline: Pipeline) -> None:
-        self.reports.get(node, {}).pop(pipeline.id, None)
-        self.report(node)
-
-    def load(self, pipeline: Pipeline) -> None:
-        for node in pipeline.nodes:
-            self.stage(node, pipeline, "ready", share=1.0)
-
-    def probe(self, pipeline: Pipeline, *, ok: bool = True, words: str = "") -> None:
-        number = self.orders(ProbePipeline)[-1][1].number
-        self.stage(pipeline.nodes[0], pipeline, "ready", share=1.0, probed=number, probed_ok=ok, words=words)
-
-    def ready(self, *nodes: str, model: str = "m") -> Pipeline:
-        """A pipeline of these nodes, loaded and probed."""
-        self.ask(model)
-        self.plan(*nodes)
-        pipeline = self.newest()
-        self.load(pipeline)
-        self.probe(pipeline)
-        return pipeline
+from tests.protocol.sharding.coordinator import Coordinator
 
 
 def test_one_load_is_joined_by_all_and_ready_only_after_its_probe() -> None:
@@ -421,120 +305,3 @@ def test_an_unload_is_said_again_until_the_stage_is_gone() -> None:
     it.tell(UnloadWanted("m"))
     it.wait(5.0)
     assert 4 <= len(it.orders(UnloadStage)) <= 6
-
-
-def test_silence_of_a_node_is_the_end_of_its_stage() -> None:
-    it = Coordinator()
-    it.ready("a", "b")
-    it.wait(11.0, reporting=False)
-    assert "reports nothing" in it.published(PipelineLost)[0].words
-
-
-def test_a_report_that_omits_a_stage_means_that_it_is_gone() -> None:
-    it = Coordinator()
-    pipeline = it.ready("a", "b")
-    it.gone("b", pipeline)
-    assert "b does not hold its stage any more" in it.published(PipelineLost)[0].words
-
-
-def test_a_new_coordinator_first_listens_and_adopts_what_is_whole() -> None:
-    old = Coordinator()
-    pipeline = old.ready("a", "b")
-    it = Coordinator(gather_s=3.0)
-    ask = it.ask()
-    it.wait(1.0)
-    it.stage("a", pipeline, "ready", share=1.0)
-    assert it.of(PlanWanted) == []
-    it.stage("b", pipeline, "ready", share=1.0)
-    it.probe(pipeline)
-    assert it.answer(ask) == Ready(pipeline)
-    assert it.of(PlanWanted) == []
-    assert it.orders(LoadStage) == []
-
-
-def test_a_new_coordinator_joins_a_load_under_way() -> None:
-    old = Coordinator()
-    old.ask()
-    old.plan("a", "b")
-    pipeline = old.newest()
-    it = Coordinator(gather_s=3.0)
-    it.stage("a", pipeline, "loading", share=0.5)
-    it.stage("b", pipeline, "ready", share=1.0)
-    ask = it.ask()
-    it.wait(4.0)
-    assert it.of(PlanWanted) == []
-    it.stage("a", pipeline, "ready", share=1.0)
-    it.probe(pipeline)
-    assert it.answer(ask) == Ready(pipeline)
-
-
-def test_what_stays_incomplete_is_let_go_after_a_grace_and_memory_waits_for_it() -> None:
-    old = Coordinator()
-    pipeline = old.ready("a", "b")
-    it = Coordinator(gather_s=3.0, orphan_s=10.0)
-    it.stage("a", pipeline, "ready", share=1.0)
-    ask = it.ask()
-    it.wait(4.0)
-    it.no_plan()
-    assert it.answer(ask) is None
-    it.wait(5.9)
-    assert it.orders(UnloadStage) == []
-    it.wait(1.0)
-    assert it.orders(UnloadStage) == [("a", UnloadStage(pipeline.id))]
-    assert len(it.of(PlanWanted)) > 1
-
-
-def test_who_no_longer_coordinates_forgets_all_and_says_so() -> None:
-    it = Coordinator()
-    it.ready("a")
-    waiting = it.ask("n")
-    it.tell(CoordinatorChanged(4, "other", True))
-    assert it.answer(waiting).code == "no_coordinator"
-    assert it.machine.pipelines == ()
-    assert it.sweep_at is None
-    late = it.ask()
-    assert it.answer(late).code == "no_coordinator"
-    count = len(it.all)
-    it.tell(Reported("a", NodeReport()))
-    it.tell(PeerDown("a", ()))
-    assert len(it.all) == count
-
-
-def test_a_coordinator_of_a_new_term_keeps_what_it_knows() -> None:
-    it = Coordinator()
-    pipeline = it.ready("a")
-    it.tell(CoordinatorChanged(9, ME, True))
-    assert it.answer(it.ask()) == Ready(pipeline)
-    it.tell(UnloadWanted("m"))
-    assert it.of(CommandStage)[-1].command.term == 9
-
-
-def test_reports_of_nonsense_change_nothing() -> None:
-    it = Coordinator()
-    pipeline = it.ready("a", "b")
-    count = len(it.all)
-    forged = Pipeline(pipeline.id, "m", 100, 8, spans("a", "z"), 1000)
-    it.tell(Reported("z", NodeReport((StageReport(pipeline, "broken", words="not its stage"),))))
-    it.tell(Reported("z", NodeReport((StageReport(forged, "broken", words="another layout"),))))
-    hole = Pipeline(b"hole----", "m", 100, 8, (Span("z", 0, 1), Span("y", 2, 3)))
-    it.tell(Reported("z", NodeReport((StageReport(hole, "ready"),))))
-    assert [effect for effect in it.all[count:] if not isinstance(effect, SetTimer)] == []
-
-
-def test_asks_and_strays_are_bounded() -> None:
-    it = Coordinator(asks_max=10, pipelines_max=5)
-    asks = [it.ask(f"m{number}") for number in range(11)]
-    assert it.answer(asks[-1]).code == "overloaded"
-    for number in range(20):
-        stray = Pipeline(b"stray%03d" % number, "m", 100, 8, spans("a", "b"))
-        it.tell(Reported("a", NodeReport((StageReport(stray, "ready"),))))
-    it.wait(20.0, reporting=False)
-    assert len(it.orders(UnloadStage)) <= 5
-
-
-def test_planning_that_never_ends_is_given_up() -> None:
-    it = Coordinator()
-    it.ask()
-    it.wait(40.0)
-    assert it.published(LoadFailed)[0].code == "timeout"
-    assert it.machine.loads == ()
