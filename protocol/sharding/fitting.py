@@ -69,7 +69,7 @@ class Fitting:
     def needed_bytes(self, stages: int) -> int:
         """All that the model takes, wherever, in so many stages."""
         compute = self.compute_bytes(self.shape.layers) + (stages - 1) * self.compute_bytes(0)
-        again = self.shape.embed_bytes if self.shape.tied and stages > 1 else 0
+        again = self.shape.tied_bytes if stages > 1 else 0
         shared = (stages - 1) * self.shape.shared_bytes
         return self.shape.total_bytes + again + shared + sum(self.kv) + compute
 
@@ -96,27 +96,28 @@ class Fitting:
             vram.append(used)
             top = low
         head = shape.output_bytes if end == shape.layers else 0
-        # A tied head is the embedding: where both are on one stage, it lies there once.
-        embed = shape.embed_bytes if first == 0 and not (shape.tied and head) else 0
+        embed = shape.embed_bytes if first == 0 else 0
+        # A tied head is the embedding: where both are in the RAM of one stage, it lies there once.
+        once = shape.tied_bytes if head and first == 0 else 0
         ram = both[top] - both[first] + compute + embed + shape.shared_bytes
         head_speed = offer.speed
         if head and top == first:
             for index, device in enumerate(offer.devices):
                 if vram[index] and vram[index] + head <= device.vram_free_bytes:
                     vram[index] += head
-                    head_speed = device.speed
+                    head_speed, once = device.speed, 0
                     break
             else:
-                ram += head
+                ram += head - once
         else:
-            ram += head
+            ram += head - once
         if ram > offer.ram_free_bytes:
             return None
         if top > first:
             parts.append((offer.speed, weights[top] - weights[first]))
         if head:
             parts.append((head_speed, head))
-        weight_bytes = weights[end] - weights[first] + head + embed + shape.shared_bytes
+        weight_bytes = weights[end] - weights[first] + head + embed - once + shape.shared_bytes
         kv_bytes = sum(self.kv[first:end])
         return Placement(end - top, weight_bytes, kv_bytes, taken_compute, ram, tuple(vram), tuple(parts))
 

@@ -152,7 +152,7 @@ def test_keys_and_values_take_their_room_where_their_layer_lies() -> None:
 
 
 def test_a_tied_head_lies_once_on_one_stage_and_twice_in_two() -> None:
-    tied = shape(tied=True, embed_bytes=GB, output_bytes=GB)
+    tied = shape(tied_bytes=GB, embed_bytes=GB, output_bytes=GB)
     alone = made(plan(tied, Wish(), [node("atlas", 32)], links()))
     assert alone.stages[0].weight_bytes == 9 * GB
     split = made(plan(tied, Wish(), [node("atlas", 7), node("boreas", 7)], links()))
