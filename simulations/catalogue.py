@@ -14,6 +14,7 @@ from simulations.scenarios.replay import Replay
 from simulations.scenarios.resources import Resources
 from simulations.scenarios.rotation import Rotation
 from simulations.scenarios.scenario import Scenario
+from simulations.scenarios.sharding import Sharding
 
 
 def scenarios() -> Mapping[str, Scenario]:
@@ -29,6 +30,7 @@ def scenarios() -> Mapping[str, Scenario]:
         Records(),
         Replay(),
         Rotation(),
+        Sharding(),
         Churn(),
     )
     return {scenario.name: scenario for scenario in known}
