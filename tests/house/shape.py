@@ -63,8 +63,12 @@ ROLES: Final[dict[str, Allowance]] = {
         libraries=frozenset({"msgspec", "blake3"}),
         protocol=frozenset({"protocol"}),
     ),
+    # Prompts and answers: text in, text out, and the process in which strangers' templates run.
+    "templates": Allowance(
+        own=frozenset({"model", "templates"}), agent=_WORDS, libraries=frozenset({"msgspec", "jinja2", "trio"})
+    ),
     "service": Allowance(
-        own=frozenset({"model", "core", "store", "gguf", "service"}),
+        own=frozenset({"model", "core", "store", "gguf", "templates", "service"}),
         agent=frozenset({"meshnode.kernel"}),
         libraries=None,
         protocol=frozenset({"protocol"}),
@@ -76,7 +80,7 @@ ROLES: Final[dict[str, Allowance]] = {
     ),
     "routes": Allowance(own=frozenset({"model", "service", "routes"}), agent=_WORDS | {"meshnode.api"}),
     "setup": Allowance(
-        own=frozenset({"model", "core", "store", "gguf", "service", "peers", "routes", "setup"}),
+        own=frozenset({"model", "core", "store", "gguf", "templates", "service", "peers", "routes", "setup"}),
         agent=frozenset({"meshnode.kernel", "meshnode.settings", "meshnode.api"}),
         libraries=None,
         protocol=frozenset({"protocol"}),

@@ -1,0 +1,52 @@
+"""Everything that is read out of an answer's text while it comes: thoughts, tool calls, and the rest."""
+
+from collections.abc import Callable
+
+from meshnode.llm.model import ReasoningDelta, TextDelta, ToolCallDelta
+from meshnode.llm.templates.model import Family
+from meshnode.llm.templates.reasoning import ReasoningSplitter, Said
+from meshnode.llm.templates.toolcalls import Piece, ToolCallParser
+
+AnswerDelta = TextDelta | ReasoningDelta | ToolCallDelta
+
+
+class AnswerParser:
+    """Turns an answer's text into the deltas that surfaces tell. `count` is 0 in all: the caller counts tokens.
+
+    Without `tool_names` nothing is taken for a call. Put together, the deltas are the same however the text is cut.
+    """
+
+    def __init__(
+        self, family: Family, tool_names: frozenset[str] | None, new_id: Callable[[], str], *, thinking: bool
+    ) -> None:
+        self._reasoning = ReasoningSplitter(thinking=thinking)
+        self._calls = ToolCallParser(family, tool_names, new_id) if tool_names else None
+
+    @property
+    def calls(self) -> int:
+        """How many calls were begun."""
+        return self._calls.calls if self._calls is not None else 0
+
+    def feed(self, text: str) -> list[AnswerDelta]:
+        """What is certain by now."""
+        return self._deltas(self._reasoning.feed(text))
+
+    def finish(self) -> list[AnswerDelta]:
+        """What was held back, now that nothing more comes."""
+        deltas = self._deltas(self._reasoning.finish())
+        return deltas + [_delta(piece) for piece in self._calls.finish()] if self._calls is not None else deltas
+
+    def _deltas(self, said: list[Said]) -> list[AnswerDelta]:
+        deltas: list[AnswerDelta] = []
+        for text, thought in said:
+            if thought:
+                deltas.append(ReasoningDelta(text=text, count=0))
+            elif self._calls is not None:
+                deltas += [_delta(piece) for piece in self._calls.feed(text)]
+            else:
+                deltas.append(TextDelta(text=text, count=0))
+        return deltas
+
+
+def _delta(piece: Piece) -> AnswerDelta:
+    return TextDelta(text=piece, count=0) if isinstance(piece, str) else piece

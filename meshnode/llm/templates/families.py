@@ -1,0 +1,85 @@
+"""How models write tool calls: told by the template's text, shown to those never taught, forced by grammar."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final
+
+from meshnode.llm.model import Tool, ToolCall
+from meshnode.llm.templates.model import Family
+from meshnode.llm.templates.schema import Rules, literal
+
+FAMILY_DEFAULT: Final[Family] = "hermes"
+
+CALL_OPENS: Final = "<tool_call>"
+CALL_CLOSES: Final = "</tool_call>"
+MISTRAL_OPENS: Final = "[TOOL_CALLS]"
+MISTRAL_ARGUMENTS: Final = "[ARGS]"
+PYTHON_TAG: Final = "<|python_tag|>"
+ARGUMENT_KEYS: Final = ("arguments", "parameters")
+
+
+def family_of(template: str) -> Family:
+    """The family that a template belongs to, by the marks in its text. Without any: Hermes, which we then explain."""
+    if MISTRAL_OPENS in template:
+        return "mistral_args" if MISTRAL_ARGUMENTS in template else "mistral"
+    if CALL_OPENS in template:
+        return "hermes"
+    if PYTHON_TAG in template or ("<|start_header_id|>" in template and '"parameters"' in template):
+        return "llama3"
+    return FAMILY_DEFAULT
+
+
+def described(tool: Tool) -> dict[str, Any]:
+    """The tool as OpenAI's API and the templates name it."""
+    parameters = tool.parameters or {"type": "object", "properties": {}}
+    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def tool_section(tools: Sequence[Tool]) -> str:
+    """What a model is told about tools when its template cannot."""
+    lines = "\n".join(json.dumps(described(tool), ensure_ascii=False) for tool in tools)
+    return (
+        "# Tools\n\nYou may call one or more functions to help with the user's request. "
+        f"Their signatures are within <tools></tools>:\n<tools>\n{lines}\n</tools>\n\n"
+        f"For each function call, return a JSON object with its name and arguments within {CALL_OPENS}{CALL_CLOSES}:\n"
+        f'{CALL_OPENS}\n{{"name": <function name>, "arguments": <arguments as a JSON object>}}\n{CALL_CLOSES}'
+    )
+
+
+def written(calls: Sequence[ToolCall]) -> str:
+    """Calls of an earlier turn as the model would have written them, for templates that know none."""
+    made = []
+    for call in calls:
+        name, arguments = json.dumps(call.name, ensure_ascii=False), call.arguments or "{}"
+        made.append(f'{CALL_OPENS}\n{{"name": {name}, "arguments": {arguments}}}\n{CALL_CLOSES}')
+    return "\n".join(made)
+
+
+def calls_rule(rules: Rules, family: Family, tools: Sequence[Tool], *, parallel: bool) -> str:
+    """Adds the rules for one call (several when `parallel`) of these tools, and returns a body for them."""
+    one = rules.fresh("call", " | ".join(_call(rules, family, tool) for tool in tools))
+    match family:
+        case "hermes":
+            call = rules.fresh("call", f'"{CALL_OPENS}\\n" {one} "\\n{CALL_CLOSES}"')
+            return f'{call} ("\\n" {call})*' if parallel else call
+        case "llama3":
+            return f'{one} ("; " {one})*' if parallel else one
+        case "mistral":
+            return (
+                f'"{MISTRAL_OPENS}" " "? "[" {one} (", " {one})* "]"'
+                if parallel
+                else f'"{MISTRAL_OPENS}" " "? "[" {one} "]"'
+            )
+        case "mistral_args":
+            return f'("{MISTRAL_OPENS}" {one})+' if parallel else f'"{MISTRAL_OPENS}" {one}'
+
+
+def _call(rules: Rules, family: Family, tool: Tool) -> str:
+    schema = tool.parameters or {"type": "object", "properties": {}}
+    arguments = rules.fresh("arguments", rules.body(schema, strict=tool.strict))
+    if family == "mistral_args":
+        return f"{literal(tool.name + MISTRAL_ARGUMENTS)} {arguments}"
+    key = "parameters" if family == "llama3" else "arguments"
+    head = f'{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "{key}": '
+    return f'{literal(head)} {arguments} "}}"'

@@ -1,0 +1,113 @@
+"""tool_choice and response_format become one grammar, and what is forced is read again as calls."""
+
+import itertools
+
+import pytest
+
+from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.llm.model import AnswerFormat, Tool, ToolCallDelta, ToolChoice
+from meshnode.llm.templates.answer import AnswerParser
+from meshnode.llm.templates.forcing import grammar_for
+from meshnode.llm.templates.model import TOOLS_MAX
+from tests.support.gbnf import Grammar
+
+ADD = Tool(name="add", parameters={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
+PING = Tool(name="ping")
+TEXT, JSON = AnswerFormat(), AnswerFormat(kind="json_object")
+SCHEMA = AnswerFormat(kind="json_schema", schema={"properties": {"ok": {"type": "boolean"}}, "required": ["ok"]})
+REQUIRED, NAMED = ToolChoice(mode="required"), ToolChoice(name="add")
+
+ONE = {
+    "hermes": '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>',
+    "llama3": '{"name": "add", "parameters": {"a": 1}}',
+    "mistral": '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}]',
+    "mistral_args": '[TOOL_CALLS]add[ARGS]{"a": 1}',
+}
+TWO = {
+    "hermes": ONE["hermes"] + "\n" + ONE["hermes"],
+    "llama3": ONE["llama3"] + "; " + ONE["llama3"],
+    "mistral": '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 1}}]',
+    "mistral_args": ONE["mistral_args"] * 2,
+}
+
+
+@pytest.mark.parametrize("family", ONE)
+def test_required_calls_are_forced_and_read_again(family):
+    grammar = Grammar(grammar_for(family, [ADD, PING], REQUIRED, TEXT))
+    single = Grammar(grammar_for(family, [ADD, PING], ToolChoice(mode="required", parallel=False), TEXT))
+    assert grammar.accepts(ONE[family])
+    assert grammar.accepts(TWO[family])
+    assert single.accepts(ONE[family])
+    assert not single.accepts(TWO[family])
+    assert not grammar.accepts("No.")
+    assert not grammar.accepts(ONE[family].replace('"a": 1', '"b": 1'))
+    parser = AnswerParser(family, frozenset({"add"}), map(str, itertools.count()).__next__, thinking=False)
+    deltas = parser.feed(TWO[family]) + parser.finish()
+    assert all(isinstance(delta, ToolCallDelta) for delta in deltas)
+    assert parser.calls == 2
+
+
+def test_a_named_tool_is_the_only_one_and_comes_once():
+    grammar = Grammar(grammar_for("hermes", [ADD, PING], NAMED, TEXT))
+    assert grammar.accepts(ONE["hermes"])
+    assert not grammar.accepts(TWO["hermes"])
+    assert not grammar.accepts('<tool_call>\n{"name": "ping", "arguments": {}}\n</tool_call>')
+
+
+@pytest.mark.parametrize("choice", [ToolChoice(), ToolChoice(mode="none")])
+def test_free_text_is_free(choice):
+    assert grammar_for("hermes", [ADD], choice, TEXT) is None
+
+
+def test_a_format_with_tools_at_will_allows_both():
+    grammar = Grammar(grammar_for("hermes", [ADD], ToolChoice(), SCHEMA))
+    assert grammar.accepts('{"ok": true}')
+    assert grammar.accepts(ONE["hermes"])
+    assert not grammar.accepts('{"ok": 1}')
+
+
+def test_a_format_without_tools_allows_only_itself():
+    for tools, choice in (([], ToolChoice()), ([ADD], ToolChoice(mode="none"))):
+        grammar = Grammar(grammar_for("hermes", tools, choice, JSON))
+        assert grammar.accepts('{"a": [1, 2]}')
+        assert not grammar.accepts("[1]")
+        assert not grammar.accepts(ONE["hermes"])
+
+
+def test_a_required_call_goes_before_the_format():
+    grammar = Grammar(grammar_for("hermes", [ADD], REQUIRED, SCHEMA))
+    assert grammar.accepts(ONE["hermes"])
+    assert not grammar.accepts('{"ok": true}')
+
+
+def test_a_thought_may_come_first():
+    grammar = Grammar(grammar_for("hermes", [], ToolChoice(), SCHEMA, thinking=True))
+    assert grammar.accepts('Is 1 < 2? </thin> Yes.\n</think>\n\n{"ok": true}')
+    assert not grammar.accepts('{"ok": true}')
+
+
+def test_a_grammar_of_ones_own_goes_through():
+    own = AnswerFormat(kind="grammar", gbnf='root ::= "yes"')
+    assert grammar_for("hermes", [], ToolChoice(), own) == 'root ::= "yes"'
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "form", "words"),
+    [
+        ([PING] * 2, ToolChoice(), TEXT, "Two tools"),
+        ([Tool(name=f"t{i}") for i in range(10_000)], ToolChoice(), TEXT, f"at most {TOOLS_MAX}"),
+        ([Tool(name="a b")], ToolChoice(), TEXT, "no name"),
+        ([Tool(name="")], ToolChoice(), TEXT, "no name"),
+        ([], REQUIRED, TEXT, "no tools"),
+        ([PING], NAMED, TEXT, "'add'"),
+        ([], ToolChoice(), AnswerFormat(kind="json_schema"), "without a schema"),
+        ([], ToolChoice(), AnswerFormat(kind="grammar"), "missing"),
+        ([PING], ToolChoice(), AnswerFormat(kind="grammar", gbnf='root ::= "x"'), "exclude"),
+        ([Tool(name="x", strict=True, parameters={"type": "string", "pattern": "a"})], REQUIRED, TEXT, "'pattern'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tools, choice, form, words):
+    with pytest.raises(MeshError) as refused:
+        grammar_for("hermes", tools, choice, form)
+    assert refused.value.code is ErrorCode.BAD_REQUEST
+    assert words in refused.value.message
