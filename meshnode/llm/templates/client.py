@@ -19,6 +19,7 @@ from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.llm.model import Message, Tool, ToolChoice
 from meshnode.llm.templates.forcing import check_tools
 from meshnode.llm.templates.model import (
+    LENGTH,
     MESSAGES_MAX,
     PROMPT_CHARS_MAX,
     REQUEST_BYTES_MAX,
@@ -28,7 +29,6 @@ from meshnode.llm.templates.model import (
     RenderRequest,
     TemplateSource,
 )
-from meshnode.llm.templates.worker import LENGTH
 
 RENDER_S_MAX: Final = 2.0
 START_S_MAX: Final = 20.0

@@ -1,5 +1,6 @@
 """What is asked of the template worker, and what comes back."""
 
+import struct
 from typing import Any, Final, Literal
 
 import msgspec
@@ -11,6 +12,7 @@ REQUEST_BYTES_MAX: Final = 16 * 1024 * 1024
 PROMPT_CHARS_MAX: Final = 4 * 1024 * 1024
 TOOLS_MAX: Final = 128
 MESSAGES_MAX: Final = 4096
+LENGTH: Final = struct.Struct("<I")  # before each frame between client and worker
 
 Family = Literal["hermes", "llama3", "mistral", "mistral_args"]
 """How a model writes tool calls: `<tool_call>{json}</tool_call>` (Hermes, Qwen, and whoever has no way of their own);

@@ -9,17 +9,15 @@ worker whose agent is gone.
 import importlib
 import resource
 import signal
-import struct
 from typing import IO, Final
 
 import msgspec
 
 from meshnode.llm.templates.composing import Composer
-from meshnode.llm.templates.model import REQUEST_BYTES_MAX, Refusal, RenderRequest
+from meshnode.llm.templates.model import LENGTH, REQUEST_BYTES_MAX, Refusal, RenderRequest
 
 MEMORY_BYTES_MAX: Final = 512 * 1024 * 1024
 ALARM_S: Final = 10
-LENGTH: Final = struct.Struct("<I")
 
 
 # Python and Jinja import these only when a template first needs them; by then no file can be opened any more.

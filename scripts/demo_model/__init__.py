@@ -1,0 +1,1 @@
+"""The parts of scripts/train_demo_model.py: the text it makes, the vocabulary, the network, the file."""
