@@ -16,11 +16,12 @@ from protocol.node import Node, NodeParameters
 from protocol.records.collection import Collection
 from protocol.records.events import PutRecord
 from protocol.records.record import open_record
+from protocol.trust.authority import Denied, evicting, gate, tombstone
 from protocol.trust.collection import trust_collection
 from protocol.trust.events import MintKey, RotationDue
 from protocol.trust.keys import GossipKey, durable_keys
 from protocol.trust.roster import Roster
-from protocol.trust.statements import TRUST_COLLECTION, TrustStatement, admission, eviction, record_key, seal
+from protocol.trust.statements import TRUST_COLLECTION, TrustStatement, admission, record_key, seal
 from protocol.wire import limits
 from protocol.wire.crypto import STATEMENT_DOMAIN
 from protocol.wire.messages import Accusation, Alive, Gossip, Leaving, StatementBody
@@ -100,7 +101,12 @@ class MeshProgram:
 
     def accepts(self, machine: Machine, peer: NodeId) -> bool:
         """Links check the roster by public key."""
-        return peer in cast(Node, machine).roster
+        roster, found = cast(Node, machine).roster, self._world.find(peer)
+        return found is not None and gate(roster, peer, found.public_key) is None
+
+    def tombstone(self, machine: Machine, peer: NodeId) -> bytes:
+        """As the agent's listener."""
+        return tombstone(cast(Node, machine).roster, peer)
 
     def admit(self, computers: Sequence[Computer]) -> None:
         """Everybody knows these members; they know the first gossip key and the addresses of the first few."""
@@ -227,8 +233,10 @@ class MeshProgram:
     def evict(self, victim: Computer, by: Computer) -> None:
         """The root evicts a member; the records carry the statement. Needs rosters of their own for all nodes."""
         victim.evicted = True
-        statement = eviction(node_id=victim.node_id, evicted_at=self._wall_ms(), by=by.node_id)
-        by.input(PutRecord(TRUST_COLLECTION, record_key(victim.node_id), self._seal(statement)))
+        node = cast(Node, by.machine)
+        said = evicting(node.roster, node.policy, by.node_id, victim.node_id, reason="", wall_ms=self._wall_ms())
+        if said is not None and not isinstance(said, Denied):
+            by.input(PutRecord(TRUST_COLLECTION, record_key(victim.node_id), self._seal(said)))
 
     def put(self, computer: Computer, key: bytes, value: bytes) -> None:
         """Write a shared record at this node."""

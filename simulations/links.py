@@ -132,7 +132,8 @@ class Links:
         elif target.machine is None:
             self._fail(link, "connection refused")
         elif not target.program.accepts(target.machine, source.node_id):
-            self._fail(link, "refused: not a member")
+            shown = target.program.tombstone(target.machine, source.node_id)
+            self._fail(link, "refused: not a member", "evicted" if shown else "not_a_member", shown)
         else:
             link.runs[target.index] = target.run
             delay = self._params.handshake_s + world.network.delay() * 4
@@ -158,13 +159,13 @@ class Links:
         link.idle_at = self._world.now + self._params.idle_s
         self._world.after(self._params.idle_s, self._idle, link)
 
-    def _fail(self, link: Link, reason: str) -> None:
+    def _fail(self, link: Link, reason: str, code: str = "", tombstone: bytes = b"") -> None:
         self._end(link)
         link.state = GONE
         for one in (link.dialler, link.other):
             # Whoever queued frames for the peer must learn that they did not go.
             if one is link.dialler or link.waiting[one.index]:
-                self._tell(one, link.runs[one.index], LinkLost(link.peer_of(one).node_id, reason))
+                self._tell(one, link.runs[one.index], LinkLost(link.peer_of(one).node_id, reason, code, tombstone))
 
     # ---- frames ---------------------------------------------------------------------------------------------------
 

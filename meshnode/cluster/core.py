@@ -74,6 +74,7 @@ def peer_line(node: NodeInfo) -> PeerLine:
         status=node.status,
         role=node.role,
         coordinator=node.coordinator,
+        suspect=node.suspect,
         address=node.address,
         rtt_ms=node.rtt_ms,
     )

@@ -33,7 +33,9 @@ from protocol.election.events import CoordinatorChanged, QuorumChanged
 from protocol.heartbeats.events import HeartbeatHeard
 from protocol.ids import Address, NodeId
 from protocol.membership.events import (
+    CutOff,
     DatagramsPass,
+    ForgeryCut,
     IdentityInUse,
     PeerCleared,
     PeerDown,
@@ -41,6 +43,7 @@ from protocol.membership.events import (
     PeerMeasured,
     PeerSuspected,
     PeerUp,
+    Reconnected,
     Stalled,
 )
 from protocol.membership.view import alive_of
@@ -95,9 +98,11 @@ class Nodes:
         return self._hub.me
 
     def name_of(self, node: NodeId) -> str:
-        """A member's name; its id if the roster has none."""
+        """A member's name, or this node's own; else the id."""
         admission = self._hub.roster.admission(node)
-        return admission.name if admission is not None else node
+        if admission is not None:
+            return admission.name
+        return self._facts.name if node == self._hub.me else node
 
     def addresses(self, node: NodeId) -> list[Address]:
         """Where a member can be reached, the best first."""
@@ -215,12 +220,31 @@ class Nodes:
         odd = [self.name_of(member) for member in self._hub.roster.members() if self._incompatible(member)]
         if odd:
             found.append(f"no protocol version in common with {', '.join(odd)}: update meshnode there or here")
-        if self._hub.me not in self._hub.roster:
+        if self._hub.membership.cut_off:
             found.append(
-                "this node was evicted from its mesh; nobody talks to it any more. "
-                "`meshnode leave --force` starts afresh, then join with a new invitation"
+                "this node hears no other: it is cut off, and what it shows of the others is what it last knew. "
+                "Check its network and its firewall"
             )
+        if self._hub.me not in self._hub.roster:
+            found.append(self._own_eviction())
         return found
+
+    def _own_eviction(self) -> str:
+        said = self._evicted(self._hub.me)
+        by = f" by {self.name_of(said.by)}" if said.by is not None else ""
+        at = f" at {said.at}" if said.at is not None else ""
+        why = f" ({said.reason})" if said.reason else ""
+        return (
+            f"this node was evicted from its mesh{by}{at}{why}; nobody talks to it any more. "
+            "`meshnode leave --force` starts afresh, then join with a new invitation"
+        )
+
+    def _evicted(self, node: NodeId) -> NodeEvicted:
+        stone = self._hub.roster.evicted(node)
+        if stone is None:
+            return NodeEvicted(node, self.name_of(node))
+        at = rfc3339(stone.evicted_at / 1000)
+        return NodeEvicted(node, self.name_of(node), by=stone.by, at=at, reason=stone.reason or None)
 
     def _info(self, node: NodeId) -> NodeInfo:
         hub, view = self._hub, self._hub.membership.view
@@ -333,10 +357,14 @@ class Nodes:
                     stone = self._hub.roster.evicted(node)
                     left = stone is not None and stone.by == node
                     self._metrics.count("meshnode_nodes_left_total" if left else "fabric_node_evictions_total")
-                    self._bus.publish(NodeEvicted(node, self.name_of(node)))
+                    self._bus.publish(self._evicted(node))
                     self._profiles.pop(node, None)
                     self._no_version_in_common.discard(node)
                     self._clocks.agreed(node)
+                    self._warnings.pop(f"forger {node}", None)
+                if self._hub.me in removed:
+                    # What others said of it is now known for certain, and in more detail.
+                    self._warnings.pop("evicted", None)
             case CoordinatorChanged(term, leader, quorate):
                 self._changed()
                 self._followed_quorate = quorate
@@ -359,7 +387,7 @@ class Nodes:
                     "another machine runs with a copy of this node's key: stop one of the two; "
                     "on the copy run `meshnode leave --force` to give it an identity of its own"
                 )
-            case LinkLost(peer=peer, code=ErrorCode.EVICTED):
+            case LinkLost(peer=peer, code=ErrorCode.EVICTED) if self._hub.me in self._hub.roster:
                 self._warnings["evicted"] = (
                     f"{self.name_of(peer)} says that this node was evicted from the mesh. If that is meant, "
                     "`meshnode leave --force` starts afresh; then join with a new invitation"
@@ -374,6 +402,20 @@ class Nodes:
                 self._no_version_in_common.discard(peer)
                 if self._warnings.pop("evicted", None):
                     self._changed()
+            case CutOff():
+                self._changed()
+                for peer in self._hub.membership.view.peers:
+                    self._bus.publish(NodeSuspect(self._info(peer)))
+            case Reconnected():
+                self._changed()
+                for peer in self._hub.membership.view.peers:
+                    self._bus.publish(NodeUpdated(self._info(peer)))
+            case ForgeryCut(peer):
+                self._warnings[f"forger {peer}"] = (
+                    f"{self.name_of(peer)} passed on forged statements: its link was cut, and it is not listened to "
+                    f"for a while. Look into that machine; `meshnode evict {peer}` puts it out"
+                )
+                self._changed()
             case ClockContradicted(_, ahead_s):
                 self._warnings["clock"] = (
                     f"this machine's clock is {ahead_s:.0f} s behind what other nodes wrote; set it (for example: "
