@@ -98,6 +98,10 @@ class AgentClient:
         """Replace what is at `path`; the answer's JSON."""
         return _decoded(*self._ask("PUT", path, body, timeout_s))
 
+    def patch(self, path: str, body: Any, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
+        """Send JSON that changes what is at `path`."""
+        return _decoded(*self._ask("PATCH", path, body, timeout_s))
+
     def delete(self, path: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         """Delete what is at `path`."""
         self._ask("DELETE", path, None, timeout_s)

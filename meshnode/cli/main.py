@@ -22,8 +22,9 @@ _SHARED_FLAGS: Final = ("--json", "--api-port", "--data-dir", "--config", "--tok
 # In the order in which somebody needs them; the help shows them so. Only the one that is run gets imported.
 COMMANDS: Final[Mapping[str, str]] = {
     "up": "up", "invite": "invite", "join": "join", "status": "mesh", "nodes": "mesh", "node": "mesh", "ping": "ping",
-    "promote": "mesh", "evict": "mesh", "leave": "mesh", "doctor": "doctor", "logs": "logs", "metrics": "metrics",
-    "token": "token", "config": "config", "version": "version", "completion": "completion",
+    "rename": "mesh", "promote": "mesh", "evict": "mesh", "leave": "mesh",
+    "doctor": "doctor", "logs": "logs", "metrics": "metrics", "token": "token", "config": "config",
+    "version": "version", "completion": "completion",
 }  # fmt: skip
 """The module of each command in `cli.commands`; it holds the command under the same name."""
 DESTRUCTIVE: Final = frozenset({"evict", "leave"})

@@ -207,7 +207,9 @@ def write_running(data_dir: Path, ports: Mapping[str, int], pid: int) -> None:
     target = data_dir / RUNNING_FILE
     draft = target.with_name(f".{RUNNING_FILE}.{pid}")
     with contextlib.suppress(OSError):
-        draft.write_text(json.dumps({**ports, "pid": pid}) + "\n", encoding="ascii")
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(descriptor, "w", encoding="ascii") as file:
+            file.write(json.dumps({**ports, "pid": pid}) + "\n")
         os.replace(draft, target)
 
 

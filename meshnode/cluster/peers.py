@@ -1,17 +1,18 @@
-"""What the cluster answers to peers: pings, admissions, farewells, the root key."""
+"""What the cluster answers to peers: pings, admissions, farewells, the root key, a copied identity."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from meshnode.cluster.service.pings import Echo, Pings
 from meshnode.cluster.service.trust import Trust
+from meshnode.cluster.service.twins import Copied, Heard, Twins
 from meshnode.cluster.service.wishes import AdmitAnswer, AdmitRequest, Done, EvictRequest, LostVoter, RootOffer
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links.contracts import PeerMethod
 from protocol.ids import NodeId, node_id_bytes
 
 
-def peer_methods(trust: Trust, pings: Pings) -> Mapping[str, PeerMethod[Any]]:
+def peer_methods(trust: Trust, pings: Pings, twins: Twins) -> Mapping[str, PeerMethod[Any]]:
     """The methods by name."""
 
     async def ping(peer: NodeId, echo: Echo) -> Echo:
@@ -37,7 +38,12 @@ def peer_methods(trust: Trust, pings: Pings) -> Mapping[str, PeerMethod[Any]]:
         _require_id(lost.node)
         return await trust.forget_for(peer, lost)
 
+    async def copied(peer: NodeId, told: Copied) -> Heard:
+        twins.copied(told)
+        return Heard()
+
     return {
+        "cluster.copied": PeerMethod(Copied, copied),
         "cluster.evict": PeerMethod(EvictRequest, evict),
         "cluster.forget": PeerMethod(LostVoter, forget),
         "cluster.ping": PeerMethod(Echo, ping),

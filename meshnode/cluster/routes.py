@@ -27,6 +27,7 @@ from meshnode.cluster.model import (
 )
 from meshnode.cluster.service.invites import Invites
 from meshnode.cluster.service.moves import Moves
+from meshnode.cluster.service.names import Names
 from meshnode.cluster.service.nodes import Nodes
 from meshnode.cluster.service.pings import COUNT_MAX, Pings
 from meshnode.cluster.service.trust import Trust
@@ -63,18 +64,24 @@ class PingBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     interval_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 0.0
 
 
+class RenameBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The new name."""
+
+    name: str
+
+
 class InviteBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """For whom, and for how long."""
 
     role: Role = "member"
-    ttl_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    ttl_s: float | None = None  # within the limits of meshnode.cluster.model; the verb names them
 
 
 class InviteQuery(msgspec.Struct, frozen=True):
     """The same, for the GET that clients know."""
 
     role: Role = "member"
-    ttl_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    ttl_s: float | None = None  # within the limits of meshnode.cluster.model; the verb names them
 
 
 class JoinBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,6 +126,7 @@ class ClusterRoutes:
         pings: Pings,
         invites: Invites,
         moves: Moves,
+        names: Names,
         landing: Callable[[str], Content],
         events: Callable[[str | None], AsyncGenerator[bytes, None]],
     ) -> None:
@@ -127,6 +135,7 @@ class ClusterRoutes:
         self._pings = pings
         self._invites = invites
         self._moves = moves
+        self._names = names
         self._landing = landing
         self._events = events
 
@@ -149,6 +158,11 @@ class ClusterRoutes:
     async def promote(self, request: Request) -> NodeInfo:
         node = self._nodes.find(request.params["id"])
         await self._trust.promote(node)
+        return self._nodes.node(node)
+
+    async def rename(self, request: Request) -> NodeInfo:
+        node = self._nodes.find(request.params["id"])
+        await self._names.rename(node, request.body.name)
         return self._nodes.node(node)
 
     async def ping(self, request: Request) -> PingReport:
@@ -215,6 +229,11 @@ class ClusterRoutes:
                 method="DELETE", path="/api/nodes/{id}", summary="Evict a member for good. Admins only.",
                 handler=self.evict, query=EvictQuery, status=204,
                 errors=(ErrorCode.NOT_FOUND, ErrorCode.NOT_ADMIN, ErrorCode.CONFLICT), tag=TAG,
+            ),
+            Route(
+                method="PATCH", path="/api/nodes/{id}", summary="Rename the node that is asked; no other.",
+                handler=self.rename, request=RenameBody, response=NodeInfo,
+                errors=(ErrorCode.NOT_FOUND, ErrorCode.FORBIDDEN), tag=TAG,
             ),
             Route(
                 method="POST", path="/api/nodes/{id}/promote", summary="Make a member an admin. Admins only.",

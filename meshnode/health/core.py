@@ -102,6 +102,8 @@ def judge_mesh(contact: MeshContact) -> Verdict:
     """Whether anybody can be reached. A mesh of one is well, and so is one whose other machines are partly off."""
     if contact.others == 0:
         return Verdict(Status.HEALTHY, "this node is the only member")
+    if contact.up == 0 and contact.is_looking:
+        return Verdict(Status.UNKNOWN, f"just started: looking for {_others(contact.others)}")
     if contact.up == 0:
         members = "the other member" if contact.others == 1 else f"none of the {contact.others} other members"
         verb = "cannot" if contact.others == 1 else "can"
@@ -110,6 +112,10 @@ def judge_mesh(contact: MeshContact) -> Verdict:
             f"{members} {verb} be reached. If they run, check the network and the firewall: meshnode doctor",
         )
     return Verdict(Status.HEALTHY, f"{contact.up} of {contact.others} other members up")
+
+
+def _others(count: int) -> str:
+    return "the other member" if count == 1 else f"the {count} other members"
 
 
 def judge_services(services: Sequence[ServiceState]) -> Verdict:

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,6 +24,9 @@ from protocol.trust import authority
 from protocol.trust.events import MintKey, RotationDue
 from protocol.trust.keys import GOSSIP_KEY_BYTES
 from protocol.trust.roster import Roster
+
+LOOKING_S: Final = 20.0
+"""After a start: membership tries remembered addresses at growing pauses of at most 15 s, each a dial of seconds."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +112,24 @@ class KeyMinter:
 
 
 class Contact:
-    """What health asks of the mesh."""
+    """What health asks of the mesh. `now`: monotonic seconds; the look for others begins when this is made."""
 
-    def __init__(self, hub: Node, clocks: PeerClocks) -> None:
+    def __init__(self, hub: Node, clocks: PeerClocks, now: Callable[[], float]) -> None:
         self._hub = hub
         self._clocks = clocks
+        self._now = now
+        self._looking_until = now() + LOOKING_S
 
     def contact(self) -> MeshContact:
         # What a node that is cut off believes of others is what it last knew: to people they are out of reach.
         members = len(self._hub.roster)
         up = 1 if self._hub.membership.cut_off else len(self._hub.membership.view.up)
+        if up > 1:
+            self._looking_until = self._now()  # found: from here on, nobody up is news
         offsets = self._clocks.offsets()
-        told = tuple(offset for node, offset in sorted(offsets.items()) if node in self._hub.roster)
-        return MeshContact(others=max(0, members - 1), up=max(0, up - 1), clock_offsets=told)
+        return MeshContact(
+            others=max(0, members - 1),
+            up=max(0, up - 1),
+            is_looking=self._now() < self._looking_until,
+            clock_offsets=tuple(offset for node, offset in sorted(offsets.items()) if node in self._hub.roster),
+        )

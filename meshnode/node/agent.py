@@ -85,7 +85,8 @@ class Agent:
                 if not restart:
                     return
                 former = finish(self._folder.path)
-                logger.info("changed over to another mesh", former_files=str(former))
+                if former is not None:
+                    logger.info("changed over to another mesh", former_files=str(former))
 
     def _tell_ready(self, info: ReadyInfo) -> None:
         if not self._announced:

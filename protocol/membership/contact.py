@@ -25,7 +25,7 @@ class Contacts:
         s = self._s
         offline = s.view.absent(s.contacts)
         for peer in s.rng.sample(offline, min(CONTACT_PEERS, len(offline))):
-            self._introduce(peer)
+            self.introduce(peer)
         self._pause_s = min(self._pause_s * 1.5, CONTACT_RETRY_MAX_S)
         s.timer(s.now + self._pause_s * s.rng.uniform(0.8, 1.2), "contact")
 
@@ -46,7 +46,7 @@ class Contacts:
         s = self._s
         if s.now >= self._tried.get(peer, -CONTACT_RETRY_MAX_S) + CONTACT_RETRY_MAX_S:
             self._tried[peer] = s.now
-            self._introduce(peer)
+            self.introduce(peer)
 
     def link_opened(self, peer: NodeId, boot: int) -> None:
         """Over a new link, a node that does not know this one's present life is told of it."""
@@ -54,7 +54,7 @@ class Contacts:
         known_boot = s.view.rank(peer)[0]
         if (peer not in s.view.up or known_boot != boot) and peer not in self._introduced and peer in s.roster:
             self._introduced.add(peer)
-            self._introduce(peer)
+            self.introduce(peer)
 
     def link_lost(self, peer: NodeId) -> None:
         """The next link is a new one."""
@@ -65,7 +65,8 @@ class Contacts:
         self._s.contacts.pop(peer, None)
         self._tried.pop(peer, None)
 
-    def _introduce(self, peer: NodeId) -> None:
+    def introduce(self, peer: NodeId) -> None:
+        """Tell a member of this node's present life, and offer to compare views."""
         s = self._s
         s.link(peer, ViewReply([s.view.known[s.me].blob], []))
         self._healing.offer(peer)

@@ -77,6 +77,19 @@ class IdentityInUse:
     """Somebody signs with this node's own key in a later boot: the data folder was copied, or an old one restored."""
 
     boot: int
+    addresses: tuple[Address, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityFreed:
+    """No member has that twin any more: a start with a boot above `boot` brings this node back. 0: not known."""
+
+    boot: int
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityUncontested:
+    """Members take this very boot for the one that counts: there is no twin (any more)."""
 
 
 @dataclass(frozen=True, slots=True)

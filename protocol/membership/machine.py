@@ -5,16 +5,7 @@ What it leaves to others: who is a member at all (trust), resources (heartbeats)
 
 from collections.abc import Mapping
 
-from protocol.effects import (
-    Effect,
-    LinkLost,
-    LinkOpened,
-    LinkReceived,
-    Packet,
-    Persist,
-    Rng,
-    TimerFired,
-)
+from protocol.effects import Effect, LinkLost, LinkOpened, LinkReceived, Packet, Persist, Rng, TimerFired
 from protocol.ids import Address, NodeId, pack_address
 from protocol.membership.broadcasts import gossip_bytes
 from protocol.membership.contact import Contacts
@@ -22,7 +13,6 @@ from protocol.membership.events import (
     AddressesChanged,
     ContactFound,
     Depart,
-    IdentityInUse,
     MembershipInput,
     PeerCleared,
     PeerLeft,
@@ -36,6 +26,7 @@ from protocol.membership.parameters import LAN, Parameters
 from protocol.membership.silence import Silence
 from protocol.membership.state import MACHINE, TUNNEL, State
 from protocol.membership.suspicion import Suspicions
+from protocol.membership.twins import Twin
 from protocol.membership.view import View, alive_of
 from protocol.trust.view import RosterView
 from protocol.wire import limits
@@ -80,6 +71,7 @@ class Membership:
         self._healing = Healing(self._s, self._suspicions)
         self._silence = Silence(self._s, self._suspicions)
         self._contacts = Contacts(self._s, self._healing)
+        self._twin = Twin(self._s, self._contacts.introduce)
         self._addresses = addresses[: limits.ADDRESSES_PER_NODE_MAX]
         self._last_event = 0.0
         self._greetings_left = params.leave_sends_max
@@ -162,9 +154,10 @@ class Membership:
                 self._link_message(peer, message)
             case LinkOpened(peer, boot):
                 self._contacts.link_opened(peer, boot)
-            case LinkLost(peer):
+            case LinkLost(peer, code=code):
                 self._contacts.link_lost(peer)
                 self._intake.forget(peer)
+                self._twin.lost(code)
             case AddressesChanged(addresses):
                 if addresses[: limits.ADDRESSES_PER_NODE_MAX] != self._addresses:
                     self._addresses = addresses[: limits.ADDRESSES_PER_NODE_MAX]
@@ -262,6 +255,8 @@ class Membership:
                 self._take_in()
             case ("announce",):
                 self._announce_tick()
+            case ("twin",):
+                self._twin.due()
             case ("contact",):
                 if not s.view.peers and not (self._departed or self._shut_out()):
                     self._contacts.seek()
@@ -312,12 +307,15 @@ class Membership:
         for message in packet.messages:
             # Nack needs no case: that it was heard is all that it is for.
             match message:
+                case Ping() if tunnelled and self._twin.overrules:
+                    continue  # an answer would keep a twin that died alive in the other's view
                 case Ping() as ping if not is_answered:
                     is_answered = True
                     s.send(sender, self._probing.ack(ping), *s.piggyback(room), address=source)
                     self._healing.compare(sender, ping.digest)
                 case Ack(probe, digest):
                     self._probing.answered(probe, sender, source)
+                    self._twin.acknowledged()
                     self._healing.compare(sender, digest)
                 case PingRequest() as request if not is_answered:
                     is_answered = True
@@ -338,6 +336,8 @@ class Membership:
                 self._intake.put(peer, statements)
                 if was_empty:
                     self._take_in()
+                if s.roster.short(s.me) in wanted:
+                    self._twin.wanted(peer)
                 if wanted:
                     self._healing.wanted(peer, wanted)
 
@@ -361,6 +361,7 @@ class Membership:
 
     def _statement(self, stated: Stated, via: NodeId, *, relay: bool = True) -> None:
         s = self._s
+        self._twin.heard(stated)
         match stated.body:
             case Alive() as alive:
                 self._alive(stated, alive, relay=relay)
@@ -378,8 +379,6 @@ class Membership:
         s = self._s
         peer = stated.signer
         if peer == s.me:
-            if alive.boot > s.boot:
-                s.publish(IdentityInUse(alive.boot))
             return
         rank, known = (alive.boot, alive.incarnation), s.view.rank(peer)
         goodbye = s.view.left.get(peer)
@@ -420,8 +419,8 @@ class Membership:
                 self._refute()
             # Whoever told us believes it: put that right at once, also when the accusation was of yesterday.
             s.send(via, Gossip([s.view.known[s.me].blob]))
-            return
-        self._suspicions.heard(stated, accusation)
+        else:
+            self._suspicions.heard(stated, accusation)
 
     def _leaving(self, stated: Stated, leaving: Leaving) -> None:
         s = self._s

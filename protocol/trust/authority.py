@@ -10,7 +10,16 @@ from typing import Literal, Protocol
 from protocol.ids import NodeId, node_id_of
 from protocol.trust.policy import Policy
 from protocol.trust.roster import Standing
-from protocol.trust.statements import Admission, Eviction, admission, decode, eviction, succeeding_time
+from protocol.trust.statements import (
+    Admission,
+    Eviction,
+    Withdrawal,
+    admission,
+    decode,
+    eviction,
+    succeeding_time,
+    withdrawal,
+)
 from protocol.trust.view import Role, RosterView
 from protocol.wire.crypto import usable_identity
 
@@ -102,7 +111,17 @@ def admitting(
     known, sealed = roster.admission(node_id), roster.statement(node_id)
     if known is not None and sealed is not None:
         return Known(known, sealed)
-    return admission(public_key=public_key, name=name, role=role, admitted_at=wall_ms, by=by, invitation=invitation)
+    # It may have been admitted before and never have come: the withdrawal of that must not outrank this.
+    admitted_at = succeeding_time(None if sealed is None else decode(sealed), wall_ms)
+    return admission(public_key=public_key, name=name, role=role, admitted_at=admitted_at, by=by, invitation=invitation)
+
+
+def withdrawing(roster: TrustRoster, node: NodeId, *, by: NodeId, wall_ms: int) -> Withdrawal | None:
+    """What an admin signs because an admitted machine never came; its key may be admitted again. None: no member."""
+    known = roster.admission(node)
+    if known is None:
+        return None
+    return withdrawal(node_id=node, withdrawn_at=succeeding_time(known, wall_ms), by=by)
 
 
 def evicting(

@@ -75,6 +75,12 @@ def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str])
         (["evict"], "NAME"),
         (["ping", "den", "--count", "0"], "count"),
         (["invite", "--ttl", "5 weeks"], "such as 10m"),
+        (["invite", "--ttl", "0s"], "10 s to 7 d, not for 0s"),
+        (["invite", "--ttl", "9s"], "10 s to 7 d"),
+        (["invite", "--ttl", "-1"], "is no duration"),
+        (["invite", "--ttl", "abc"], "is no duration"),
+        (["invite", "--ttl", "8d"], "10 s to 7 d"),
+        (["invite", "--ttl", "9" * 400 + "d"], "10 s to 7 d"),
         (["invite", "--role", "king"], "king"),
         (["invite", "--list", "--revoke", "x"], "one of them"),
         (["metrics", "x", "--prometheus"], "leave PATTERN and --json out"),
@@ -216,6 +222,14 @@ def test_evict(agent: FakeAgent, command: Command) -> None:
         "evicted": True,
     }
     assert agent.asked("DELETE") == [f"DELETE /api/nodes/{PEER}", f"DELETE /api/nodes/{PEER}?lost=true"]
+
+
+def test_rename(agent: FakeAgent, command: Command) -> None:
+    agent.on("GET /api/status", Answer(summary()))
+    agent.on(NODES, Answer([node(), peer()]))
+    agent.on(f"PATCH /api/nodes/{ME}", Answer(node(name="attic")))
+    assert command("rename", "attic").out == "This node was den and is attic now.\n"
+    assert [one.body for one in agent.heard if one.method == "PATCH"] == [{"name": "attic"}]
 
 
 def test_promote(agent: FakeAgent, command: Command) -> None:

@@ -85,6 +85,13 @@ def test_the_mesh(others: int, up: int, expected: Status) -> None:
     assert judge_mesh(MeshContact(others, up)).status is expected
 
 
+def test_a_node_that_has_just_started_looks_for_the_others() -> None:
+    verdict = judge_mesh(MeshContact(3, 0, is_looking=True))
+    assert (verdict.status, verdict.message) == (Status.UNKNOWN, "just started: looking for the 3 other members")
+    assert judge_mesh(MeshContact(3, 1, is_looking=True)).status is HEALTHY
+    assert judge_mesh(MeshContact(0, 0, is_looking=True)).status is HEALTHY
+
+
 @pytest.mark.parametrize(
     ("states", "expected"),
     [

@@ -13,6 +13,7 @@ from meshnode.cli.render import invitations_text
 from meshnode.cli.screen import Progress, note, say, say_json, terminal_columns, width_of
 from meshnode.cli.session import Session, example, with_session
 from meshnode.cli.units import duration_text, parse_duration_s, unix_seconds
+from meshnode.cluster.model import INVITATION_TTL_S_MAX, INVITATION_TTL_S_MIN
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.redaction import printable
 
@@ -21,10 +22,16 @@ _USED: Final = "invitation_used"
 
 
 def _seconds(ctx: click.Context, param: click.Parameter, text: str | None) -> float | None:
+    if text is None:
+        return None
     try:
-        return None if text is None else parse_duration_s(text)
+        seconds = parse_duration_s(text)
     except ValueError as error:
         raise click.BadParameter(str(error), ctx, param) from error
+    if not INVITATION_TTL_S_MIN <= seconds <= INVITATION_TTL_S_MAX:
+        limits = f"{duration_text(INVITATION_TTL_S_MIN)} to {duration_text(INVITATION_TTL_S_MAX)}"
+        raise click.BadParameter(f"an invitation is valid for {limits}, not for {text}", ctx, param)
+    return seconds
 
 
 @click.command(

@@ -1,4 +1,4 @@
-"""`status`, `nodes`, `node`, `promote`, `evict` and `leave`: seeing the mesh, and changing who is in it."""
+"""`status`, `nodes`, `node`, `rename`, `promote`, `evict` and `leave`: seeing the mesh, and changing who is in it."""
 
 import time
 from typing import Any
@@ -55,6 +55,23 @@ def node(session: Session, name: str | None) -> None:
         say_json(found)
     else:
         say(node_text(found, time.time()))
+
+
+@click.command(epilog=example("meshnode rename attic", "meshnode rename 'Big machine'"))
+@click.argument("name")
+@with_session
+def rename(session: Session, name: str) -> None:
+    """Give this node another name.
+
+    All nodes show it from then on. Names are labels: two nodes may have the same.
+    """
+    with session.agent() as agent:
+        own = find_node(agent, agent.get("/api/status")["node_id"])
+        found = agent.patch(node_path(own), {"name": name})
+    if session.as_json:
+        say_json(found)
+    else:
+        say(f"This node was {printable(own['name'])} and is {printable(found['name'])} now.")
 
 
 @click.command(epilog=example("meshnode promote attic"))

@@ -23,7 +23,7 @@ class Moves:
         data_dir: Path,
         hub: Node,
         trust: Trust,
-        name: str,
+        name: Callable[[], str],
         migrations: Sequence[Migration],
         wall: Callable[[], float],
         restart: Callable[[], None],
@@ -53,7 +53,7 @@ class Moves:
             )
         with self._alone():
             identity = prepare_identity(self._data_dir, keep=others == 0 and self._hub.me in self._hub.roster)
-            grant = await Joiner(identity=identity).join(parsed, self._name)
+            grant = await Joiner(identity=identity).join(parsed, self._name())
             # Written down before the old mesh is told: a full disk must not leave this machine in no mesh at all.
             await stage_join(
                 self._data_dir,

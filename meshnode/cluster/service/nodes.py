@@ -23,6 +23,8 @@ from meshnode.cluster.model import (
     Summary,
 )
 from meshnode.cluster.service.clocks import Clocks
+from meshnode.cluster.service.names import NAMES_COLLECTION, name_of
+from meshnode.cluster.service.notices import Notices
 from meshnode.kernel.bus import EventBus
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.metrics import Metrics
@@ -36,7 +38,6 @@ from protocol.membership.events import (
     CutOff,
     DatagramsPass,
     ForgeryCut,
-    IdentityInUse,
     PeerCleared,
     PeerDown,
     PeerLeft,
@@ -72,7 +73,7 @@ class Facts(Protocol):
 class Nodes:
     """Reads of the mesh, and the translator of protocol events."""
 
-    def __init__(self, *, hub: Node, facts: Facts, bus: EventBus, metrics: Metrics) -> None:
+    def __init__(self, *, hub: Node, facts: Facts, bus: EventBus, metrics: Metrics, notices: Notices) -> None:
         self._hub = hub
         self._facts = facts
         self._bus = bus
@@ -80,10 +81,11 @@ class Nodes:
         self._rtt_s: dict[NodeId, float] = {}
         self._tunnelled: set[NodeId] = set()
         self._last_seen: dict[NodeId, float] = {}
+        self._names: dict[NodeId, str] = {}
         self._profiles: dict[NodeId, Profile] = {}
         self._quorum: QuorumChanged | None = None
         self._followed_quorate = False  # as the coordinator said, if that is another node
-        self._warnings: dict[str, str] = {}
+        self._notices = notices
         self._clocks = Clocks()
         self._no_version_in_common: set[NodeId] = set()  # as the last attempt to open a link showed
         self._summary: tuple[float, Summary] | None = None
@@ -99,10 +101,10 @@ class Nodes:
 
     def name_of(self, node: NodeId) -> str:
         """A member's name, or this node's own; else the id."""
-        admission = self._hub.roster.admission(node)
-        if admission is not None:
-            return admission.name
-        return self._facts.name if node == self._hub.me else node
+        known = self._names.get(node)
+        if known is None and node in self._hub.roster:
+            known = self._names[node] = name_of(self._hub, node)
+        return known or (self._facts.name if node == self._hub.me else node)
 
     def addresses(self, node: NodeId) -> list[Address]:
         """Where a member can be reached, the best first."""
@@ -199,7 +201,7 @@ class Nodes:
             gpu_node_count=len(with_gpu),
             mesh_id=self._hub.mesh_id,
             node_id=me,
-            name=self._facts.name,
+            name=self.name_of(me),
             role=core.role_of(self._hub.roster.role(me)),
             version=self._facts.version,
             uptime_seconds=int(self._facts.uptime_s()),
@@ -211,11 +213,11 @@ class Nodes:
     @property
     def is_shut_out(self) -> bool:
         """Whether this node was evicted: by its own roster, or as the others say."""
-        return self._hub.me not in self._hub.roster or "evicted" in self._warnings
+        return self._hub.me not in self._hub.roster or "evicted" in self._notices
 
     def warnings(self) -> Sequence[str]:
         """What the person should know and do something about."""
-        found = list(self._warnings.values())
+        found = self._notices.texts()
         found += filter(None, [self._clocks.warning(self.name_of)])
         odd = [self.name_of(member) for member in self._hub.roster.members() if self._incompatible(member)]
         if odd:
@@ -226,18 +228,8 @@ class Nodes:
                 "Check its network and its firewall"
             )
         if self._hub.me not in self._hub.roster:
-            found.append(self._own_eviction())
+            found.append(core.shut_out(self._evicted(self._hub.me), self.name_of))
         return found
-
-    def _own_eviction(self) -> str:
-        said = self._evicted(self._hub.me)
-        by = f" by {self.name_of(said.by)}" if said.by is not None else ""
-        at = f" at {said.at}" if said.at is not None else ""
-        why = f" ({said.reason})" if said.reason else ""
-        return (
-            f"this node was evicted from its mesh{by}{at}{why}; nobody talks to it any more. "
-            "`meshnode leave --force` starts afresh, then join with a new invitation"
-        )
 
     def _evicted(self, node: NodeId) -> NodeEvicted:
         stone = self._hub.roster.evicted(node)
@@ -351,20 +343,24 @@ class Nodes:
 
     def _observe_others(self, event: object) -> None:
         match event:
-            case RosterChanged(removed=removed):
+            case RosterChanged(admitted=admitted, removed=removed, altered=altered):
+                # Those removed keep the names under which they are spoken of; a roster has none for them.
+                for node in (*admitted, *altered):
+                    self._names.pop(node, None)
                 self._changed()
                 for node in removed:
                     stone = self._hub.roster.evicted(node)
-                    left = stone is not None and stone.by == node
-                    self._metrics.count("meshnode_nodes_left_total" if left else "fabric_node_evictions_total")
+                    if stone is not None:
+                        left = stone.by == node
+                        self._metrics.count("meshnode_nodes_left_total" if left else "fabric_node_evictions_total")
                     self._bus.publish(self._evicted(node))
                     self._profiles.pop(node, None)
                     self._no_version_in_common.discard(node)
                     self._clocks.agreed(node)
-                    self._warnings.pop(f"forger {node}", None)
+                    self._notices.clear(f"forger {node}")
                 if self._hub.me in removed:
                     # What others said of it is now known for certain, and in more detail.
-                    self._warnings.pop("evicted", None)
+                    self._notices.clear("evicted")
             case CoordinatorChanged(term, leader, quorate):
                 self._changed()
                 self._followed_quorate = quorate
@@ -375,22 +371,19 @@ class Nodes:
             case RecordChanged(collection, key, record):
                 if record.author is not None and self._clocks.agreed(record.author):
                     self._changed()
+                if collection == NAMES_COLLECTION:
+                    self._renamed(NodeId(key.decode("ascii", "replace")))
                 if collection == PROFILE_COLLECTION:
                     self._profiles.pop(NodeId(key.decode("ascii", "replace")), None)
                     self._changed()
             case RecordHeld(author=author, ahead_s=ahead_s):
                 self._clocks.held(author, ahead_s)
                 self._changed()
-            case IdentityInUse() | LinkLost(code=ErrorCode.CONFLICT):
-                # The second: a peer holds a newer link under this very key.
-                self._warnings["identity"] = (
-                    "another machine runs with a copy of this node's key: stop one of the two; "
-                    "on the copy run `meshnode leave --force` to give it an identity of its own"
-                )
             case LinkLost(peer=peer, code=ErrorCode.EVICTED) if self._hub.me in self._hub.roster:
-                self._warnings["evicted"] = (
+                self._notices.put(
+                    "evicted",
                     f"{self.name_of(peer)} says that this node was evicted from the mesh. If that is meant, "
-                    "`meshnode leave --force` starts afresh; then join with a new invitation"
+                    "`meshnode leave --force` starts afresh; then join with a new invitation",
                 )
                 self._changed()
             case LinkLost(peer=peer, code=ErrorCode.INCOMPATIBLE_VERSION):
@@ -400,7 +393,7 @@ class Nodes:
                     self._bus.publish(NodeUpdated(self._info(peer)))
             case LinkOpened(peer):
                 self._no_version_in_common.discard(peer)
-                if self._warnings.pop("evicted", None):
+                if self._notices.clear("evicted"):
                     self._changed()
             case CutOff():
                 self._changed()
@@ -411,22 +404,26 @@ class Nodes:
                 for peer in self._hub.membership.view.peers:
                     self._bus.publish(NodeUpdated(self._info(peer)))
             case ForgeryCut(peer):
-                self._warnings[f"forger {peer}"] = (
-                    f"{self.name_of(peer)} passed on forged statements: its link was cut, and it is not listened to "
-                    f"for a while. Look into that machine; `meshnode evict {peer}` puts it out"
-                )
+                self._notices.put(f"forger {peer}", core.forgery(peer, self.name_of(peer)))
                 self._changed()
             case ClockContradicted(_, ahead_s):
-                self._warnings["clock"] = (
+                self._notices.put(
+                    "clock",
                     f"this machine's clock is {ahead_s:.0f} s behind what other nodes wrote; set it (for example: "
-                    "`timedatectl set-ntp true`)"
+                    "`timedatectl set-ntp true`)",
                 )
                 self._changed()
             case ClockAgrees():
-                if self._warnings.pop("clock", None):
+                if self._notices.clear("clock"):
                     self._changed()
             case Stalled():
                 self._changed()
+
+    def _renamed(self, node: NodeId) -> None:
+        self._changed()
+        if node in self._hub.roster:
+            self._names[node] = name_of(self._hub, node)
+            self._bus.publish(NodeUpdated(self._info(node)))
 
     def _gone(self, peer: NodeId) -> None:
         self._changed()

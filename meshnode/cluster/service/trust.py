@@ -165,6 +165,13 @@ class Trust:
         if decided is not None:
             await self._publish(root, decided)
 
+    async def withdraw(self, node: NodeId) -> None:
+        """Take back the admission of a machine that never came. Its key may be admitted again. MeshError NOT_ADMIN."""
+        root = self._require_root()
+        decided = authority.withdrawing(self._driver.node.roster, node, by=self._nodes.me, wall_ms=self._wall_ms())
+        if decided is not None:
+            await self._publish(root, decided)
+
     async def _forget(self, node: NodeId) -> None:
         """Have the coordinator count without this voter. It takes that only while it lacks a majority."""
         coordinator = self._driver.node.election.coordinator
@@ -180,6 +187,11 @@ class Trust:
         return Done()
 
     async def _forget_here(self, node: NodeId) -> None:
+        election = self._driver.node.election
+        voters = election.electorate.voters
+        short = bytes(self._driver.node.roster.short(node))
+        if election.is_quorate(self._facts.now(), self._facts.wall()) or (voters and short not in voters):
+            return  # a coordinator with its majority drops the vote by itself; or there is none
         self._forget_refusal = None
         await self._driver.submit_durably(ForgetLost((node,)))
         if self._forget_refusal is not None:

@@ -270,6 +270,7 @@ class Links:
         )
         if hello.kind == KIND_BULK:
             return await self._receive_bulk(node_id, stream, hello, welcome)
+        self._pool.contested(node_id, hello.boot, address)
         verdict = self._pool.judge(node_id, hello)
         if verdict is Verdict.ACCEPT:
             standing = Standing(hello.boot, hello.attempt)
@@ -277,11 +278,9 @@ class Links:
             self._pool.establish(node_id, reached, standing, version, hello.agent, first=welcome)
             return True
         if verdict is Verdict.OBSOLETE:
-            raise MeshError(
-                ErrorCode.CONFLICT,
-                "A newer link with that node stands. If two agents run with one node's key, stop one of them.",
-                retryable=True,
-            )
+            other = self._pool.address_of(node_id)
+            where = f" with {other.host}" if other is not None else ""
+            raise MeshError(ErrorCode.CONFLICT, f"A newer link under that key stands{where}.", retryable=True)
         message = "This node's own connection to yours survives; wait for it."
         await stream.send_all(encode_link_message(Refused(DUPLICATE, message, True)))
         return False

@@ -6,6 +6,7 @@ call machine's business.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import trio
@@ -13,14 +14,14 @@ import trio
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links.clocks import PeerClocks
 from meshnode.kernel.links.connection import IDLE, Connection, LinkFacts
-from meshnode.kernel.links.contracts import LinkEvent
+from meshnode.kernel.links.contracts import LinkContested, LinkEvent
 from meshnode.kernel.links.dial import Dialler, Reached, unreachable
 from meshnode.kernel.links.greeting import refused_by
 from meshnode.kernel.links.outbox import Outbox
 from meshnode.kernel.links.settings import LinkSettings
 from meshnode.kernel.logs import Logger
 from protocol.effects import LinkLost
-from protocol.ids import NodeId, node_id_bytes
+from protocol.ids import Address, NodeId, node_id_bytes
 from protocol.wire.frames import (
     DUPLICATE,
     Channel,
@@ -274,6 +275,18 @@ class Pool:
             greeting=peer.dial is not None and peer.dial.greeting,
             standing=None if peer.connection is None else peer.connection.facts.standing,
         )
+
+    def address_of(self, node_id: NodeId) -> Address | None:
+        """Where the link that stands comes from or goes to, if one stands."""
+        peer = self._peers.get(node_id)
+        return None if peer is None or peer.connection is None else peer.connection.facts.address
+
+    def contested(self, node_id: NodeId, boot: int, address: Address) -> None:
+        """Tell of a dial from an earlier boot than that of the latest link, unless events are waiting already."""
+        latest = self._peer(node_id).latest
+        if latest is not None and boot < latest.facts.standing.boot:
+            with suppress(trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+                self._events.send_nowait(LinkContested(node_id, boot, address))
 
     def establish(
         self,

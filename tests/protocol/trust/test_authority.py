@@ -17,6 +17,7 @@ from protocol.trust.authority import (
     own_eviction,
     promoting,
     tombstone,
+    withdrawing,
 )
 from protocol.trust.policy import Policy
 from protocol.trust.roster import Roster
@@ -103,6 +104,24 @@ def test_what_is_signed_for_whoever_redeemed_an_invitation(
             assert answer.admission.name != "renamed", "an invitation changes neither name nor role of who is in"
         case _:
             assert code(answer) == outcome
+
+
+def test_a_withdrawal_and_the_admission_after_it_each_count_for_more_than_what_was(roster: Roster) -> None:
+    """Also where the clock of whoever signed first was ahead."""
+    taken = withdrawing(roster, node("other"), by=node("admin"), wall_ms=0)
+    assert taken is not None
+    assert roster.apply(seal(taken, ROOT)) is not None
+    assert node("other") not in roster
+    assert code(gate(roster, node("other"), public_key("other"))) == "not_a_member"
+    again = admitting(
+        roster, public_key=public_key("other"), name="x", role="member", by=node("admin"), invitation=b"", wall_ms=0
+    )
+    assert isinstance(again, Admission)
+    assert again.admitted_at > taken.withdrawn_at
+    assert roster.apply(seal(again, ROOT)) is not None
+    assert node("other") in roster
+    for who in ("evicted", "stranger"):
+        assert withdrawing(roster, node(who), by=node("admin"), wall_ms=NOW) is None
 
 
 @pytest.mark.parametrize(
