@@ -14,6 +14,8 @@ from simulations.scenarios.replay import Replay
 from simulations.scenarios.resources import Resources
 from simulations.scenarios.rotation import Rotation
 from simulations.scenarios.scenario import Scenario
+from simulations.scenarios.twins import Twins
+from simulations.scenarios.withdrawal import Withdrawal
 
 
 def scenarios() -> Mapping[str, Scenario]:
@@ -29,6 +31,8 @@ def scenarios() -> Mapping[str, Scenario]:
         Records(),
         Replay(),
         Rotation(),
+        Twins(),
+        Withdrawal(),
         Churn(),
     )
     return {scenario.name: scenario for scenario in known}

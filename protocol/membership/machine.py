@@ -100,6 +100,11 @@ class Membership:
         """Whether this node of three or more hears nobody at all: it cannot tell who is up."""
         return self._silence.cut_off
 
+    @property
+    def contested(self) -> bool:
+        """Whether another machine runs with this node's key, as far as this node noticed."""
+        return self._twin.contests
+
     def addresses(self, peer: NodeId) -> tuple[Address, ...]:
         """Where to reach a peer, the best first; empty if nothing is known."""
         return self._s.addresses(peer)

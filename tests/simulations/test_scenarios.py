@@ -33,6 +33,8 @@ SMALL = {
     "records": Options(nodes=5, seed=5),
     "replay": Options(nodes=6, seed=5, duration_s=5.0),
     "rotation": Options(nodes=8, seed=5),
+    "twins": Options(nodes=6, seed=5),
+    "withdrawal": Options(nodes=6, seed=5),
     "churn": Options(nodes=5, seed=5, duration_s=60.0),
 }
 
