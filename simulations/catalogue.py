@@ -14,6 +14,7 @@ from simulations.scenarios.replay import Replay
 from simulations.scenarios.resources import Resources
 from simulations.scenarios.rotation import Rotation
 from simulations.scenarios.scenario import Scenario
+from simulations.scenarios.sharding import Sharding
 from simulations.scenarios.twins import Twins
 from simulations.scenarios.withdrawal import Withdrawal
 
@@ -33,6 +34,7 @@ def scenarios() -> Mapping[str, Scenario]:
         Rotation(),
         Twins(),
         Withdrawal(),
+        Sharding(),
         Churn(),
     )
     return {scenario.name: scenario for scenario in known}

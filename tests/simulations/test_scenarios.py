@@ -35,6 +35,7 @@ SMALL = {
     "rotation": Options(nodes=8, seed=5),
     "twins": Options(nodes=6, seed=5),
     "withdrawal": Options(nodes=6, seed=5),
+    "sharding": Options(nodes=6, seed=5, duration_s=60.0),
     "churn": Options(nodes=5, seed=5, duration_s=60.0),
 }
 

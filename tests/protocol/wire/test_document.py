@@ -17,6 +17,7 @@ from protocol.membership import broadcasts, healing, intake, probing, suspicion
 from protocol.records import messages as records
 from protocol.records import record
 from protocol.rpc import messages as rpc
+from protocol.sharding import pipelines
 from protocol.trust import join, keys
 from protocol.trust import statements as trust
 from protocol.wire import announcement, frames, limits, messages
@@ -30,6 +31,16 @@ TABLES: dict[str, Iterable[type]] = {
     "Channel 0: messages of the machines": get_args(messages.LinkMessage),
     "Channel 1: calls": get_args(rpc.RpcMessage),
     "Channel 2: the link's own messages": get_args(frames.LinkMessage),
+    "Models": (
+        pipelines.Span,
+        pipelines.Pipeline,
+        pipelines.EnsureRequest,
+        *get_args(pipelines.Answer),
+        *get_args(pipelines.StageOrder),
+        pipelines.StageCommand,
+        pipelines.StageReport,
+        pipelines.NodeReport,
+    ),
     "Trust statements": get_args(trust.TrustStatement),
     "Joining": (*get_args(join.FromIssuer), *get_args(join.FromJoiner)),
     "Parts of messages": (election.Version, record.Body, join.Peer, keys.GossipKey),
@@ -37,7 +48,7 @@ TABLES: dict[str, Iterable[type]] = {
 
 MODULES: tuple[ModuleType, ...] = (
     limits, frames, announcement, rpc, records, record, join, keys, trust, election,
-    probing, suspicion, healing, broadcasts, intake, wire_statements,
+    probing, suspicion, healing, broadcasts, intake, wire_statements, pipelines,
 )  # fmt: skip
 
 
@@ -59,6 +70,15 @@ def sized(low: int | None, high: int | None) -> str:
 def spelled(kind: Any) -> str:
     """A field's type and range in a few words."""
     match type(kind).__name__:
+        case "FloatType":
+            return f"float from {kind.ge:g}" if kind.le is None else f"float {kind.ge:g}..{kind.le:g}"
+        case "VarTupleType":
+            return f"list{sized(kind.min_length, kind.max_length)} of {spelled(kind.item_type)}"
+        case "UnionType" if any(type(one).__name__ == "NoneType" for one in kind.types):
+            (one,) = (one for one in kind.types if type(one).__name__ != "NoneType")
+            return f"{spelled(one)} or nil"
+        case "UnionType" if {one.cls for one in kind.types} == set(get_args(pipelines.StageOrder)):
+            return "order"
         case "IntType":
             return "int" if kind.le is None else f"int {kind.ge}..{power(kind.le)}"
         case "BytesType":

@@ -1,0 +1,1 @@
+"""Models in the simulated mesh: the real machines of protocol/sharding around a toy engine."""

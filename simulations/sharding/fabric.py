@@ -1,0 +1,174 @@
+"""Models over a whole simulated mesh: one Member for each running process, what lies between them, and the faults.
+
+It watches a world as a checker does, because that is where starts, crashes and published events can be seen.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from random import Random
+from typing import Final, Protocol
+
+from protocol.ids import NodeId
+from protocol.sharding.fitting import Wish
+from protocol.sharding.held import LoadingParameters
+from protocol.sharding.offers import Links, NodeOffer, Speed
+from protocol.sharding.pipelines import Layout, Planned, PlanWanted, Span
+from protocol.sharding.planner import Plan, Refusal, mend, plan
+from protocol.sharding.shapes import ModelShape
+from simulations.checkers.checker import Checker
+from simulations.computer import DOWN, Computer
+from simulations.sharding.member import Client, Member
+from simulations.sharding.toy import VOCABULARY
+from simulations.sharding.wires import Wires
+from simulations.world import World
+
+GB: Final = 10**9
+CONTEXT: Final = 256
+
+
+def toy_shape(name: str, layers: int) -> ModelShape:
+    """A model of so many layers of one gigabyte."""
+    return ModelShape(
+        digest=name, name=name, architecture="toy", quantisation="F32", n_embd=64, n_vocab=VOCABULARY,
+        context_max=4096, layer_bytes=(GB,) * layers, kv_bytes_per_token=(1000,) * layers, embed_bytes=GB // 10,
+        output_bytes=GB // 10, cuts=tuple(range(1, layers)),
+    )  # fmt: skip
+
+
+SHAPES: Final = {shape.digest: shape for shape in (toy_shape("large", 12), toy_shape("small", 3))}
+
+
+class Watcher(Protocol):
+    """Who wants to see what clients get, beside what every checker sees."""
+
+    def asked(self, client: Client) -> None: ...
+    def emitted(self, client: Client, index: int, tokens: tuple[int, ...], pieces: tuple[bytes, ...]) -> None: ...
+    def ended(self, client: Client) -> None: ...
+    def accused(self, by: Computer, peer: Computer, words: str) -> None: ...
+
+
+class Fabric(Checker):
+    """See the module."""
+
+    name = "fabric"
+
+    def __init__(self, seed: int, params: LoadingParameters) -> None:
+        self.rng = Random(f"sharding/{seed}")
+        self.params = params
+        self.context = CONTEXT
+        self.peaceful = False  # no faults in this run, and no slow frames
+        self.members: dict[int, Member] = {}
+        self.capacity: dict[int, int] = {}
+        self.liars: set[int] = set()
+        self.ever_lied: set[int] = set()
+        self.watchers: list[Watcher] = []
+        self.lies = self.loads = self.takeovers = self.overcommitted = self.accusations = 0
+        self._backlog: dict[int, deque[tuple[int, Callable[[], object]]]] = {}
+
+    # ---- a checker's eyes --------------------------------------------------------------------------------------------
+
+    def attached(self, world: World) -> None:
+        """Begin."""
+        self.world = world
+        self.wires = Wires(world, self.rng, self.run)
+
+    def started(self, computer: Computer) -> None:
+        """A process was built: it gets its own machines, which know nothing."""
+        self.capacity.setdefault(computer.index, self.rng.choice((3, 5, 5, 7, 9)) * GB)
+        self.members[computer.index] = Member(self, computer)
+
+    def crashed(self, computer: Computer) -> None:
+        """Engines die with their agent; the peers hear of it soon, or late."""
+        self.members.pop(computer.index, None)
+        self._backlog.pop(computer.index, None)
+        late = self.rng.random() < 0.3
+        for member in list(self.members.values()):
+            delay = self.rng.uniform(4.0, 8.0) if late else self.rng.uniform(0.0, 0.1)
+            member.later(delay, partial(member.peer_lost, computer))
+
+    def published(self, computer: Computer, event: object) -> None:
+        """What the hub says reaches the machines beside it at once."""
+        member = self.members.get(computer.index)
+        if member is not None:
+            member.published(event)
+
+    # ---- processes ---------------------------------------------------------------------------------------------------
+
+    def run(self, computer: Computer, run: int, call: Callable[[], object]) -> None:
+        """Run something inside a process, after what waits there already; never in one that is gone."""
+        if computer.run != run or computer.state == DOWN:
+            return
+        backlog = self._backlog.get(computer.index)
+        if backlog is not None:
+            backlog.append((run, call))
+        elif computer.paused:
+            self._backlog[computer.index] = deque([(run, call)])
+            self.world.after(0.05, self._thaw, computer)
+        else:
+            call()
+
+    def _thaw(self, computer: Computer) -> None:
+        if computer.paused:
+            self.world.after(0.05, self._thaw, computer)
+            return
+        for run, call in self._backlog.pop(computer.index, ()):
+            if computer.run == run and computer.state != DOWN:
+                call()
+
+    # ---- planning ----------------------------------------------------------------------------------------------------
+
+    def plan(self, member: Member, wanted: PlanWanted) -> Planned:
+        """What a service does about PlanWanted: the real planner over what nodes offer."""
+        computer = member.computer
+        shape = SHAPES[wanted.model]
+        seen = {computer.node_id, *computer.program.believed_up(computer)}
+        offers = []
+        for other in self.members.values():
+            node = other.computer.node_id
+            if node in seen and node not in wanted.without:
+                free = self.capacity[other.computer.index] - other.stages.used_bytes
+                free += wanted.freed.get(node, (0, 0))[0] - wanted.taken.get(node, (0, 0))[0]
+                # Some are twice as fast as others, always the same ones.
+                speed = Speed(GB, 0.01 * (1 + other.computer.index % 2), 0.001)
+                offers.append(NodeOffer(node=node, name=repr(other.computer), ram_free_bytes=max(0, free), speed=speed))
+        wish = Wish(context=wanted.context, slots=self.params.slots)
+        made: Plan | Refusal | None = None
+        if wanted.kept:
+            kept = {NodeId(span.node): (span.first, span.end) for span in wanted.kept}
+            made = mend(shape, wish, kept, offers, Links())
+        made = made or plan(shape, wish, offers, Links())
+        if isinstance(made, Refusal):
+            code = "no_memory" if made.code == "no_nodes" else made.code
+            return Planned(wanted.job, None, code, made.words, made.short_bytes)
+        spans = tuple(Span(stage.node, stage.first, stage.end, stage.ram_bytes) for stage in made.stages)
+        return Planned(wanted.job, Layout(spans, VOCABULARY, made.reasons[0]))
+
+    # ---- what members tell -------------------------------------------------------------------------------------------
+
+    def asked(self, client: Client) -> None:
+        """A client came."""
+        for watcher in self.watchers:
+            watcher.asked(client)
+
+    def emitted(self, client: Client, index: int, tokens: tuple[int, ...], pieces: tuple[bytes, ...]) -> None:
+        """Tokens reached a client."""
+        for watcher in self.watchers:
+            watcher.emitted(client, index, tokens, pieces)
+
+    def ended(self, client: Client) -> None:
+        """A client got its end."""
+        for watcher in self.watchers:
+            watcher.ended(client)
+
+    def accused(self, member: Member, peer: NodeId, words: str) -> None:
+        """A session says that a peer lies."""
+        self.accusations += 1
+        accused = self.world.find(peer)
+        assert accused is not None  # nobody makes nodes up
+        for watcher in self.watchers:
+            watcher.accused(member.computer, accused, words)
+
+    def noted(self, member: Member, event: object) -> None:
+        """A loading machine published something; --tell prints it."""
+        self.world.tell_published(member.computer, event)
