@@ -56,6 +56,7 @@ class LinkLost:
     peer: NodeId
     reason: str
     code: str = ""  # the error code with which the peer refused the link, if it did
+    tombstone: bytes = b""  # what it showed as the root's word that this node is evicted; nothing of it is believed yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ class SendFrame:
 
 @dataclass(frozen=True, slots=True)
 class CloseLink:
-    """Cut every connection with this peer now: control and bulk (eviction, in at most 5 s; here at once)."""
+    """Cut every connection with this peer now: control and bulk (evicted, or caught at forging)."""
 
     to: NodeId
     reason: str

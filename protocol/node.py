@@ -41,6 +41,7 @@ from protocol.membership.events import (
     AddressesChanged,
     ContactFound,
     Depart,
+    ForgeryCut,
     PeerDown,
     PeerLeft,
     PeerUp,
@@ -52,14 +53,16 @@ from protocol.membership.machine import Membership
 from protocol.membership.parameters import LAN, Parameters
 from protocol.membership.state import TUNNEL
 from protocol.records.collection import Collection
-from protocol.records.events import DeleteRecord, PutRecord, RecordChanged, RecordsParams
+from protocol.records.events import DeleteRecord, PutRecord, RecordChanged, RecordsParams, RecordWithdrawn
 from protocol.records.machine import Records
 from protocol.records.messages import RecordMessage
 from protocol.records.store import RecordStore
-from protocol.trust.events import Coordinating, MintKey, RosterChanged
+from protocol.trust.authority import own_eviction
+from protocol.trust.events import Coordinating, MintKey, PolicyChanged, RosterChanged
 from protocol.trust.keyring import Keyring, KeyringParams
+from protocol.trust.policy import POLICY_COLLECTION, Policy, policy_collection, read_policy
 from protocol.trust.roster import Roster
-from protocol.trust.statements import TRUST_COLLECTION
+from protocol.trust.statements import TRUST_COLLECTION, record_key
 from protocol.wire.crypto import Suite
 from protocol.wire.datagram import DatagramCodec, UnknownKey
 from protocol.wire.messages import (
@@ -95,6 +98,8 @@ Command = (
 )
 Input = DatagramReceived | LinkOpened | LinkLost | FrameReceived | TimerFired | Command
 
+CLOCK_LOOK_S: Final = 0.25  # how often the lease clock looks at both clocks at least, while this node is busy
+
 # ---- who gets what: the whole routing of the hub ------------------------------------------------------------------
 
 DATAGRAMS: Final[Mapping[type, str]] = {Spread: "heartbeats", Beacon: "election", Follow: "election"}
@@ -128,6 +133,7 @@ PUBLISHED: Final[Mapping[type, tuple[str, ...]]] = {
     PeerLeft: ("heartbeats", "keys", "records", "election"),
     Stalled: ("records", "election"),
     RosterChanged: ("keys", "records", "election"),
+    PolicyChanged: ("keys",),
 }
 
 
@@ -183,7 +189,7 @@ class Node:
             me=me,
             mesh_id=mesh_id,
             roster=roster,
-            collections=collections,
+            collections=(*collections, policy_collection()),
             store=record_store,
             rng=rng,
             suite=suite,
@@ -218,7 +224,9 @@ class Node:
             "election": self.election,
             "membership": self.membership,
         }
+        self._policy_default = self.policy = Policy(gossip_key_rotation_s=params.keys.rotate_every_s)
         self._standings: dict[NodeId, Standing] = {}
+        self._looked_at = float("-inf")
         self.frames_accepted = 0
         self.drops: Counter[str] = Counter()
         self._out: list[Effect] = []
@@ -229,10 +237,14 @@ class Node:
         """Start every machine; trust first, because the others seal with its keys, and membership last."""
         for machine in self._machines.values():
             self._perform(machine.start(now, wall), now, wall)
+        self._read_policy(now, wall)
         return self._taken()
 
     def handle(self, event: Input, now: float, wall: float) -> list[Effect]:
         """One input: from the network, a timer, or a command of a service."""
+        if now >= self._looked_at + CLOCK_LOOK_S:
+            self._looked_at = now
+            self.election.look(now, wall)
         match event:
             case DatagramReceived(data, source):
                 self._datagram(data, source, now, wall)
@@ -245,8 +257,13 @@ class Node:
             case _:
                 if isinstance(event, LinkOpened):
                     self.datagrams.learn_boot(event.peer, event.boot)
+                if isinstance(event, LinkLost) and own_eviction(event.tombstone, self.me) is not None:
+                    # The collection lets in what the root signed and nothing else, so whoever said it is no matter.
+                    self._give("records", PutRecord(TRUST_COLLECTION, record_key(self.me), event.tombstone), now, wall)
                 for name in INPUTS[type(event)]:
                     self._give(name, event, now, wall)
+        for forger in self.codec.forgers.take():
+            self._out += [CloseLink(forger, "it passed on forged statements"), Publish(ForgeryCut(forger))]
         return self._taken()
 
     def _give(self, name: str, event: object, now: float, wall: float) -> None:
@@ -275,7 +292,7 @@ class Node:
         for message in packet.messages:
             if isinstance(message, Gossip):
                 for blob in message.items:
-                    stated = self.codec.open(blob)
+                    stated = self.codec.open(blob, packet.sender, now)
                     if stated is not None:
                         name = "heartbeats" if isinstance(stated.body, Heartbeat) else "membership"
                         self._give(name, StatementReceived(packet.sender, stated), now, wall)
@@ -341,6 +358,9 @@ class Node:
                 changed = self.roster.apply(record.value)
                 if changed is not None:
                     self._perform([Publish(changed)], now, wall)
+            case RecordChanged(collection=collection) | RecordWithdrawn(collection=collection):
+                if collection == POLICY_COLLECTION:
+                    self._read_policy(now, wall)
             case CoordinatorChanged():
                 self._coordinator_changed(event, now, wall)
             case HeartbeatHeard():
@@ -351,6 +371,16 @@ class Node:
             self._led(now, wall)
         if isinstance(event, RosterChanged):
             self._removed(event.removed, now, wall)
+
+    def _read_policy(self, now: float, wall: float) -> None:
+        def read(key: bytes) -> bytes | None:
+            record = self.records.get(POLICY_COLLECTION, key)
+            return None if record is None else record.value
+
+        policy = read_policy(read, self._policy_default)
+        if policy != self.policy:
+            self.policy = policy
+            self._perform([Publish(PolicyChanged(policy))], now, wall)
 
     def _coordinator_changed(self, event: CoordinatorChanged, now: float, wall: float) -> None:
         self._led(now, wall)

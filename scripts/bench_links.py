@@ -43,6 +43,9 @@ class _OpenGate:
     def admit(self, node_id: NodeId, public_key: bytes) -> MeshError | None:
         return None
 
+    def tombstone(self, node_id: NodeId) -> bytes:
+        return b""
+
 
 class _OneAddress:
     """Knows one peer."""

@@ -15,6 +15,8 @@ from simulations.scenarios.resources import Resources
 from simulations.scenarios.rotation import Rotation
 from simulations.scenarios.scenario import Scenario
 from simulations.scenarios.sharding import Sharding
+from simulations.scenarios.twins import Twins
+from simulations.scenarios.withdrawal import Withdrawal
 
 
 def scenarios() -> Mapping[str, Scenario]:
@@ -30,6 +32,8 @@ def scenarios() -> Mapping[str, Scenario]:
         Records(),
         Replay(),
         Rotation(),
+        Twins(),
+        Withdrawal(),
         Sharding(),
         Churn(),
     )

@@ -5,6 +5,7 @@ together. When to write what is the machines' decision; in which order effects w
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from random import Random
 
@@ -37,6 +38,13 @@ class Disk:
         self.full = False
         self.slowness = 1.0
         self._in_flight: Sequence[Persist] = ()
+
+    def copy(self, rng: Random) -> "Disk":
+        """A disk that holds what this one has durable."""
+        made = Disk(self.params, rng)
+        made.tables = self.snapshot()
+        made.records = deepcopy(self.records)
+        return made
 
     def begin(self, batch: Sequence[Persist]) -> float:
         """Start one commit; returns the seconds that it takes. At most one is under way."""

@@ -11,16 +11,25 @@ import msgspec
 
 from protocol.heartbeats.events import Sample, SampleTaken
 from protocol.ids import Address, NodeId, mesh_id_of
-from protocol.membership.events import AddressesChanged, Depart
+from protocol.membership.events import AddressesChanged, Depart, IdentityFreed
 from protocol.node import Node, NodeParameters
 from protocol.records.collection import Collection
 from protocol.records.events import PutRecord
 from protocol.records.record import open_record
+from protocol.trust.authority import Denied, evicting, gate, tombstone, withdrawing
 from protocol.trust.collection import trust_collection
 from protocol.trust.events import MintKey, RotationDue
 from protocol.trust.keys import GossipKey, durable_keys
 from protocol.trust.roster import Roster
-from protocol.trust.statements import TRUST_COLLECTION, TrustStatement, admission, eviction, record_key, seal
+from protocol.trust.statements import (
+    TRUST_COLLECTION,
+    TrustStatement,
+    admission,
+    decode,
+    record_key,
+    seal,
+    succeeding_time,
+)
 from protocol.wire import limits
 from protocol.wire.crypto import STATEMENT_DOMAIN
 from protocol.wire.messages import Accusation, Alive, Gossip, Leaving, StatementBody
@@ -100,7 +109,12 @@ class MeshProgram:
 
     def accepts(self, machine: Machine, peer: NodeId) -> bool:
         """Links check the roster by public key."""
-        return peer in cast(Node, machine).roster
+        roster, found = cast(Node, machine).roster, self._world.find(peer)
+        return found is not None and gate(roster, peer, found.public_key) is None
+
+    def tombstone(self, machine: Machine, peer: NodeId) -> bytes:
+        """As the agent's listener."""
+        return tombstone(cast(Node, machine).roster, peer)
 
     def admit(self, computers: Sequence[Computer]) -> None:
         """Everybody knows these members; they know the first gossip key and the addresses of the first few."""
@@ -158,6 +172,9 @@ class MeshProgram:
         """Answer what the hub asks of its driver."""
         if type(event) is RotationDue:
             self._world.after(0.0, self._mint, computer, computer.run)
+        elif type(event) is IdentityFreed:
+            computer.disk.tables["node"][b"boot"] = event.boot.to_bytes(4, "big")
+            self._world.after(0.0, _again, computer, computer.run)
 
     # ---- questions of the scenarios ---------------------------------------------------------------------------------
 
@@ -171,6 +188,15 @@ class MeshProgram:
         others = [other.node_id for other in self._world.up() if other is not computer]
         ages = [now - latest[other][1] for other in others if other in latest]
         return ages, len(others) - len(ages)
+
+    def knows_of_twin(self, computer: Computer) -> bool:
+        """Whether the node noticed that another computer has its key."""
+        return cast(Node, computer.machine).membership.contested
+
+    def boot_seen(self, computer: Computer, peer: NodeId) -> int | None:
+        """The boot in which the node has a peer up; None if it does not."""
+        view = cast(Node, computer.machine).membership.view
+        return view.rank(peer)[0] if peer in view.up else None
 
     def refused(self, computer: Computer, reason: str) -> int:
         """How many datagrams the node refused for this reason since it started."""
@@ -227,8 +253,27 @@ class MeshProgram:
     def evict(self, victim: Computer, by: Computer) -> None:
         """The root evicts a member; the records carry the statement. Needs rosters of their own for all nodes."""
         victim.evicted = True
-        statement = eviction(node_id=victim.node_id, evicted_at=self._wall_ms(), by=by.node_id)
-        by.input(PutRecord(TRUST_COLLECTION, record_key(victim.node_id), self._seal(statement)))
+        node = cast(Node, by.machine)
+        said = evicting(node.roster, node.policy, by.node_id, victim.node_id, reason="", wall_ms=self._wall_ms())
+        if said is not None and not isinstance(said, Denied):
+            by.input(PutRecord(TRUST_COLLECTION, record_key(victim.node_id), self._seal(said)))
+
+    def withdraw(self, victim: Computer, by: Computer) -> None:
+        """The root takes back an admission; the records carry that. Needs rosters of their own for all nodes."""
+        said = withdrawing(cast(Node, by.machine).roster, victim.node_id, by=by.node_id, wall_ms=self._wall_ms())
+        if said is not None:
+            victim.evicted = True
+            by.input(PutRecord(TRUST_COLLECTION, record_key(victim.node_id), self._seal(said)))
+
+    def admit_again(self, computer: Computer, by: Computer) -> None:
+        """The root admits a machine whose admission was withdrawn; it restarts with the new one, as a join does."""
+        withdrawn = decode(cast(Node, by.machine).roster.statement(computer.node_id) or b"")
+        # protocol.trust.authority decides this for real keys; those of a world are no points of the curve.
+        sealed = self._admission(computer, succeeding_time(withdrawn, self._wall_ms()))
+        self._admissions.append(sealed)
+        computer.evicted = False
+        by.input(PutRecord(TRUST_COLLECTION, record_key(computer.node_id), sealed))
+        computer.restart()
 
     def put(self, computer: Computer, key: bytes, value: bytes) -> None:
         """Write a shared record at this node."""
@@ -250,10 +295,10 @@ class MeshProgram:
             self._shared = Roster(root_public_key=self._root, verifier=verifier, statements=self._admissions)
         return self._shared
 
-    def _admission(self, computer: Computer) -> bytes:
-        name = f"node-{computer.index}"
+    def _admission(self, computer: Computer, admitted_at: int = 1) -> bytes:
+        key, name = computer.public_key, f"node-{computer.index}"
         return self._seal(
-            admission(public_key=computer.public_key, name=name, role="admin", admitted_at=1, by=computer.node_id)
+            admission(public_key=key, name=name, role="admin", admitted_at=admitted_at, by=computer.node_id)
         )
 
     def _seal(self, statement: TrustStatement) -> bytes:
@@ -283,6 +328,11 @@ class MeshProgram:
 
     def _wall_ms(self) -> int:
         return int((self._world.epoch + self._world.now) * 1000)
+
+
+def _again(computer: Computer, run: int) -> None:
+    if computer.run == run and computer.state != DOWN:
+        computer.restart()
 
 
 def _stop(computer: Computer, run: int) -> None:

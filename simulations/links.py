@@ -132,7 +132,10 @@ class Links:
         elif target.machine is None:
             self._fail(link, "connection refused")
         elif not target.program.accepts(target.machine, source.node_id):
-            self._fail(link, "refused: not a member")
+            shown = target.program.tombstone(target.machine, source.node_id)
+            self._fail(link, "refused: not a member", "evicted" if shown else "not_a_member", shown)
+        elif any(self._is_open(target, twin) and _boot(twin) > _boot(source) for twin in world.copies(source)):
+            self._fail(link, "refused: a newer link under that key stands", "conflict")
         else:
             link.runs[target.index] = target.run
             delay = self._params.handshake_s + world.network.delay() * 4
@@ -149,6 +152,8 @@ class Links:
         self.opened += 1
         for one, other in ((source, target), (target, source)):
             one.link_sent_bytes += HANDSHAKE_BYTES
+            for twin in self._world.copies(other):
+                self._replace(one, twin)
             assert other.machine is not None  # checked above, before anything was told
             one.input(LinkOpened(other.node_id, other.program.boot_epoch(other.machine)))
             if link.state != OPEN:
@@ -158,13 +163,26 @@ class Links:
         link.idle_at = self._world.now + self._params.idle_s
         self._world.after(self._params.idle_s, self._idle, link)
 
-    def _fail(self, link: Link, reason: str) -> None:
+    def _is_open(self, one: Computer, other: Computer) -> bool:
+        link = self._links.get(_pair(one, other))
+        return link is not None and link.state == OPEN
+
+    def _replace(self, one: Computer, twin: Computer) -> None:
+        """Another computer has just linked under the twin's key: an agent holds one link for each key."""
+        link = self._links.get(_pair(one, twin))
+        if link is not None and link.state == OPEN:
+            self._end(link)
+            link.state = GONE
+            one.input(LinkLost(twin.node_id, "replaced by a newer link"))
+            self._tell_later(link, twin, one, "closed by peer: replaced")
+
+    def _fail(self, link: Link, reason: str, code: str = "", tombstone: bytes = b"") -> None:
         self._end(link)
         link.state = GONE
         for one in (link.dialler, link.other):
             # Whoever queued frames for the peer must learn that they did not go.
             if one is link.dialler or link.waiting[one.index]:
-                self._tell(one, link.runs[one.index], LinkLost(link.peer_of(one).node_id, reason))
+                self._tell(one, link.runs[one.index], LinkLost(link.peer_of(one).node_id, reason, code, tombstone))
 
     # ---- frames ---------------------------------------------------------------------------------------------------
 
@@ -248,6 +266,10 @@ class Links:
         run, event = told
         if computer.run == run:
             computer.input(event)
+
+
+def _boot(computer: Computer) -> int:
+    return 0 if computer.machine is None else computer.program.boot_epoch(computer.machine)
 
 
 def _pair(one: Computer, other: Computer) -> tuple[int, int]:

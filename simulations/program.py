@@ -36,6 +36,10 @@ class Program(Protocol):
         """Whether the roster check after a TLS handshake would let this peer in."""
         ...
 
+    def tombstone(self, machine: Machine, peer: NodeId) -> bytes:
+        """What a peer whose link is refused is shown: the root's word that it was evicted, or nothing."""
+        ...
+
     def admit(self, computers: "Sequence[Computer]") -> None:
         """Make these computers members before their first start: identities, roster, addresses of some peers."""
         ...

@@ -69,12 +69,17 @@ class Views(Checker):
 
     def evicted(self, computer: Computer) -> None:
         """The computer is no member any more: nobody should list it, and what it believes does not count."""
+        self._grow()
         index = computer.index
         self._outlaws.add(index)
         self._watching[index] = False
         self.wrong -= self._row_wrong[index]
         self._row_wrong[index] = 0
         self._set_truth(index, False)
+
+    def admitted(self, computer: Computer) -> None:
+        """The computer may come (again): from its next start on it counts."""
+        self._outlaws.discard(computer.index)
 
     def _set_truth(self, index: int, exists: bool) -> None:
         if self._exists[index] == exists:

@@ -59,6 +59,7 @@ class World:
         self._heap: list[Entry] = []
         self._sequence = 0
         self._by_id: dict[NodeId, Computer] = {}
+        self._copies: dict[NodeId, list[Computer]] = {}
         self._shorts: dict[NodeId, ShortId] = {}
         self._checkers: list[Checker] = []
         self._on_published: list[Callable[[Computer, object], None]] = []
@@ -102,6 +103,30 @@ class World:
             self.push(self.now + self.rng.uniform(0.0, within_s), _start, computer, None)
         return added
 
+    def copy(self, original: Computer) -> Computer:
+        """A second computer with the identity and the disk of this one, switched off, at an address of its own."""
+        index = len(self.computers)
+        rng = Random(f"computer/{self.seed}/{index}")
+        computer = Computer(
+            world=self,
+            index=index,
+            node_id=original.node_id,
+            public_key=original.public_key,
+            address=_address(index),
+            program=original.program,
+            rng=rng,
+            disk=original.disk.copy(rng),
+            seed=original.seed,
+        )
+        self.computers.append(computer)
+        self._copies.setdefault(original.node_id, [original]).append(computer)
+        self.network.attach(computer)
+        return computer
+
+    def copies(self, computer: Computer) -> list[Computer]:
+        """The other computers with this one's identity."""
+        return [other for other in self._copies.get(computer.node_id, ()) if other is not computer]
+
     def use(self, program: Program) -> None:
         """Let computers added from now on run this program; it may need the world to be made first."""
         self._program = program
@@ -114,7 +139,7 @@ class World:
         return self._program
 
     def find(self, node_id: NodeId) -> Computer | None:
-        """The computer with this identity."""
+        """The computer with this identity; of copies that run, the one that started last."""
         return self._by_id.get(node_id)
 
     def short(self, node_id: NodeId) -> ShortId:
@@ -216,11 +241,15 @@ class World:
 
     def tell_started(self, computer: Computer) -> None:
         """A computer's process was built."""
+        self._by_id[computer.node_id] = computer
         for checker in self._checkers:
             checker.started(computer)
 
     def tell_crashed(self, computer: Computer) -> None:
         """A computer's process is gone."""
+        for other in self.copies(computer):
+            if other.state != DOWN:
+                self._by_id[computer.node_id] = other
         for checker in self._checkers:
             checker.crashed(computer)
 

@@ -89,6 +89,11 @@ def test_the_environment_speaks_every_type(config: Path) -> None:
     ("text", "expected"),
     [
         ("[api]\nprot = 1\n", "api.prot (FILE, line 2) is not a setting; did you mean api.port?"),
+        (
+            "[mesh]\nmembers_may_invite = false\n",
+            "mesh.members_may_invite (FILE, line 2) is not a setting of this node: settings of the mesh are the same "
+            "on all members; an admin changes one with 'meshnode config mesh members_may_invite VALUE'",
+        ),
         ("[ip]\nport = 1\n", "ip.port (FILE, line 2) is not a setting; did you mean api.port?"),
         ("[zzz]\nqqq = 1\n", "zzz.qqq (FILE, line 2) is not a setting; 'meshnode config' lists all settings"),
         ("api = 3\n", "api (FILE, line 1) is a section: write [api] and settings below it"),

@@ -94,6 +94,10 @@ class AgentClient:
             self.check_owner()
         return _decoded(*self._ask("POST", path, body, timeout_s))
 
+    def put(self, path: str, body: Any, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
+        """Replace what is at `path`; the answer's JSON."""
+        return _decoded(*self._ask("PUT", path, body, timeout_s))
+
     def patch(self, path: str, body: Any, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
         """Send JSON that changes what is at `path`."""
         return _decoded(*self._ask("PATCH", path, body, timeout_s))

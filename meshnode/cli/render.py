@@ -155,7 +155,7 @@ def _peers_table(peers: Sequence[Answer], width: int | None) -> str:
     rows = [
         (
             printable(peer["name"]),
-            coloured(peer["status"]),
+            coloured(state_of(peer)),
             peer["role"],
             "yes" if peer.get("coordinator") else "",
             printable(peer.get("address") or ""),

@@ -1,9 +1,9 @@
 """Pure local decisions: how what is known of a member becomes the NodeInfo and Summary that people see."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import ceil
 
-from meshnode.cluster.model import Backend, Gpu, NodeInfo, NodeStatus, PeerLine, Role
+from meshnode.cluster.model import Backend, Gpu, NodeEvicted, NodeInfo, NodeStatus, PeerLine, Role
 from meshnode.kernel.errors import ErrorCode, MeshError
 from protocol.heartbeats.events import HeartbeatFlag
 from protocol.ids import Address, NodeId
@@ -74,6 +74,7 @@ def peer_line(node: NodeInfo) -> PeerLine:
         status=node.status,
         role=node.role,
         coordinator=node.coordinator,
+        suspect=node.suspect,
         address=node.address,
         rtt_ms=node.rtt_ms,
     )
@@ -112,3 +113,25 @@ def status_of(*, up: bool) -> NodeStatus:
 def role_of(raw: str | None) -> Role:
     """A role that the roster names; unknown ones have the fewest rights."""
     return "admin" if raw == "admin" else "member"
+
+
+def shut_out(said: NodeEvicted, name_of: Callable[[NodeId], str]) -> str:
+    """What a node that is a member no more says of itself, in one line for a person."""
+    if said.by is None:
+        return (
+            "this node was admitted and then not heard of for so long that its admission was withdrawn; nobody talks "
+            "to it any more. `meshnode leave --force` starts afresh, then join with a new invitation"
+        )
+    why = f" ({said.reason})" if said.reason else ""
+    return (
+        f"this node was evicted from its mesh by {name_of(said.by)} at {said.at}{why}; "
+        "nobody talks to it any more. `meshnode leave --force` starts afresh, then join with a new invitation"
+    )
+
+
+def forgery(peer: NodeId, name: str) -> str:
+    """A member's link was cut for what it passed on, in one line for a person."""
+    return (
+        f"{name} passed on forged statements: its link was cut, and it is not listened to for a while. "
+        f"Look into that machine; `meshnode evict {peer}` puts it out"
+    )

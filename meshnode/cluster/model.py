@@ -83,6 +83,14 @@ class Coordinator(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None  # why it is not quorate, where this node knows
 
 
+class MeshPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of the mesh, the same on every member; admins change them. Times in seconds."""
+
+    members_may_invite: bool
+    members_may_evict: bool
+    gossip_key_rotation_s: float
+
+
 class PeerLine(msgspec.Struct, frozen=True, kw_only=True):
     """One line of `meshnode status`."""
 
@@ -91,6 +99,7 @@ class PeerLine(msgspec.Struct, frozen=True, kw_only=True):
     status: NodeStatus
     role: Role
     coordinator: bool
+    suspect: bool = False
     address: str | None = None
     rtt_ms: float | None = None
 
@@ -203,10 +212,13 @@ class NodeLeft(msgspec.Struct, frozen=True):
 
 
 class NodeEvicted(msgspec.Struct, frozen=True):
-    """A member was evicted, for good."""
+    """A member was evicted, for good; perhaps this very node."""
 
     id: NodeId
     name: str
+    by: NodeId | None = None
+    at: str | None = None
+    reason: str | None = None
 
 
 class CoordinatorMoved(msgspec.Struct, frozen=True):

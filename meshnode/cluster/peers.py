@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from meshnode.cluster.service.pings import Echo, Pings
-from meshnode.cluster.service.trust import AdmitAnswer, AdmitRequest, Done, LostVoter, RootOffer, Trust
+from meshnode.cluster.service.trust import Trust
 from meshnode.cluster.service.twins import Copied, Heard, Twins
+from meshnode.cluster.service.wishes import AdmitAnswer, AdmitRequest, Done, EvictRequest, LostVoter, RootOffer
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links.contracts import PeerMethod
 from protocol.ids import NodeId, node_id_bytes
@@ -29,11 +30,12 @@ def peer_methods(trust: Trust, pings: Pings, twins: Twins) -> Mapping[str, PeerM
     async def take_root(peer: NodeId, offer: RootOffer) -> Done:
         return await trust.take_root(peer, offer)
 
+    async def evict(peer: NodeId, request: EvictRequest) -> Done:
+        _require_id(request.node)
+        return await trust.evict_for(peer, request)
+
     async def forget(peer: NodeId, lost: LostVoter) -> Done:
-        try:
-            node_id_bytes(NodeId(lost.node))
-        except ValueError as error:
-            raise MeshError(ErrorCode.BAD_REQUEST, "That is not a node id.") from error
+        _require_id(lost.node)
         return await trust.forget_for(peer, lost)
 
     async def copied(peer: NodeId, told: Copied) -> Heard:
@@ -42,6 +44,7 @@ def peer_methods(trust: Trust, pings: Pings, twins: Twins) -> Mapping[str, PeerM
 
     return {
         "cluster.copied": PeerMethod(Copied, copied),
+        "cluster.evict": PeerMethod(EvictRequest, evict),
         "cluster.forget": PeerMethod(LostVoter, forget),
         "cluster.ping": PeerMethod(Echo, ping),
         "cluster.admit": PeerMethod(AdmitRequest, admit),
@@ -49,3 +52,10 @@ def peer_methods(trust: Trust, pings: Pings, twins: Twins) -> Mapping[str, PeerM
         "cluster.bury": PeerMethod(RootOffer, bury),
         "cluster.take_root": PeerMethod(RootOffer, take_root),
     }
+
+
+def _require_id(node: str) -> None:
+    try:
+        node_id_bytes(NodeId(node))
+    except ValueError as error:
+        raise MeshError(ErrorCode.BAD_REQUEST, "That is not a node id.") from error

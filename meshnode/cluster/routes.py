@@ -13,6 +13,7 @@ from meshnode.cluster.model import (
     InvitationUsed,
     Invited,
     Joining,
+    MeshPolicy,
     NodeEvicted,
     NodeInfo,
     NodeJoined,
@@ -96,6 +97,14 @@ class LeaveBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`force`: leave even if nobody can be told, or if no admin remains."""
 
     force: bool = False
+
+
+class PolicyBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is to change; what is left out stays as it is."""
+
+    members_may_invite: bool | None = None
+    members_may_evict: bool | None = None
+    gossip_key_rotation_s: float | None = None  # from 60 to 2592000
 
 
 class Left(msgspec.Struct, frozen=True):
@@ -187,6 +196,14 @@ class ClusterRoutes:
         former = str(await self._moves.leave(force=request.body.force))
         return Left("success", f"This machine leaves its mesh; its former files are kept in {former}.", former)
 
+    async def policy(self, request: Request) -> MeshPolicy:
+        return self._trust.policy
+
+    async def set_policy(self, request: Request) -> MeshPolicy:
+        wanted = {key: value for key, value in msgspec.structs.asdict(request.body).items() if value is not None}
+        await self._trust.set_policy(wanted)
+        return self._trust.policy
+
     async def landing(self, request: Request) -> Content:
         return self._landing(request.params["token"])
 
@@ -255,6 +272,15 @@ class ClusterRoutes:
             Route(
                 method="POST", path="/api/cluster/leave", summary="Leave the mesh with this machine.",
                 handler=self.leave, request=LeaveBody, response=Left, errors=(ErrorCode.CONFLICT,), tag=TAG,
+            ),
+            Route(
+                method="GET", path="/api/cluster/policy", summary="The settings of the mesh, the same on all members.",
+                handler=self.policy, response=MeshPolicy, tag=TAG,
+            ),
+            Route(
+                method="PUT", path="/api/cluster/policy", summary="Change settings of the mesh. Admins only.",
+                handler=self.set_policy, request=PolicyBody, response=MeshPolicy,
+                errors=(ErrorCode.NOT_ADMIN,), tag=TAG,
             ),
             Route(
                 method="GET", path="/join/{token...}", summary="The page that tells an invited person what to do.",

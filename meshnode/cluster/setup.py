@@ -105,7 +105,6 @@ def build_cluster(
         links=links,
         nodes=nodes,
         facts=facts,
-        members_may_invite=settings.mesh.members_may_invite,
         bus=bus,
         log=log("trust"),
     )
@@ -138,9 +137,7 @@ def build_cluster(
         nodes=nodes,
         trust=trust,
         pings=pings,
-        invites=Invites(
-            onboarding=onboarding, nodes=nodes, trust=trust, members_may_invite=settings.mesh.members_may_invite
-        ),
+        invites=Invites(onboarding=onboarding, nodes=nodes, trust=trust),
         moves=moves,
         names=names,
         landing=lambda path: _landing(pages, path),

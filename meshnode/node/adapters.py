@@ -20,6 +20,7 @@ from meshnode.kernel.service import Policy
 from protocol.effects import Persist
 from protocol.ids import Address, NodeId, pack_address
 from protocol.node import Node
+from protocol.trust import authority
 from protocol.trust.events import MintKey, RotationDue
 from protocol.trust.keys import GOSSIP_KEY_BYTES
 from protocol.trust.roster import Roster
@@ -53,21 +54,13 @@ class Gate:
         self._roster = roster
 
     def admit(self, node_id: NodeId, public_key: bytes) -> MeshError | None:
-        if self._roster.public_key(node_id) == public_key:
+        denied = authority.gate(self._roster, node_id, public_key)
+        if denied is None:
             return None
-        standing = self._roster.standing(public_key)
-        if standing == "evicted":
-            return MeshError(
-                ErrorCode.EVICTED,
-                "This node was evicted from the mesh, for good. `meshnode leave --force` gives it a new identity; "
-                "then join with a new invitation.",
-            )
-        return MeshError(
-            ErrorCode.NOT_A_MEMBER,
-            "The key of this node belongs to no member of the mesh. If it has just joined, it is tried again; if not, "
-            "join with a new invitation.",
-            retryable=True,
-        )
+        return MeshError(ErrorCode(denied.code), denied.message, retryable=denied.retryable)
+
+    def tombstone(self, node_id: NodeId) -> bytes:
+        return authority.tombstone(self._roster, node_id)
 
 
 class Book:
@@ -128,7 +121,9 @@ class Contact:
         self._looking_until = now() + LOOKING_S
 
     def contact(self) -> MeshContact:
-        members, up = len(self._hub.roster), len(self._hub.membership.view.up)
+        # What a node that is cut off believes of others is what it last knew: to people they are out of reach.
+        members = len(self._hub.roster)
+        up = 1 if self._hub.membership.cut_off else len(self._hub.membership.view.up)
         if up > 1:
             self._looking_until = self._now()  # found: from here on, nobody up is news
         offsets = self._clocks.offsets()

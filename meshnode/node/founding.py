@@ -32,7 +32,6 @@ from protocol.node import NodeParameters
 from protocol.records.collection import Collection, only_owner
 from protocol.records.record import open_record
 from protocol.trust.collection import trust_collection
-from protocol.trust.keyring import KeyringParams
 from protocol.trust.keys import GOSSIP_KEY_BYTES, GossipKey, durable_keys
 from protocol.trust.roster import Roster
 from protocol.trust.statements import TRUST_COLLECTION, admission, seal
@@ -146,7 +145,6 @@ def node_parameters(settings: Settings) -> NodeParameters:
     return NodeParameters(
         membership=replace(chosen, **named),
         heartbeats=HeartbeatParameters(budget_bytes_per_s=settings.heartbeats.budget_bytes_per_s),
-        keys=KeyringParams(rotate_every_s=settings.mesh.gossip_key_rotation_s),
     )
 
 

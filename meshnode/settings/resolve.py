@@ -22,6 +22,8 @@ from meshnode.settings.tree import Settings
 DEFAULT_ORIGIN: Final = "default"
 _VALUE_CHARS_SHOWN: Final = 80
 _NEAR: Final = 0.5
+_OF_MESH: Final = "mesh."
+_OF_MESH_VARIABLE: Final = ENVIRONMENT_PREFIX + "MESH_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,13 @@ def _shown(setting: Setting, value: Any) -> Any:
 
 
 def _unknown(assignment: Assignment, known: Mapping[str, Setting]) -> str:
+    for prefix in (_OF_MESH, _OF_MESH_VARIABLE):
+        if assignment.key.startswith(prefix):
+            key = assignment.key[len(prefix) :].lower()
+            return (
+                f"{assignment.key} ({assignment.origin}) is not a setting of this node: settings of the mesh are the "
+                f"same on all members; an admin changes one with 'meshnode config mesh {key} VALUE'"
+            )
     sections = {setting.section for setting in catalogue()}
     if assignment.key in sections:
         return f"{assignment.key} ({assignment.origin}) is a section: write [{assignment.key}] and settings below it"

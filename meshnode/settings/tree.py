@@ -138,15 +138,6 @@ class HeartbeatSettings(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 1.0
 
 
-class MeshSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """What this node holds to as an admin of its mesh. Every admin has its own."""
-
-    members_may_invite: Annotated[bool, _doc("Members that are no admins may invite; an admin still signs.")] = True
-    gossip_key_rotation_s: Annotated[
-        float, _doc("How often the key of the gossip is replaced.", "s", ge=60, le=30 * 86_400)
-    ] = 86_400.0
-
-
 class LlmSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Large language models: what this node lends to the mesh, and where it keeps and fetches them."""
 
@@ -203,6 +194,5 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     membership: MembershipSettings = MembershipSettings()
     discovery: DiscoverySettings = DiscoverySettings()
     heartbeats: HeartbeatSettings = HeartbeatSettings()
-    mesh: MeshSettings = MeshSettings()
     llm: LlmSettings = LlmSettings()
     log: LogSettings = LogSettings()

@@ -111,6 +111,10 @@ class Election:
         coordination = self._contest.coordination
         return coordination is not None and coordination.quorate(self._clock.peek(now, wall))
 
+    def look(self, now: float, wall: float) -> None:
+        """Let the lease clock see both clocks, so that a wall clock that was set back is noticed before a sleep."""
+        self._clock.advance(now, wall)
+
     # ---- life --------------------------------------------------------------------------------------------------
 
     def start(self, now: float, wall: float) -> list[Effect]:

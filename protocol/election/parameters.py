@@ -13,7 +13,7 @@ class ElectionParameters:
     5 % two clocks may each be wrong by 2.5 %, a thousand times what quartz does.
     """
 
-    lease_s: float = 6.0
+    lease_s: float = 7.5
     drift_max: float = 0.05
     beats_per_lease: int = 3
     beacons_per_s_max: float = 300.0  # the lease stretches so that regular beacons stay under it

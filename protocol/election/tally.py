@@ -21,8 +21,8 @@ class LeaseClock:
     The monotonic clock of some systems stands still in suspend, and a lease counted on it would outlive the promise. So
     each step takes the larger of what the monotonic and the wall clock say has passed. A wall clock that was set
     forward ends leases early, and so does one that was set back: it might hide a sleep. Either costs one beat. What
-    stays hidden is a wall clock that is set back, while the machine sleeps, by less than it sleeps; where `now` counts
-    sleep (CLOCK_BOOTTIME), not even that.
+    stays hidden is a wall clock that is set back by less than the machine then sleeps, between the last look before the
+    sleep and the first one after it; where `now` counts sleep (CLOCK_BOOTTIME), not even that.
     """
 
     def __init__(self, now: float, wall: float) -> None:

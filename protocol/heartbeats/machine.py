@@ -101,8 +101,8 @@ class Heartbeats:
     ) -> list[Effect]:
         """One event. Never raises on what a peer sent."""
         match event:
-            case Received(message=Spread() as spread):
-                return self._spread(spread, now)
+            case Received(sender=sender, message=Spread() as spread):
+                return self._spread(sender, spread, now)
             case StatementReceived(_, stated):
                 return self._heard(stated, now)
             case SampleTaken(sample):
@@ -234,14 +234,14 @@ class Heartbeats:
             for child in children
         ]
 
-    def _spread(self, spread: Spread, now: float) -> list[Effect]:
+    def _spread(self, sender: NodeId, spread: Spread, now: float) -> list[Effect]:
         root = self._roster.node(spread.root)
         if root is None or root == self._me:
             return []  # what comes down this node's own tree comes from this node
         out: list[Effect] = []
         fresh: list[Stated] = []
         for blob in spread.items[:ITEMS_PER_SPREAD_MAX]:
-            stated = self._codec.open(blob)
+            stated = self._codec.open(blob, sender, now)
             if stated is not None and self._first_time(stated):
                 fresh.append(stated)
                 out += self._heard(stated, now)

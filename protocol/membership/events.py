@@ -92,6 +92,25 @@ class IdentityUncontested:
     """Members take this very boot for the one that counts: there is no twin (any more)."""
 
 
+@dataclass(frozen=True, slots=True)
+class CutOff:
+    """This node heard nobody for `silent_s`: what it shows of the others is what it last knew. It accuses nobody."""
+
+    silent_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reconnected:
+    """After CutOff, somebody was heard again, or there is nobody left to be heard."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForgeryCut:
+    """A member passed on forged statements: its link was cut, and for a minute nothing that it passes on is read."""
+
+    peer: NodeId
+
+
 # ---- inputs beyond the network's --------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ node tens of kilobytes; instead, a few signed view reports (one bit per member) 
 side bring back all of them.
 """
 
+from collections.abc import Iterable, Sequence
 from math import inf
 
 from protocol.ids import NodeId
@@ -18,7 +19,8 @@ from protocol.wire.messages import Alive, Gossip, ViewOffer, ViewReply, ViewRepo
 from protocol.wire.statements import Stated
 
 TELL_PAUSE_S = 1.0
-REPLY_STATEMENTS_MAX = 4000
+REPLY_STATEMENTS_MAX = 4000  # in answer to one offer ...
+STATEMENTS_PER_REPLY = 256  # ... and in one frame of it: with the longest statements, and all wishes, well below 1 MiB
 REPORT_LIFETIME_S = 3.0
 REPORTS_MAX = 64
 REPORT_ROSTER_MAX = (limits.STATEMENT_BYTES_MAX - 128) * 8  # a bit a member; beyond, no report fits a statement
@@ -104,13 +106,19 @@ class Healing:
                 statements += [proof.blob for proof in self._suspicions.accusations(member)]
             if theirs not in (b"", b"\0\0\0\0"):
                 wanted.append(s.roster.short(member))
-        s.link(peer, ViewReply(statements[:REPLY_STATEMENTS_MAX], wanted))
+        self._reply(peer, statements, wanted)
 
-    def wanted(self, peer: NodeId, shorts: list[bytes]) -> None:
-        """Send the statements that the peer asked for."""
+    def _reply(self, peer: NodeId, statements: Sequence[bytes], wanted: list[bytes]) -> None:
+        """In as many frames as it takes; the first one brings the wishes."""
+        told = statements[:REPLY_STATEMENTS_MAX]
+        for start in range(0, max(1, len(told)), STATEMENTS_PER_REPLY):
+            self._s.link(peer, ViewReply(list(told[start : start + STATEMENTS_PER_REPLY]), [] if start else wanted))
+
+    def wanted(self, peer: NodeId, shorts: Iterable[bytes]) -> None:
+        """Send the statements that the peer asked for, each once however often it is named."""
         s = self._s
         statements: list[bytes] = []
-        for raw in shorts:
+        for raw in dict.fromkeys(shorts):
             member = s.roster.node(raw)
             if member is None:
                 continue
@@ -119,7 +127,7 @@ class Healing:
             else:
                 statements += [proof.blob for proof in self._suspicions.accusations(member)]
         if statements:
-            s.link(peer, ViewReply(statements[:REPLY_STATEMENTS_MAX], []))
+            self._reply(peer, statements, [])
 
     # ---- the falsely dead ----------------------------------------------------------------------------------------
 

@@ -8,20 +8,22 @@ from collections.abc import Mapping
 from protocol.effects import Effect, LinkLost, LinkOpened, LinkReceived, Packet, Persist, Rng, TimerFired
 from protocol.ids import Address, NodeId, pack_address
 from protocol.membership.broadcasts import gossip_bytes
+from protocol.membership.contact import Contacts
 from protocol.membership.events import (
     AddressesChanged,
     ContactFound,
     Depart,
     MembershipInput,
     PeerCleared,
-    PeerDown,
     PeerLeft,
     RosterShrank,
     Stalled,
     StatementReceived,
 )
 from protocol.membership.healing import Healing, peer_up
+from protocol.membership.intake import INTAKE_PAUSE_S, Intake
 from protocol.membership.parameters import LAN, Parameters
+from protocol.membership.silence import Silence
 from protocol.membership.state import MACHINE, TUNNEL, State
 from protocol.membership.suspicion import Suspicions
 from protocol.membership.twins import Twin
@@ -45,9 +47,6 @@ from protocol.wire.statements import Stated, StatementCodec
 
 ALIVE_LIFETIME_S = 20.0
 LEAVING_LIFETIME_S = 5.0
-CONTACT_PEERS = 3
-CONTACT_PAUSE_S = 0.2
-CONTACT_RETRY_MAX_S = 15.0
 
 
 class Membership:
@@ -70,14 +69,15 @@ class Membership:
         self._suspicions = Suspicions(self._s)
         self._probing = self._suspicions.probing
         self._healing = Healing(self._s, self._suspicions)
-        self._twin = Twin(self._s, self._introduce)
+        self._silence = Silence(self._s, self._suspicions)
+        self._contacts = Contacts(self._s, self._healing)
+        self._twin = Twin(self._s, self._contacts.introduce)
         self._addresses = addresses[: limits.ADDRESSES_PER_NODE_MAX]
         self._last_event = 0.0
-        self._contact_pause_s = CONTACT_PAUSE_S
         self._greetings_left = params.leave_sends_max
-        self._introduced: set[NodeId] = set()
-        self._contacted: dict[NodeId, float] = {}
         self._departed = False
+        self._intake = Intake()
+        self._arriving = False  # this node knew nobody before the statements that it is taking in
         self._s.contacts.update(contacts or {})
         for blob in durable.values():
             stated = codec.open(blob)
@@ -92,8 +92,18 @@ class Membership:
         return self._s.view
 
     def suspects(self) -> list[NodeId]:
-        """Members accused and still up."""
-        return self._suspicions.suspects()
+        """Members that count as up and may not be: those accused; all of them while this node is itself cut off."""
+        return list(self._s.view.peers) if self._silence.cut_off else self._suspicions.suspects()
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether this node of three or more hears nobody at all: it cannot tell who is up."""
+        return self._silence.cut_off
+
+    @property
+    def contested(self) -> bool:
+        """Whether another machine runs with this node's key, as far as this node noticed."""
+        return self._twin.contests
 
     def addresses(self, peer: NodeId) -> tuple[Address, ...]:
         """Where to reach a peer, the best first; empty if nothing is known."""
@@ -124,7 +134,8 @@ class Membership:
         self._announce_self(first=True)
         s.timer(now + s.rng.uniform(0.0, s.params.probe_interval_s), "probe")
         s.timer(now + s.rng.uniform(0.5, 1.0) * s.params.announce_interval_s, "announce")
-        self._contact()
+        if not self._shut_out():
+            self._contacts.seek()
         return self._end()
 
     def handle(self, event: MembershipInput, now: float, wall: float) -> list[Effect]:
@@ -135,6 +146,8 @@ class Membership:
         # The probe timer is this machine's pulse; with a long interval a pause of that length is no stall.
         if gap > max(s.params.stall_s, 1.5 * s.params.probe_interval_s):
             self._stalled(gap)
+        if self._shut_out() and not isinstance(event, TimerFired | RosterShrank):
+            return self._end()
         match event:
             case Packet():
                 self._packet(event)
@@ -145,9 +158,10 @@ class Membership:
             case LinkReceived(peer, message):
                 self._link_message(peer, message)
             case LinkOpened(peer, boot):
-                self._link_opened(peer, boot)
+                self._contacts.link_opened(peer, boot)
             case LinkLost(peer, code=code):
-                self._introduced.discard(peer)
+                self._contacts.link_lost(peer)
+                self._intake.forget(peer)
                 self._twin.lost(code)
             case AddressesChanged(addresses):
                 if addresses[: limits.ADDRESSES_PER_NODE_MAX] != self._addresses:
@@ -158,8 +172,11 @@ class Membership:
                     # A node that learns of its own eviction stays in its own view: everything here counts on that.
                     if peer != s.me:
                         self._forget(peer)
+                if s.me in evicted:
+                    # Nobody listens to it any more: it shows nobody as up and calls nobody.
+                    self._silence.lose_all()
             case ContactFound(peer, address):
-                self._contact_found(peer, address)
+                self._contacts.found(peer, address)
             case Depart():
                 self._depart()
         return self._end()
@@ -202,34 +219,6 @@ class Membership:
         self._s.incarnation += 1
         self._announce_self()
 
-    def _contact(self) -> None:
-        """Nobody is up in this view: try members by the addresses remembered, over links."""
-        s = self._s
-        offline = s.view.absent(s.contacts)
-        for peer in s.rng.sample(offline, min(CONTACT_PEERS, len(offline))):
-            self._introduce(peer)
-        self._contact_pause_s = min(self._contact_pause_s * 1.5, CONTACT_RETRY_MAX_S)
-        s.timer(s.now + self._contact_pause_s * s.rng.uniform(0.8, 1.2), "contact")
-
-    def _contact_found(self, peer: NodeId, address: Address) -> None:
-        s = self._s
-        if peer == s.me or peer not in s.roster or peer in s.view.up:
-            return
-        s.contacts[peer] = address
-        self._seek(peer)
-
-    def _seek(self, peer: NodeId) -> None:
-        """Introduce this node over a link, not too often: its boot, which datagrams need, may be another by now."""
-        s = self._s
-        if s.now >= self._contacted.get(peer, -CONTACT_RETRY_MAX_S) + CONTACT_RETRY_MAX_S:
-            self._contacted[peer] = s.now
-            self._introduce(peer)
-
-    def _introduce(self, peer: NodeId) -> None:
-        s = self._s
-        s.link(peer, ViewReply([s.view.known[s.me].blob], []))
-        self._healing.offer(peer)
-
     def _depart(self) -> None:
         s = self._s
         self._departed = True
@@ -242,7 +231,8 @@ class Membership:
         self._suspicions.dismiss(peer)
         self._probing.forget(peer)
         self._healing.forget(peer)
-        for table in (s.routes, s.claims, s.tunnelled, s.contacts, self._contacted):
+        self._contacts.forget(peer)
+        for table in (s.routes, s.claims, s.tunnelled):
             table.pop(peer, None)
         s.broadcasts.discard(("alive", peer))
         if peer in s.view.known:
@@ -266,53 +256,51 @@ class Membership:
                 s.gossip_tick()
             case ("suspect", str(target)):
                 self._suspicions.due(NodeId(target))
+            case ("intake",):
+                self._take_in()
             case ("announce",):
                 self._announce_tick()
             case ("twin",):
                 self._twin.due()
             case ("contact",):
-                if not s.view.peers and not self._departed:
-                    self._contact()
+                if not s.view.peers and not (self._departed or self._shut_out()):
+                    self._contacts.seek()
                 else:
-                    self._contact_pause_s = CONTACT_PAUSE_S
+                    self._contacts.rest()
 
     def _probe_tick(self) -> None:
         s = self._s
         if not self._departed:
             s.timer(s.now + s.params.probe_interval_s, "probe")
-        if len(s.view.peers) > 1 and s.now > s.last_heard + s.params.isolation_s:
-            self._isolated()
+        if self._shut_out():
+            return
+        if self._silence.notice():
+            self._silence.lose_all()
+            self._contacts.rest()
+            self._contacts.seek()
         else:
             self._probing.tick()
 
-    def _isolated(self) -> None:
-        """Nobody was heard for a minute: to this node the others are gone. A private verdict, told to nobody."""
-        s = self._s
-        for peer in list(s.view.peers):
-            self._suspicions.clear(peer)
-            self._probing.forget(peer)
-            s.view.set_down(peer, (), s.now)
-            s.publish(PeerDown(peer, (s.me,), private=True))
-        self._contact_pause_s = CONTACT_PAUSE_S
-        self._contact()
+    def _shut_out(self) -> bool:
+        return self._s.me not in self._s.roster
 
     def _announce_tick(self) -> None:
         """Look for a member that is not up: healed partitions find each other by this."""
         s = self._s
         s.timer(s.now + s.params.announce_interval_s * s.rng.uniform(0.8, 1.2), "announce")
         gone = [peer for peer in s.view.absent(s.contacts) if peer not in s.view.left]
-        if not gone or self._departed:
+        if not gone or self._departed or self._shut_out():
             return
         peer = s.rng.choice(gone)
         # One remembered from before a restart cannot find this node: it seals its datagrams for the former boot.
-        (self._probing.announce if peer in s.view.down else self._seek)(peer)
+        (self._probing.announce if peer in s.view.down else self._contacts.approach)(peer)
 
     # ---- messages ----------------------------------------------------------------------------------------------
 
     def _packet(self, packet: Packet) -> None:
         s = self._s
         sender, source = packet.sender, packet.source
-        s.heard(sender)
+        self._silence.heard(sender)
         tunnelled = source == TUNNEL
         if not tunnelled:
             s.came_from(sender, source)
@@ -341,34 +329,38 @@ class Membership:
                     self._probing.relayed(probe, sender)
         self._probing.heard(sender, source)
 
-    def _link_opened(self, peer: NodeId, boot: int) -> None:
-        s = self._s
-        known_boot = s.view.rank(peer)[0]
-        if (peer not in s.view.up or known_boot != boot) and peer not in self._introduced and peer in s.roster:
-            self._introduced.add(peer)
-            self._introduce(peer)
-
     def _link_message(self, peer: NodeId, message: object) -> None:
         s = self._s
-        s.heard(peer)
+        self._silence.heard(peer)
         match message:
             case ViewOffer() as offer:
                 self._healing.offered(peer, offer)
             case ViewReply(statements, wanted):
-                alone = not s.view.peers
-                for blob in statements:
-                    stated = s.codec.open(blob)
-                    if stated is not None:
-                        self._statement(stated, peer, relay=False)
+                self._arriving = self._arriving or not s.view.peers
+                was_empty = not self._intake
+                self._intake.put(peer, statements)
+                if was_empty:
+                    self._take_in()
                 if s.roster.short(s.me) in wanted:
                     self._twin.wanted(peer)
                 if wanted:
-                    self._healing.wanted(peer, list(wanted))
-                if alone and s.view.peers:
-                    # Just arrived: tell as many as is fair at once, instead of waiting for gossip's tail.
-                    own = s.view.known[s.me]
-                    s.tell_many(own)
-                    s.gossip(("alive", s.me), own, ALIVE_LIFETIME_S)
+                    self._healing.wanted(peer, wanted)
+
+    def _take_in(self) -> None:
+        """Some of the statements that links brought. The rest waits, so that no frame holds this node up for long."""
+        s = self._s
+        for peer, blob in self._intake.take():
+            stated = s.codec.open(blob, peer, s.now)
+            if stated is not None:
+                self._statement(stated, peer, relay=False)
+        if self._intake:
+            s.timer(s.now + INTAKE_PAUSE_S, "intake")
+        elif self._arriving and s.view.peers:
+            # Just arrived: tell as many as is fair at once, instead of waiting for gossip's tail.
+            own = s.view.known[s.me]
+            s.tell_many(own)
+            s.gossip(("alive", s.me), own, ALIVE_LIFETIME_S)
+            self._arriving = False
 
     # ---- statements --------------------------------------------------------------------------------------------
 
@@ -441,6 +433,7 @@ class Membership:
         if peer == s.me or peer in s.view.left or (leaving.boot, leaving.incarnation) < s.view.rank(peer):
             return
         self._suspicions.clear(peer)
+        self._suspicions.dismiss(peer)
         self._probing.forget(peer)
         s.broadcasts.discard(("alive", peer))
         s.view.set_left(peer, stated, s.now)

@@ -15,6 +15,7 @@ from protocol.wire.messages import Ack, Gossip, Nack, Ping, PingRequest, Relayed
 from protocol.wire.statements import Stated
 
 PROBES_MAX = 256
+NUMBERS = 2**16  # two bytes of every ping and its answer; far more than are ever under way
 RELAYS_MAX = 256
 LATE_S = 0.2  # a timer this late means that this process was kept from running, not that the peer was silent
 UDP_RETRY_S = 30.0
@@ -45,7 +46,7 @@ class Probing:
         self._probes: dict[int, _Probe] = {}
         self._targets: dict[NodeId, int] = {}
         self._relays: dict[int, tuple[NodeId, int, Address, NodeId]] = {}  # asker, its number, from where; target
-        self._number = state.rng.getrandbits(31)
+        self._number = 0
         self._order: list[NodeId] = []
         self._by_relay: set[NodeId] = set()  # peers that only relays reached the last time
 
@@ -245,7 +246,7 @@ class Probing:
         self._s.cancel("stage", number)
 
     def _next_number(self) -> int:
-        self._number = self._number + 1 & 0xFFFFFFFF
+        self._number = (self._number + 1) % NUMBERS
         return self._number
 
     def _stretch(self, seconds: float) -> float:

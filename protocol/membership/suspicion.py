@@ -151,7 +151,7 @@ class Suspicions:
                 self._s.broadcasts.discard(("accusation", target, accuser))
 
     def dismiss(self, witness: NodeId) -> None:
-        """What an evicted node said of others counts no more. Verdicts already reached stand."""
+        """What a node that left or was evicted said of others counts no more. Verdicts already reached stand."""
         for target, suspicion in list(self._suspicions.items()):
             self._withdraw(witness, target, suspicion)
 

@@ -41,6 +41,11 @@ class Twin:
         self._rounds = 0
 
     @property
+    def contests(self) -> bool:
+        """Whether another machine with this node's key was noticed and is not known to be gone."""
+        return self._is_contested
+
+    @property
     def overrules(self) -> bool:
         """Whether a twin with a later boot is known: then this node must not answer in its name over links."""
         return self._is_contested and self._boot > self._s.boot

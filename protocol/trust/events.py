@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from protocol.ids import NodeId
+from protocol.trust.policy import Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +51,10 @@ class KeyRefused:
 
     peer: NodeId
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChanged:
+    """Published: an admin changed a setting of the mesh, or this node has just read them."""
+
+    policy: Policy

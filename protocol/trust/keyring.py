@@ -30,9 +30,18 @@ from protocol.effects import (
 )
 from protocol.ids import NodeId
 from protocol.membership.events import PeerDown, PeerLeft, PeerUp
-from protocol.trust.events import Coordinating, KeyRefused, KeysChanged, MintKey, RosterChanged, RotationDue
+from protocol.trust.events import (
+    Coordinating,
+    KeyRefused,
+    KeysChanged,
+    MintKey,
+    PolicyChanged,
+    RosterChanged,
+    RotationDue,
+)
 from protocol.trust.keys import GOSSIP_KEY_BYTES, GossipKey, HeldKey, decode_key, encode_key, key_id_of
 from protocol.trust.keysearch import KeySearch, SearchParams
+from protocol.trust.policy import ROTATION_MAX_S
 from protocol.trust.view import RosterView
 from protocol.wire.datagram import UnknownKey
 from protocol.wire.messages import KeyGrant, KeyRequest
@@ -54,7 +63,7 @@ class KeyringParams:
     grant_attempts_max: int = 4
     grace_s: float = 600.0
     grace_after_eviction_s: float = 60.0
-    rotate_every_s: float = 86_400.0
+    rotate_every_s: float = 86_400.0  # where no record of the mesh says else
     rotate_interval_min_s: float = 10.0
     mint_retry_s: float = 5.0
     push_interval_s: float = 1.0
@@ -82,6 +91,7 @@ class Keyring:
         self._roster = roster
         self._rng = rng
         self._params = params or KeyringParams()
+        self._rotate_every_s = self._params.rotate_every_s
         self._durable = durable
         self._held: dict[bytes, HeldKey] = {}
         self._newest: HeldKey | None = None
@@ -127,7 +137,7 @@ class Keyring:
             return self._schedule_rotation(now)
         self._newest = max(self._held.values(), key=lambda held: held.value.rank)
         # A clock that was set back makes the key young, never older than it can be: at worst one rotation too many.
-        age_s = min(max(wall - self._newest.value.learnt_ms / 1000, 0.0), self._params.rotate_every_s)
+        age_s = min(max(wall - self._newest.value.learnt_ms / 1000, 0.0), ROTATION_MAX_S)
         self._learnt_at = now - age_s
         return [*self._settle(now), *self._schedule_rotation(now)]
 
@@ -154,6 +164,9 @@ class Keyring:
                 return self._roster_changed(event, now)
             case Coordinating():
                 self._coordinating = event.is_coordinator
+                return self._schedule_rotation(now)
+            case PolicyChanged():
+                self._rotate_every_s = event.policy.gossip_key_rotation_s
                 return self._schedule_rotation(now)
             case MintKey():
                 return self._mint(event.key, now, wall)
@@ -243,7 +256,7 @@ class Keyring:
         if self._newest.value.tainted:
             # Several evictions in a row share a rotation, or keys would be dropped while others still send with them.
             return self._learnt_at + self._params.rotate_interval_min_s, "eviction"
-        return self._learnt_at + self._params.rotate_every_s, "age"
+        return self._learnt_at + self._rotate_every_s, "age"
 
     def _schedule_rotation(self, now: float) -> list[Effect]:
         if not self._coordinating:

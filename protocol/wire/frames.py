@@ -23,6 +23,7 @@ FRAME_PAYLOAD_BYTES_MAX: Final = FRAME_BYTES_MAX - 1
 FEATURES_MAX: Final = 32
 GRANT_BYTES: Final = 16
 REASON_BYTES_MAX: Final = 1024
+TOMBSTONE_BYTES_MAX: Final = 1024
 
 
 class Channel(IntEnum):
@@ -163,6 +164,8 @@ class Refused(_LinkMessage, frozen=True, tag=3):
     retryable: bool
     version_min: Version = PROTOCOL_VERSION_MIN
     version_max: Version = PROTOCOL_VERSION
+    # To an evicted node alone, which has proven its key: the root's statement about it.
+    tombstone: Annotated[bytes, msgspec.Meta(max_length=TOMBSTONE_BYTES_MAX)] = b""
 
 
 class Ping(_LinkMessage, frozen=True, tag=4):

@@ -18,6 +18,9 @@ from protocol.wire.crypto import STATEMENT_DOMAIN, Suite
 from protocol.wire.messages import Alive, StatementBody
 
 CACHE_STATEMENTS_MAX = 4096
+FORGED_MAX = 8  # a member that passed on so many forged statements in FORGED_WINDOW_S is believed nothing for as long
+FORGED_WINDOW_S = 60.0
+FORGERS_MAX = 4096
 
 _encode = msgspec.msgpack.Encoder().encode
 _decoder: msgspec.msgpack.Decoder[StatementBody] = msgspec.msgpack.Decoder(StatementBody)
@@ -38,6 +41,39 @@ def view_token(alive: Alive) -> int:
     return int.from_bytes(hashlib.blake2b(material, digest_size=8).digest(), "big") or 1
 
 
+class Forgers:
+    """Who passed on what nobody signed. No correct member does: it verifies before it passes on.
+
+    A signature costs some 60 us to refuse, so one who makes others refuse them by the thousand must be stopped early.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[NodeId, tuple[float, int]] = {}  # since when, and how many
+        self._fresh: list[NodeId] = []
+
+    def count(self, peer: NodeId, now: float) -> None:
+        """One more by this peer; `now` is monotonic seconds."""
+        since, count = self._counts.pop(peer, (now, 0))
+        if now >= since + FORGED_WINDOW_S:
+            since, count = now, 0
+        if len(self._counts) >= FORGERS_MAX:
+            del self._counts[next(iter(self._counts))]
+        # The limit reached begins the time anew: from now on nothing is believed for the whole of it.
+        self._counts[peer] = (now if count + 1 == FORGED_MAX else since, count + 1)
+        if count + 1 == FORGED_MAX:
+            self._fresh.append(peer)
+
+    def is_barred(self, peer: NodeId, now: float) -> bool:
+        """Whether statements that this peer brings are not even looked at."""
+        since, count = self._counts.get(peer, (now, 0))
+        return count >= FORGED_MAX and now < since + FORGED_WINDOW_S
+
+    def take(self) -> list[NodeId]:
+        """Those that reached the limit since the last call; their links are to be cut."""
+        fresh, self._fresh = self._fresh, []
+        return fresh
+
+
 class StatementCodec:
     """Signs this node's statements and verifies everybody's. The cache may be shared by nodes that run in one world."""
 
@@ -53,6 +89,7 @@ class StatementCodec:
         self._cache_max = cache_statements_max
         self._cache: MutableMapping[bytes, Stated] = {} if cache is None else cache
         self.drops: Counter[str] = Counter()
+        self.forgers = Forgers()
 
     def sign(self, me: NodeId, body: StatementBody) -> Stated:
         """Encode and sign a statement of this node. Raises ValueError if it is too large to travel."""
@@ -62,14 +99,20 @@ class StatementCodec:
             raise ValueError(f"a statement of {len(blob)} bytes does not fit a datagram")
         return self._remember(Stated(blob, body, me, view_token(body) if isinstance(body, Alive) else 0))
 
-    def open(self, blob: bytes) -> Stated | None:
-        """The statement, if its signer is a member and really signed it; else None, counted. Never raises."""
+    def open(self, blob: bytes, via: NodeId | None = None, now: float = 0.0) -> Stated | None:
+        """The statement, if its signer is a member and really signed it; else None, counted. Never raises.
+
+        `via` is the peer that brought it, `now` monotonic seconds: who brings forged ones is soon not listened to.
+        """
         known = self._cache.get(blob)
         if known is not None:
             # The roster may have changed since: an evicted node's word stops counting at once.
             if known.signer in self._roster:
                 return known
             self._drop("not_member")
+            return None
+        if via is not None and self.forgers.is_barred(via, now):
+            self._drop("barred")
             return None
         if not limits.SIGNATURE_BYTES < len(blob) <= limits.STATEMENT_BYTES_MAX:
             self._drop("size")
@@ -87,6 +130,8 @@ class StatementCodec:
             return None
         if not self._suite.verify(public_key, STATEMENT_DOMAIN, encoded, signature):
             self._drop("forged")
+            if via is not None:
+                self.forgers.count(via, now)
             return None
         return self._remember(Stated(blob, body, signer, view_token(body) if isinstance(body, Alive) else 0))
 

@@ -4,6 +4,7 @@ from math import inf
 from typing import Any
 
 from protocol.membership.broadcasts import Broadcasts
+from protocol.membership.contact import Contacts
 from protocol.membership.healing import Healing
 from protocol.membership.machine import Membership
 from protocol.membership.probing import Probing
@@ -47,7 +48,7 @@ def _older_boot_wins(patches: Patches) -> None:
 
 def _no_announces(patches: Patches) -> None:
     patches.set(Probing, "announce", lambda self, target: None)
-    patches.set(Membership, "_contact", lambda self: None)
+    patches.set(Contacts, "seek", lambda self: None)
     patches.set(Healing, "contact", lambda self, sender: None)
 
 

@@ -31,8 +31,10 @@ class EvictedStayOut(Checker):
     def published(self, computer: Computer, event: object) -> None:
         """Nobody who is named may be evicted. Events come in the order in which the machines made them."""
         match event:
-            case RosterChanged(removed=removed):
+            case RosterChanged(admitted=admitted, removed=removed):
                 self._evicted[computer.index].update(removed)
+                # A withdrawn admission may be followed by another; no eviction is.
+                self._evicted[computer.index].difference_update(admitted)
                 return
             case PeerUp(peer):
                 named: tuple[str, ...] = (peer,)

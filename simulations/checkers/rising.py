@@ -25,13 +25,17 @@ class Rising(Checker):
 
     name = "rising"
 
+    def __init__(self, *, with_copies: bool = False) -> None:
+        """`with_copies`: two computers may sign with one key, each with a boot of its own."""
+        self._with_copies = with_copies
+
     def attached(self, world: World) -> None:
         self._world = world
         self._highest: dict[int, int] = {}
         # Datagrams that waited for a disk leave after later ones: those numbers are held here until they show up.
         self._gaps: dict[int, set[int]] = {}
         self._boots: dict[tuple[int, NodeId], int] = {}
-        self._stated: dict[tuple[bytes, str], tuple[int, int]] = {}
+        self._stated: dict[tuple[bytes, str, int], tuple[int, int]] = {}
         world.ring.signed.append(self._signed)
 
     def sent(self, source: Computer, target: Computer | None, address: Address, data: bytes) -> None:
@@ -67,10 +71,11 @@ class Rising(Checker):
             rank, strict = (statement.boot, statement.incarnation), False
         else:
             rank, strict = (statement.boot, statement.number), True
-        before = self._stated.get((public_key, kind), (-1, -1))
+        key = (public_key, kind, statement.boot if self._with_copies else 0)
+        before = self._stated.get(key, (-1, -1))
         if rank < before or (strict and rank == before):
             self._object(f"{kind} {rank} was signed after {before} by the same node")
-        self._stated[(public_key, kind)] = rank
+        self._stated[key] = rank
 
     def published(self, computer: Computer, event: object) -> None:
         """A peer that is up again is not up in an older boot."""

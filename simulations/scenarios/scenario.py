@@ -142,13 +142,14 @@ def mesh(
     params: NodeParameters | None = None,
     own_rosters: bool = False,
     sample_s: float | None = None,
+    with_copies: bool = False,
 ) -> Mesh:
     """An empty world with all safety checkers; `spawn` and `settle` fill it."""
     views = Views()
     world = World(options.seed, network=network)
     program = MeshProgram(world, params=params, own_rosters=own_rosters, sample_s=sample_s)
     world.use(program)
-    safety: tuple[Checker, ...] = (DeathWitnesses(), Rising(), Bounded(), Quorate(), Terms())
+    safety: tuple[Checker, ...] = (DeathWitnesses(), Rising(with_copies=with_copies), Bounded(), Quorate(), Terms())
     if own_rosters:
         safety += (EvictedStayOut(),)
     for checker in (views, *safety, *checkers):

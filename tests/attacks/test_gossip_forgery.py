@@ -20,7 +20,7 @@ from protocol.trust.statements import Eviction, TrustStatement
 from protocol.wire.crypto import SodiumSuite
 from protocol.wire.messages import Alive, Gossip, Heartbeat, Ping
 from protocol.wire.replay import ReplayWindow
-from protocol.wire.statements import StatementCodec
+from protocol.wire.statements import Forgers, StatementCodec
 from tests.protocol.trust.parts import public_key, seed
 from tests.protocol.wire import by_hand
 from tests.protocol.wire.hubs import GOSSIP_KEY, Host, Hubs, encode, settled, statement
@@ -64,9 +64,11 @@ def test_case_01_one_altered_byte_spoils_a_heartbeat_that_is_passed_on() -> None
     reader = mesh["reader"].live
     for at in range(len(blob)):
         altered = blob[:at] + bytes([blob[at] ^ 1]) + blob[at + 1 :]
+        reader.codec.forgers = Forgers()  # or the liar would soon not be listened to at all
         mesh.tell("liar", "reader", Gossip([altered]))
         assert reader.heartbeats.latest[mesh["victim"].node_id][0].ram_used_mb != 999_999
     assert sum(reader.codec.drops.values()) == len(blob)
+    reader.codec.forgers = Forgers()
     mesh.tell("liar", "reader", Gossip([blob]))
     assert reader.heartbeats.latest[mesh["victim"].node_id][0].ram_used_mb == 999_999
 
@@ -215,10 +217,10 @@ def test_case_04_an_evicted_node_gossiped_as_alive_stays_out(defended: bool, mon
 
 
 def _believe_former(monkeypatch: pytest.MonkeyPatch, by_short: dict[bytes, Any], key: bytes) -> None:
-    def open_any(self: StatementCodec, blob: bytes) -> Any:
+    def open_any(self: StatementCodec, blob: bytes, *brought: Any) -> Any:
         members, self._roster = self._roster, Former()  # type: ignore[assignment] # the two methods it asks
         try:
-            return opened(self, blob)
+            return opened(self, blob, *brought)
         finally:
             self._roster = members
 

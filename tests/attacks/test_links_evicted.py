@@ -80,6 +80,29 @@ async def test_an_evicted_node_is_told_so_when_it_comes_back(tmp_path: Path) -> 
         assert not good.events
 
 
+async def test_it_is_shown_the_roots_word_about_it_and_nobody_else_is(tmp_path: Path) -> None:
+    """One frame, to a key that TLS has proven, and only what is about that key."""
+    async with mesh(tmp_path) as m:
+        evil, good = await m.add(), await m.add(methods={"echo": PeerMethod(Text, echo)})
+        good.gate.tombstones[evil.node_id] = b"the root's word"
+        evict(evil, good)
+        # A call by a service is refused; the machines hear of it all the same.
+        with pytest.raises(MeshError):
+            await evil.links.call(good.node_id, "echo", Text(), Text, timeout_s=5)
+        lost = await evil.until(LinkLost)
+        assert isinstance(lost, LinkLost)
+        assert (lost.peer, lost.code, lost.tombstone) == (good.node_id, "evicted", b"the root's word")
+        stranger = m.make_identity()
+        stream = await raw_connect(good.address, m.client_context(stranger))
+        try:
+            # It names the evicted one, and still gets nothing: the key is the question.
+            answer = await greet(stream, raw_hello(evil.identity))
+        finally:
+            stream.cut("done")
+        assert isinstance(answer, Refused)
+        assert (answer.code, answer.tombstone) == ("not_a_member", b"")
+
+
 async def test_nobody_dials_an_evicted_node(tmp_path: Path) -> None:
     async with mesh(tmp_path) as m:
         evil, good = await m.add(methods={"echo": PeerMethod(Text, echo)}), await m.add()

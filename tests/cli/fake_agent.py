@@ -102,7 +102,7 @@ def _handler(agent: FakeAgent) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
 
         # The names are those that http.server calls.
-        do_GET = do_POST = do_PATCH = do_DELETE = _serve  # noqa: N815 -- as http.server demands
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _serve  # noqa: N815 -- as http.server demands
 
         def handle(self) -> None:
             # Who has seen enough of a stream goes away in the middle of it.

@@ -381,3 +381,24 @@ def test_flags_before_the_command_are_explained(capsys: pytest.CaptureFixture[st
 
 def test_the_group_is_made_anew_each_time() -> None:
     assert command_group() is not command_group()
+
+
+POLICY = {"members_may_invite": True, "members_may_evict": False, "gossip_key_rotation_s": 86_400.0}
+
+
+def test_settings_of_the_mesh_are_shown_and_changed(command: Command, agent: FakeAgent) -> None:
+    agent.on("GET /api/cluster/policy", Answer(POLICY))
+    done = command("config", "mesh")
+    assert done.code == 0
+    assert re.search(r"members_may_invite +true +Members", done.out)
+    assert re.search(r"gossip_key_rotation_s +86400 ", done.out)
+    agent.on("PUT /api/cluster/policy", Answer(POLICY | {"members_may_invite": False}))
+    done = command("config", "mesh", "members_may_invite", "False", "--json")
+    assert (done.code, json.loads(done.out)) == (0, {"members_may_invite": False})
+    assert agent.heard[-1].body == {"members_may_invite": False}
+    assert command("config", "mesh", "gossip_key_rotation_s", "3600").code == 0
+    assert agent.heard[-1].body == {"gossip_key_rotation_s": 3600.0}
+    for wrong in (["nonsense"], ["nonsense", "true"], ["members_may_invite", "maybe"]):
+        done = command("config", "mesh", *wrong)
+        assert done.code == 2, wrong
+        assert wrong[0 if wrong[0] == "nonsense" else 1] in done.err

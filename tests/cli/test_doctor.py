@@ -147,7 +147,11 @@ def test_the_lock_file_is_the_one_that_agents_write(data_dir: Path, monkeypatch:
     monkeypatch.setattr("psutil.Process.cmdline", lambda _: ["python", "-m", "meshnode", "up"])
     with open_data_folder(data_dir / "mesh"):
         assert lock_holder(data_dir / "mesh") == os.getpid()
-        assert str(os.getpid()) in check_agent(patient(data_dir / "mesh")).found
+        quiet = check_agent(patient(data_dir / "mesh"))
+        assert (quiet.result, str(os.getpid()) in quiet.found) == (OK, True)
+        told = check_agent(patient(data_dir / "mesh", warnings=("another machine runs with a copy of this key",)))
+        assert told.result is WARN
+        assert "another machine" in told.found
 
 
 def free_port() -> int:

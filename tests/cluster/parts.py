@@ -96,7 +96,7 @@ class Links:
 class Member:
     """One node's services."""
 
-    def __init__(self, house: "House", index: int, folder: Path, *, members_may_invite: bool) -> None:
+    def __init__(self, house: "House", index: int, folder: Path) -> None:
         seed, public, node_id = keys_of(index)
         self.index, self.folder = index, folder
         folder.mkdir(mode=0o700)
@@ -107,7 +107,7 @@ class Member:
         self.trust = Trust(
             data_dir=folder, identity=self.identity, root=ROOT if index == 0 else None, nodes=self.nodes,
             driver=self.driver, links=self.links,  # type: ignore[arg-type]  # the parts that Trust uses
-            facts=facts, members_may_invite=members_may_invite, bus=self.bus, log=RecordingLog(),
+            facts=facts, bus=self.bus, log=RecordingLog(),
         )  # fmt: skip
         self.methods = peer_methods(
             self.trust,
@@ -115,18 +115,23 @@ class Member:
             Twins(hub=self.driver.node, links=self.links, notices=Notices(), log=RecordingLog()),  # type: ignore[arg-type]  # as above
         )
 
+    def observe(self, event: object) -> None:
+        """As the composition root has it."""
+        self.nodes.observe(event)
+        self.trust.observe(event)
+
 
 class House:
     """Members 0 to size - 1, of whom 0 founded the mesh and holds its root key."""
 
-    def __init__(self, folder: Path, size: int = 3, *, members_may_invite: bool = True) -> None:
+    def __init__(self, folder: Path, size: int = 3) -> None:
         self.hubs = Hubs(size)
         self.unreachable: set[NodeId] = set()
         self.members: dict[NodeId, Member] = {}
         for index in range(size):
-            member = Member(self, index, folder / f"n{index}", members_may_invite=members_may_invite)
+            member = Member(self, index, folder / f"n{index}")
             self.members[member.identity.node_id] = member
-            self.hubs.observers[member.identity.node_id] = member.nodes.observe
+            self.hubs.observers[member.identity.node_id] = member.observe
         self.hubs.run(6.0)
 
     def __getitem__(self, index: int) -> Member:

@@ -131,13 +131,19 @@ def test_of_two_copies_the_later_counts_and_the_other_comes_back_when_it_is_gone
 
 def test_an_evicted_node_is_out_everywhere_and_stays_out(house: Agents) -> None:
     a, b, c = house.mesh("a", "b", "c")
-    events = b.events()
+    events, own = b.events(), c.events()
     assert a.call("DELETE", f"/api/nodes/{c.node_id}").status == 204
     until(lambda: all(c.node_id not in {n["id"] for n in x.get("/api/nodes")} for x in (a, b)), "c to be out", 5.0)
     assert events.until("node_evicted")["id"] == c.node_id
     events.close()
-    # What it tries is refused, and it knows why.
-    until(lambda: any("evicted" in warning for warning in c.get("/api/status")["warnings"]), "c to know", 10.0)
+    # Nobody talks to it any more; the first link that is refused shows it the root's word, so it knows all of it.
+    assert own.until("node_evicted")["id"] == c.node_id
+    own.close()
+    assert {node["status"] for node in c.get("/api/nodes")} == {"offline"}
+    (warning,) = c.get("/api/status")["warnings"]
+    assert "evicted from its mesh by a at " in warning
+    assert "leave --force" in warning
+    # What it tries is refused.
     assert c.call("POST", f"/api/nodes/{a.node_id}/ping", {"count": 1}).status >= 400
     assert a.error("POST", f"/api/nodes/{c.node_id}/ping", {"count": 1})["code"] == "not_found"
     # Nor does a restart let it in again.
@@ -164,6 +170,16 @@ def test_promotion_invitations_of_members_and_leaving(house: Agents) -> None:
     c = house.make("c")
     c.start(b.invite())
     agree([a, b, c])
+    # What members may is a setting of the mesh: an admin changes it, every member obeys it.
+    policy = {"members_may_invite": True, "members_may_evict": False, "gossip_key_rotation_s": 86_400.0}
+    assert b.get("/api/cluster/policy") == policy
+    assert b.error("PUT", "/api/cluster/policy", {"members_may_invite": False})["code"] == "not_admin"
+    assert a.error("PUT", "/api/cluster/policy", {"gossip_key_rotation_s": 1})["code"] == "bad_request"
+    closed = policy | {"members_may_invite": False}
+    assert a.ok("PUT", "/api/cluster/policy", {"members_may_invite": False}) == closed
+    until(lambda: b.get("/api/cluster/policy") == c.get("/api/cluster/policy") == closed, "all to know")
+    assert b.error("POST", "/api/cluster/join-token", {"role": "member"})["code"] == "forbidden"
+    assert a.ok("PUT", "/api/cluster/policy", {"members_may_invite": True}) == policy
 
     promoted = a.ok("POST", f"/api/nodes/{b.node_id}/promote")
     assert promoted["role"] == "admin"

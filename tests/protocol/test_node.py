@@ -26,7 +26,7 @@ from protocol.effects import (
 )
 from protocol.heartbeats.events import Sample, SampleTaken
 from protocol.ids import Address, NodeId
-from protocol.membership.events import Depart, PeerUp
+from protocol.membership.events import AddressesChanged, Depart, PeerUp
 from protocol.membership.state import TUNNEL
 from protocol.node import DATAGRAMS, FRAMES, INPUTS, Input, Node
 from protocol.records.collection import Collection, only_owner
@@ -298,3 +298,16 @@ def test_whom_the_election_follows_the_heartbeats_are_told(three: Hubs) -> None:
     for hub in three.hubs.values():
         assert (hub.heartbeats._leader, hub.heartbeats._term) == (hub.election.coordinator, hub.election.term)
         assert hub.heartbeats._leader is not None
+
+
+def test_a_wall_clock_set_back_is_seen_before_the_machine_can_sleep_on_it() -> None:
+    """Whatever the event is: else a lease would outlive a sleep that the clocks hide, on systems whose clock stands."""
+    hubs = Hubs(1)
+    hubs.run(3.0)
+    hub = hubs.hub(0)
+    assert hub.election.is_quorate(hubs.now, hubs.wall)
+    set_back = hubs.wall - 10.0
+    hubs.now += 0.5
+    hub.handle(AddressesChanged((address_of(1),)), hubs.now, set_back + 0.5)
+    # Ten seconds of sleep, of which the monotonic clock knows nothing and the wall clock a moment.
+    assert hub.election._clock.peek(hubs.now + 0.1, set_back + 10.6) > 600.0

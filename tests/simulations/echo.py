@@ -80,6 +80,9 @@ class EchoProgram:
     def accepts(self, machine: Machine, peer: NodeId) -> bool:
         return peer not in self.outlaws
 
+    def tombstone(self, machine: Machine, peer: NodeId) -> bytes:
+        return b""
+
     def admit(self, computers: Sequence[Computer]) -> None:
         """Nothing to prepare."""
 

@@ -17,7 +17,7 @@ from simulations.checkers.checker import Violation
 from simulations.faults import SHAPES, Faults, Shape, draw
 from simulations.report import as_table, replay
 from simulations.runner import Failure, Outcome, run_seeds
-from simulations.scenarios.scenario import Figure, Options, Samples, quantile
+from simulations.scenarios.scenario import Figure, Options, Samples, mesh, quantile
 from simulations.seeds import FAILED_ONCE, Seed
 from simulations.views import Views
 from simulations.world import World
@@ -33,6 +33,9 @@ SMALL = {
     "records": Options(nodes=5, seed=5),
     "replay": Options(nodes=6, seed=5, duration_s=5.0),
     "rotation": Options(nodes=8, seed=5),
+    "twins": Options(nodes=6, seed=5),
+    "withdrawal": Options(nodes=6, seed=5),
+    "sharding": Options(nodes=6, seed=5, duration_s=60.0),
     "churn": Options(nodes=5, seed=5, duration_s=60.0),
 }
 
@@ -174,3 +177,18 @@ def test_the_script_prints_help_for_people() -> None:
     assert done.returncode == 0
     for name in (*scenarios(), "ci", "bugs"):
         assert name in done.stdout
+
+
+def test_an_evicted_node_knows_it_within_seconds_though_nobody_sends_it_a_record() -> None:
+    """Its datagrams are dropped, so it tries a link; the refusal shows it the root's word."""
+    made = mesh(Options(nodes=6, seed=3), own_rosters=True)
+    world, program = made.world, made.program
+    computers = world.spawn(6)
+    victim = computers[5]
+    world.run(8.0)
+    assert len(program.believed_up(victim)) == 5
+    program.evict(victim, computers[0])
+    world.run(5.0)
+    assert not program.knows(victim, victim.node_id)
+    assert list(program.believed_up(victim)) == []
+    assert all(len(program.believed_up(computer)) == 4 for computer in computers[:5])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -18,6 +18,8 @@ from meshnode.kernel.redaction import printable
 if TYPE_CHECKING:
     from meshnode.kernel.database import SalvageReport
     from meshnode.settings import SettingView
+
+POLICY_PATH: Final = "/api/cluster/policy"
 
 
 @click.group(
@@ -42,6 +44,45 @@ def config(session: Session, ctx: click.Context, changed: bool) -> None:
         )
     else:
         say("Every setting is at its default.")
+
+
+@config.command(epilog=example("meshnode config mesh", "meshnode config mesh members_may_invite false"))
+@click.argument("key", required=False)
+@click.argument("value", required=False)
+@with_session
+def mesh(session: Session, key: str | None, value: str | None) -> None:
+    """Show the settings of the mesh, which are the same on all members; or, on an admin, change one.
+
+    KEY is its name, VALUE true, false or a number.
+    """
+    with session.agent() as agent:
+        policy = agent.get(POLICY_PATH)
+        if key is not None:
+            if key not in policy:
+                raise click.UsageError(f"{key!r} is no setting of the mesh; there are {', '.join(policy)}.")
+            if value is not None:
+                policy = agent.put(POLICY_PATH, {key: _mesh_value(value)})
+    from protocol.trust.policy import MEANINGS
+
+    chosen = policy if key is None else {key: policy[key]}
+    if session.as_json:
+        say_json(chosen)
+    else:
+        rows = [(name, _plain(held), MEANINGS.get(name, "")) for name, held in chosen.items()]
+        say(table(("SETTING", "VALUE", "MEANING"), rows))
+
+
+def _mesh_value(text: str) -> bool | float:
+    if text.casefold() in ("true", "false"):
+        return text.casefold() == "true"
+    try:
+        return float(text)
+    except ValueError:
+        raise click.UsageError(f"{text!r} is neither true nor false nor a number.") from None
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @config.command(epilog=example("meshnode config path"))

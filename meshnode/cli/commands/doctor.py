@@ -32,10 +32,10 @@ def doctor(session: Session) -> int:
 
     settings = session.resolved.settings
     try:
-        data_dir, told = session.data_dir, _told(session)
+        data_dir, (told, warnings) = session.data_dir, _told(session)
     except MeshError:
         # That no agent answers, or something else on its port, is for the checks to say.
-        data_dir, told = session.usual_data_dir, {}
+        data_dir, told, warnings = session.usual_data_dir, {}, ()
     running = running_ports(data_dir)
     api_port = session.api_port or running.get("api_port") or settings.api.port or DEFAULT_API_PORT
     patient = Patient(
@@ -49,6 +49,7 @@ def doctor(session: Session) -> int:
         discovery_port=settings.discovery.port,
         multicast_group=settings.discovery.group,
         told=told,
+        warnings=warnings,
     )
     with Progress("examining this machine", quiet=session.as_json):
         findings = trio.run(examine, patient)
@@ -69,14 +70,16 @@ def doctor(session: Session) -> int:
     return EXIT_FAILED if failed else EXIT_DONE
 
 
-def _told(session: Session) -> "dict[str, Told]":
-    """What the agent, if one runs, knows of its own health."""
+def _told(session: Session) -> "tuple[dict[str, Told], tuple[str, ...]]":
+    """What the agent, if one runs, knows of its own health, and its warnings."""
     from meshnode.cli.doctor import Told
 
     with session.agent() as agent:
         report = agent.get_any_status("/api/health", timeout_s=HEALTH_TIMEOUT_S)
+        status = agent.get_any_status("/api/status", timeout_s=HEALTH_TIMEOUT_S)
     checks = report.get("checks", {}) if isinstance(report, dict) else {}
-    return {name: Told(str(check["status"]), str(check["message"])) for name, check in checks.items()}
+    told = {name: Told(str(check["status"]), str(check["message"])) for name, check in checks.items()}
+    return told, tuple(map(str, status.get("warnings", ()) if isinstance(status, dict) else ()))
 
 
 def findings_text(findings: "Sequence[Finding]") -> str:

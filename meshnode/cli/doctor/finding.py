@@ -35,7 +35,7 @@ class Told(msgspec.Struct, frozen=True):
 
 class Patient(msgspec.Struct, frozen=True):
     """The machine and the settings that are looked at. `root` is where the system's files are read; `told` is what
-    the running agent says of itself, by check.
+    the running agent says of itself, by check, and `warnings` what `meshnode status` shows of it.
     """
 
     data_dir: Path
@@ -49,6 +49,7 @@ class Patient(msgspec.Struct, frozen=True):
     multicast_group: str = "239.255.48.93"
     root: Path = Path("/")
     told: Mapping[str, Told] = {}
+    warnings: tuple[str, ...] = ()
 
 
 Check = Callable[[Patient], Finding]

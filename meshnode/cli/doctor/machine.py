@@ -79,11 +79,12 @@ def check_space(patient: Patient) -> Finding:
 
 
 def check_agent(patient: Patient) -> Finding:
-    """Whether an agent runs on this data folder already, as its lock file says."""
+    """Whether an agent runs on this data folder already, as its lock file says, and what it wants people to know."""
     holder = lock_holder(patient.data_dir)
     if holder is None:
         return Finding("agent", Result.OK, "no agent runs on this data folder", "meshnode up")
-    return Finding("agent", Result.OK, f"the agent runs with process id {holder}")
+    found = "; ".join((f"the agent runs with process id {holder}", *patient.warnings))
+    return Finding("agent", Result.WARN if patient.warnings else Result.OK, found)
 
 
 def check_health(patient: Patient) -> Finding:

@@ -48,11 +48,10 @@ class Facts:
 class Invites:
     """The verbs of inviting, for the API."""
 
-    def __init__(self, *, onboarding: Onboarding, nodes: Nodes, trust: Trust, members_may_invite: bool) -> None:
+    def __init__(self, *, onboarding: Onboarding, nodes: Nodes, trust: Trust) -> None:
         self._onboarding = onboarding
         self._nodes = nodes
         self._trust = trust
-        self._members_may_invite = members_may_invite
 
     async def invite(self, *, role: Role, ttl_s: float | None) -> Invited:
         """A one-time URL. Raises MeshError: FORBIDDEN, BAD_REQUEST, CONFLICT, PORT_IN_USE, UNAVAILABLE."""
@@ -62,17 +61,7 @@ class Invites:
                 "This node was evicted from its mesh, so nobody can join through it. Invite on another member; "
                 "`meshnode leave --force` starts afresh here.",
             )
-        if not self._trust.is_admin:
-            if role == "admin":
-                raise MeshError(
-                    ErrorCode.FORBIDDEN,
-                    "Only an admin may invite an admin. Invite a member here, then promote it on an admin.",
-                )
-            if not self._members_may_invite:
-                raise MeshError(
-                    ErrorCode.FORBIDDEN,
-                    "In this mesh only admins may invite: do this on an admin.",
-                )
+        self._trust.may_invite(role)
         made = await self._onboarding.invite(role=role, ttl_s=ttl_s, by=self._nodes.me)
         invitation = made.invitation
         addresses = made.url.partition("//")[2].partition("/")[0]

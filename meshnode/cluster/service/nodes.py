@@ -35,13 +35,16 @@ from protocol.election.events import CoordinatorChanged, QuorumChanged
 from protocol.heartbeats.events import HeartbeatHeard
 from protocol.ids import Address, NodeId
 from protocol.membership.events import (
+    CutOff,
     DatagramsPass,
+    ForgeryCut,
     PeerCleared,
     PeerDown,
     PeerLeft,
     PeerMeasured,
     PeerSuspected,
     PeerUp,
+    Reconnected,
     Stalled,
 )
 from protocol.membership.view import alive_of
@@ -97,11 +100,11 @@ class Nodes:
         return self._hub.me
 
     def name_of(self, node: NodeId) -> str:
-        """A member's name; its id if the roster has none."""
+        """A member's name, or this node's own; else the id."""
         known = self._names.get(node)
-        if known is None:
+        if known is None and node in self._hub.roster:
             known = self._names[node] = name_of(self._hub, node)
-        return known
+        return known or (self._facts.name if node == self._hub.me else node)
 
     def addresses(self, node: NodeId) -> list[Address]:
         """Where a member can be reached, the best first."""
@@ -219,12 +222,21 @@ class Nodes:
         odd = [self.name_of(member) for member in self._hub.roster.members() if self._incompatible(member)]
         if odd:
             found.append(f"no protocol version in common with {', '.join(odd)}: update meshnode there or here")
-        if self._hub.me not in self._hub.roster:
+        if self._hub.membership.cut_off:
             found.append(
-                "this node was evicted from its mesh; nobody talks to it any more. "
-                "`meshnode leave --force` starts afresh, then join with a new invitation"
+                "this node hears no other: it is cut off, and what it shows of the others is what it last knew. "
+                "Check its network and its firewall"
             )
+        if self._hub.me not in self._hub.roster:
+            found.append(core.shut_out(self._evicted(self._hub.me), self.name_of))
         return found
+
+    def _evicted(self, node: NodeId) -> NodeEvicted:
+        stone = self._hub.roster.evicted(node)
+        if stone is None:
+            return NodeEvicted(node, self.name_of(node))
+        at = rfc3339(stone.evicted_at / 1000)
+        return NodeEvicted(node, self.name_of(node), by=stone.by, at=at, reason=stone.reason or None)
 
     def _info(self, node: NodeId) -> NodeInfo:
         hub, view = self._hub, self._hub.membership.view
@@ -331,17 +343,24 @@ class Nodes:
 
     def _observe_others(self, event: object) -> None:
         match event:
-            case RosterChanged(removed=removed):
-                self._names.clear()
+            case RosterChanged(admitted=admitted, removed=removed, altered=altered):
+                # Those removed keep the names under which they are spoken of; a roster has none for them.
+                for node in (*admitted, *altered):
+                    self._names.pop(node, None)
                 self._changed()
                 for node in removed:
                     stone = self._hub.roster.evicted(node)
-                    left = stone is not None and stone.by == node
-                    self._metrics.count("meshnode_nodes_left_total" if left else "fabric_node_evictions_total")
-                    self._bus.publish(NodeEvicted(node, self.name_of(node)))
+                    if stone is not None:
+                        left = stone.by == node
+                        self._metrics.count("meshnode_nodes_left_total" if left else "fabric_node_evictions_total")
+                    self._bus.publish(self._evicted(node))
                     self._profiles.pop(node, None)
                     self._no_version_in_common.discard(node)
                     self._clocks.agreed(node)
+                    self._notices.clear(f"forger {node}")
+                if self._hub.me in removed:
+                    # What others said of it is now known for certain, and in more detail.
+                    self._notices.clear("evicted")
             case CoordinatorChanged(term, leader, quorate):
                 self._changed()
                 self._followed_quorate = quorate
@@ -360,7 +379,7 @@ class Nodes:
             case RecordHeld(author=author, ahead_s=ahead_s):
                 self._clocks.held(author, ahead_s)
                 self._changed()
-            case LinkLost(peer=peer, code=ErrorCode.EVICTED):
+            case LinkLost(peer=peer, code=ErrorCode.EVICTED) if self._hub.me in self._hub.roster:
                 self._notices.put(
                     "evicted",
                     f"{self.name_of(peer)} says that this node was evicted from the mesh. If that is meant, "
@@ -376,6 +395,17 @@ class Nodes:
                 self._no_version_in_common.discard(peer)
                 if self._notices.clear("evicted"):
                     self._changed()
+            case CutOff():
+                self._changed()
+                for peer in self._hub.membership.view.peers:
+                    self._bus.publish(NodeSuspect(self._info(peer)))
+            case Reconnected():
+                self._changed()
+                for peer in self._hub.membership.view.peers:
+                    self._bus.publish(NodeUpdated(self._info(peer)))
+            case ForgeryCut(peer):
+                self._notices.put(f"forger {peer}", core.forgery(peer, self.name_of(peer)))
+                self._changed()
             case ClockContradicted(_, ahead_s):
                 self._notices.put(
                     "clock",
@@ -390,9 +420,9 @@ class Nodes:
                 self._changed()
 
     def _renamed(self, node: NodeId) -> None:
-        self._names.pop(node, None)
         self._changed()
         if node in self._hub.roster:
+            self._names[node] = name_of(self._hub, node)
             self._bus.publish(NodeUpdated(self._info(node)))
 
     def _gone(self, peer: NodeId) -> None:

@@ -4,14 +4,16 @@ Signed statements become records of the collection "trust", which carry them to 
 them. What an admission or eviction means is protocol.trust's.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
 
-from meshnode.cluster.model import InvitationUsed, Role
+from meshnode.cluster.model import InvitationUsed, MeshPolicy, Role
 from meshnode.cluster.service.nodes import Facts, Nodes
 from meshnode.cluster.service.onboarding.issuer import Admitted
+from meshnode.cluster.service.wishes import AdmitAnswer, AdmitRequest, Done, EvictRequest, LostVoter, RootOffer
 from meshnode.kernel.bus import EventBus
 from meshnode.kernel.driver import Driver
 from meshnode.kernel.errors import ErrorCode, MeshError
@@ -29,58 +31,18 @@ from meshnode.kernel.logs import Logger
 from protocol.election.events import ForgetLost, ForgetLostRefused, QuorumChanged
 from protocol.ids import NodeId, node_id_of
 from protocol.records.events import PutRecord, RecordRefused
+from protocol.trust import authority
 from protocol.trust.join_url import token_text
-from protocol.trust.statements import (
-    TRUST_COLLECTION,
-    Admission,
-    TrustStatement,
-    admission,
-    decode,
-    eviction,
-    record_key,
-    seal,
-    succeeding_time,
-    withdrawal,
-)
-from protocol.wire.crypto import SodiumSuite, usable_identity
+from protocol.trust.policy import POLICY_COLLECTION, policy_record
+from protocol.trust.statements import TRUST_COLLECTION, Admission, TrustStatement, record_key, seal
+from protocol.wire.crypto import SodiumSuite
 
 CALL_S: Final = 10.0
 ASK_ANOTHER: Final = (ErrorCode.UNREACHABLE, ErrorCode.TIMEOUT, ErrorCode.OVERLOADED, ErrorCode.NOT_ADMIN)
 
+WRITTEN: Final = (TRUST_COLLECTION, POLICY_COLLECTION)
+
 T = TypeVar("T")
-
-
-class AdmitRequest(msgspec.Struct, frozen=True):
-    """A member asks an admin to admit a machine that redeemed its invitation."""
-
-    csr: bytes
-    name: str
-    role: Role
-    invitation: bytes
-
-
-class AdmitAnswer(msgspec.Struct, frozen=True):
-    """What the admin signed. `sealed_root` is for the new admin alone."""
-
-    leaf: bytes
-    admission: bytes
-    sealed_root: bytes = b""
-
-
-class RootOffer(msgspec.Struct, frozen=True):
-    """The mesh's root key, sealed to the identity key of the node that is to be an admin."""
-
-    sealed: bytes
-
-
-class LostVoter(msgspec.Struct, frozen=True):
-    """An evicted node that will never vote again."""
-
-    node: str
-
-
-class Done(msgspec.Struct, frozen=True):
-    """Nothing more to say."""
 
 
 class Trust:
@@ -96,7 +58,6 @@ class Trust:
         links: Links,
         nodes: Nodes,
         facts: Facts,
-        members_may_invite: bool,
         bus: EventBus,
         log: Logger,
     ) -> None:
@@ -107,7 +68,6 @@ class Trust:
         self._links = links
         self._nodes = nodes
         self._facts = facts
-        self._members_may_invite = members_may_invite
         self._bus = bus
         self._tokens = 0
         self._refused: dict[int, RecordRefused] = {}
@@ -137,13 +97,7 @@ class Trust:
     async def admit_for(self, peer: NodeId, request: AdmitRequest) -> AdmitAnswer:
         """A member asks this admin. Raises MeshError FORBIDDEN if the mesh does not let it, or NOT_ADMIN."""
         root = self._require_root()
-        if not self._members_may_invite and self._driver.node.roster.role(peer) != "admin":
-            raise MeshError(
-                ErrorCode.FORBIDDEN,
-                "In this mesh only admins may invite: do this on an admin.",
-            )
-        if request.role == "admin" and self._driver.node.roster.role(peer) != "admin":
-            raise MeshError(ErrorCode.FORBIDDEN, "Only an admin may invite an admin. Invite a member, then promote it.")
+        _require(authority.may_invite(self._driver.node.roster, self._driver.node.policy, peer, request.role))
         public_key = public_key_of_csr(request.csr)
         admitted = await self._sign_admission(root, public_key, request.name, request.role, peer, request.invitation)
         return AdmitAnswer(admitted.leaf, admitted.admission, admitted.sealed_root)
@@ -151,31 +105,21 @@ class Trust:
     async def _sign_admission(
         self, root: RootKey, public_key: bytes, name: str, role: Role, by: NodeId, invitation: bytes
     ) -> Admitted:
-        roster = self._driver.node.roster
-        refusal = roster.refusal(public_key)
-        if refusal is not None:
-            raise MeshError(ErrorCode.JOIN_REFUSED, refusal)
-        if not usable_identity(public_key):
-            raise MeshError(
-                ErrorCode.JOIN_REFUSED, "The identity key is not a usable Ed25519 key. Make a new identity."
-            )
-        known = roster.admission(node_id_of(public_key))
-        statement_known = roster.statement(node_id_of(public_key))
-        withdrawn = None if statement_known is None else decode(statement_known)
-        if known is not None and statement_known is not None:
-            # A member may send any certificate request it once saw: signing a newer admission for it would let it
-            # change the role of somebody who is in already. Whoever comes again gets what was signed before.
-            sealed_root = seal_root(root, public_key) if known.role == "admin" else b""
-            return Admitted(issue_leaf(root, public_key), statement_known, sealed_root)
-        statement = admission(
+        decided = authority.admitting(
+            self._driver.node.roster,
             public_key=public_key,
             name=name,
             role=role,
-            admitted_at=succeeding_time(withdrawn, self._wall_ms()),
             by=by,
             invitation=invitation,
+            wall_ms=self._wall_ms(),
         )
-        sealed = await self._publish(root, statement)
+        if isinstance(decided, authority.Denied):
+            raise _error(decided)
+        if isinstance(decided, authority.Known):
+            sealed, role = decided.sealed, decided.admission.role
+        else:
+            sealed = await self._publish(root, decided)
         return Admitted(
             leaf=issue_leaf(root, public_key),
             admission=sealed,
@@ -193,23 +137,40 @@ class Trust:
             raise MeshError(
                 ErrorCode.BAD_REQUEST, "This is the node you are on. `meshnode leave` takes it out of the mesh."
             )
-        root = self._require_root()
         name = self._nodes.name_of(node)
-        if self._driver.node.roster.evicted(node) is None:
-            await self._publish(
-                root, eviction(node_id=node, evicted_at=self._wall_ms(), by=self._nodes.me, reason=reason)
-            )
+        if self._root is not None:
+            await self._sign_eviction(self._root, self._nodes.me, node, reason)
+        elif self._driver.node.policy.members_may_evict:
+            request = EvictRequest(node, reason)
+            await self._ask_admin("cluster.evict", request, Done, "evict a machine")
+        else:
+            self._require_root()
         self._log.info("node evicted", node=node, name=name)
         if lost:
             await self._forget(node)
 
+    async def evict_for(self, peer: NodeId, request: EvictRequest) -> Done:
+        """A member asks this admin. Raises MeshError FORBIDDEN if the mesh does not let it, NOT_ADMIN or NOT_FOUND."""
+        await self._sign_eviction(self._require_root(), peer, NodeId(request.node), request.reason)
+        return Done()
+
+    async def _sign_eviction(self, root: RootKey, peer: NodeId, node: NodeId, reason: str) -> None:
+        hub = self._driver.node
+        try:
+            decided = authority.evicting(hub.roster, hub.policy, peer, node, reason=reason, wall_ms=self._wall_ms())
+        except ValueError as error:
+            raise MeshError(ErrorCode.BAD_REQUEST, f"The reason cannot be kept: {error}.") from error
+        if isinstance(decided, authority.Denied):
+            raise _error(decided)
+        if decided is not None:
+            await self._publish(root, decided)
+
     async def withdraw(self, node: NodeId) -> None:
         """Take back the admission of a machine that never came. Its key may be admitted again. MeshError NOT_ADMIN."""
         root = self._require_root()
-        known = self._driver.node.roster.admission(node)
-        if known is not None:
-            at = succeeding_time(known, self._wall_ms())
-            await self._publish(root, withdrawal(node_id=node, withdrawn_at=at, by=self._nodes.me))
+        decided = authority.withdrawing(self._driver.node.roster, node, by=self._nodes.me, wall_ms=self._wall_ms())
+        if decided is not None:
+            await self._publish(root, decided)
 
     async def _forget(self, node: NodeId) -> None:
         """Have the coordinator count without this voter. It takes that only while it lacks a majority."""
@@ -221,12 +182,16 @@ class Trust:
 
     async def forget_for(self, peer: NodeId, lost: LostVoter) -> Done:
         """An admin asks this coordinator. Raises MeshError FORBIDDEN if it is none."""
-        if self._driver.node.roster.role(peer) != "admin":
-            raise MeshError(ErrorCode.FORBIDDEN, "Only an admin may say that a machine is gone: do this on an admin.")
+        _require(authority.may_forget(self._driver.node.roster, peer))
         await self._forget_here(NodeId(lost.node))
         return Done()
 
     async def _forget_here(self, node: NodeId) -> None:
+        election = self._driver.node.election
+        voters = election.electorate.voters
+        short = bytes(self._driver.node.roster.short(node))
+        if election.is_quorate(self._facts.now(), self._facts.wall()) or (voters and short not in voters):
+            return  # a coordinator with its majority drops the vote by itself; or there is none
         self._forget_refusal = None
         await self._driver.submit_durably(ForgetLost((node,)))
         if self._forget_refusal is not None:
@@ -250,9 +215,7 @@ class Trust:
                     "This is the only admin: without it nobody could be invited or evicted any more. Promote another "
                     "node first (`meshnode promote NAME`), or leave all the same with --force.",
                 )
-            tombstone = eviction(
-                node_id=self._nodes.me, evicted_at=self._wall_ms(), by=self._nodes.me, reason="it left"
-            )
+            tombstone = authority.leaving(self._nodes.me, self._wall_ms())
             # Told to a peer before anything is given up here: the tombstone is what keeps the name of this node clean.
             await self._hand_over(seal(tombstone, self._signer(self._root)), others, force=force)
             return
@@ -294,7 +257,7 @@ class Trust:
     async def leave_for(self, peer: NodeId) -> Done:
         """A member asks this admin to take it out."""
         root = self._require_root()
-        await self._publish(root, eviction(node_id=peer, evicted_at=self._wall_ms(), by=peer, reason="it left"))
+        await self._publish(root, authority.leaving(peer, self._wall_ms()))
         return Done()
 
     async def bury_for(self, peer: NodeId, tombstone: bytes) -> Done:
@@ -307,37 +270,54 @@ class Trust:
     async def promote(self, node: NodeId) -> None:
         """Make a member an admin: hand it the root key, sealed to it, then say so to all. Raises MeshError."""
         root = self._require_root()
-        known = self._driver.node.roster.admission(node)
-        if known is None:
-            raise MeshError(ErrorCode.NOT_FOUND, f"{node} is no member of this mesh. `meshnode nodes` lists them.")
-        if known.role == "admin":
+        decided = authority.promoting(self._driver.node.roster, node, by=self._nodes.me, wall_ms=self._wall_ms())
+        if isinstance(decided, authority.Denied):
+            raise _error(decided)
+        if decided is None:
             return
-        sealed = RootOffer(seal_root(root, known.public_key))
+        sealed = RootOffer(seal_root(root, decided.public_key))
         await self._links.call(node, "cluster.take_root", sealed, Done, timeout_s=CALL_S)
-        statement = admission(
-            public_key=known.public_key,
-            name=known.name,
-            role="admin",
-            admitted_at=succeeding_time(known, self._wall_ms()),
-            by=self._nodes.me,
-        )
-        await self._publish(root, statement)
+        await self._publish(root, decided)
 
     async def take_root(self, peer: NodeId, offer: RootOffer) -> Done:
         """An admin hands this node the root key. Raises MeshError FORBIDDEN if the sender is no admin."""
-        if self._driver.node.roster.role(peer) != "admin":
-            raise MeshError(ErrorCode.FORBIDDEN, "Only an admin hands out the root key.")
+        _require(authority.may_hand_over_root(self._driver.node.roster, peer))
         root = open_sealed_root(self._identity, offer.sealed, self._driver.node.mesh_id)
         store_root(self._data_dir, root)
         self._root = root
         self._log.info("this node is an admin now", by=peer)
         return Done()
 
+    # ---- settings of the mesh ----------------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> MeshPolicy:
+        """The settings of the mesh, from this node's own copy."""
+        return msgspec.convert(self._driver.node.policy, MeshPolicy, from_attributes=True)
+
+    def may_invite(self, role: Role) -> None:
+        """Raises MeshError FORBIDDEN if this node may not invite in that role."""
+        hub = self._driver.node
+        _require(authority.may_invite(hub.roster, hub.policy, hub.me, role))
+
+    async def set_policy(self, wanted: Mapping[str, bool | float]) -> None:
+        """Change settings of the mesh; durable here on return. Raises MeshError BAD_REQUEST (then nothing changed)
+        or NOT_ADMIN."""
+        try:
+            records = [policy_record(key, value) for key, value in wanted.items()]
+        except ValueError as error:
+            raise MeshError(ErrorCode.BAD_REQUEST, f"{error}.") from error
+        if self._driver.node.roster.role(self._nodes.me) != "admin":
+            self._require_root()
+        for key, value in records:
+            await self._write(POLICY_COLLECTION, key, value)
+        self._log.info("settings of the mesh were changed", **wanted)
+
     # ---- the coordinator's electorate -------------------------------------------------------------------------
 
     def observe(self, event: object) -> None:
         """A coordinator without a majority does not wait for nodes that left by their own wish."""
-        if isinstance(event, RecordRefused) and event.collection == TRUST_COLLECTION and event.token:
+        if isinstance(event, RecordRefused) and event.collection in WRITTEN and event.token:
             self._refused[event.token] = event
         if isinstance(event, ForgetLostRefused):
             self._forget_refusal = event.reason
@@ -367,9 +347,12 @@ class Trust:
         return sealed
 
     async def _put(self, node: NodeId, statement: bytes) -> None:
+        await self._write(TRUST_COLLECTION, record_key(node), statement)
+
+    async def _write(self, collection: str, key: bytes, value: bytes) -> None:
         self._tokens += 1
         token = self._tokens
-        await self._driver.submit_durably(PutRecord(TRUST_COLLECTION, record_key(node), statement, token))
+        await self._driver.submit_durably(PutRecord(collection, key, value, token))
         refused = self._refused.pop(token, None)
         # `outranked` says that this very statement, or one that counts for more, is here already.
         if refused is not None and refused.reason != "outranked":
@@ -414,3 +397,12 @@ class Trust:
             "Bring one online, then try again.",
             retryable=True,
         )
+
+
+def _error(denied: authority.Denied) -> MeshError:
+    return MeshError(ErrorCode(denied.code), denied.message, retryable=denied.retryable)
+
+
+def _require(denied: authority.Denied | None) -> None:
+    if denied is not None:
+        raise _error(denied)

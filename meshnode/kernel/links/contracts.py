@@ -36,6 +36,10 @@ class Gate(Protocol):
         """
         ...
 
+    def tombstone(self, node_id: NodeId) -> bytes:
+        """What the root signed about the eviction of this node, to be shown to it; empty if it was not evicted."""
+        ...
+
 
 class AddressBook(Protocol):
     """Where peers can be reached."""

@@ -61,10 +61,10 @@ def _answer(message: LinkMessage) -> HelloOk | Refused:
     return message
 
 
-def refusal(error: MeshError, versions: Versions) -> Refused:
+def refusal(error: MeshError, versions: Versions, tombstone: bytes = b"") -> Refused:
     """What a connection that is not wanted gets to hear."""
     message = error.message.encode()[:REASON_BYTES_MAX].decode(errors="ignore")
-    return Refused(error.code.value, message, error.retryable, versions.min, versions.max)
+    return Refused(error.code.value, message, error.retryable, versions.min, versions.max, tombstone)
 
 
 def refused_by(node_id: NodeId, refused: Refused) -> MeshError:

@@ -129,7 +129,7 @@ class Listener:
                 except MeshError as error:
                     why = error.code.value
                     self._log.info("connection refused", address=str(address), why=error.message)
-                    await self._refuse(stream, refusal(error, self._settings.versions))
+                    await self._refuse(stream, refusal(error, self._settings.versions, self._proof(stream, error)))
                 linger = not taken
         finally:
             self._greeting[address.host] -= 1
@@ -163,6 +163,10 @@ class Listener:
             await self._refuse(stream, refused)
             return False
         return await self._reception.receive(node_id, stream, address, hello, version)
+
+    def _proof(self, stream: TlsStream, error: MeshError) -> bytes:
+        """To an evicted node, whose key TLS has just proven, the root's own words; nobody else gets to see them."""
+        return self._gate.tombstone(stream.peer_key()[0]) if error.code is ErrorCode.EVICTED else b""
 
     async def _refuse(self, stream: TlsStream, refused: Refused) -> None:
         try:

@@ -44,6 +44,7 @@ class Dial:
         self.done = trio.Event()
         self.greeting = False
         self.error: MeshError | None = None
+        self.tombstone = b""
 
     def supersede(self) -> None:
         """Another connection stands, or nobody wants one any more: stop, which is no failure."""
@@ -221,9 +222,9 @@ class Pool:
         dial.error = error
         dial.done.set()
         if error is not None and peer.connection is None:
-            await self._dial_failed(peer, error)
+            await self._dial_failed(peer, error, dial.tombstone)
 
-    async def _dial_failed(self, peer: PeerState, error: MeshError) -> None:
+    async def _dial_failed(self, peer: PeerState, error: MeshError, tombstone: bytes) -> None:
         settings = self._settings
         pause_s = min(settings.redial_max_s, settings.redial_min_s * 2 ** min(peer.failures, 16))
         if error.code is ErrorCode.INCOMPATIBLE_VERSION:
@@ -231,11 +232,12 @@ class Pool:
         peer.failures += 1
         peer.retry_at = trio.current_time() + pause_s
         peer.failed_because = error.message
-        wanted = peer.machines_wait
+        # An eviction is news to the machines whoever wanted the link.
+        wanted = peer.machines_wait or error.code is ErrorCode.EVICTED
         self._drop(peer, error.message)
         self._log.debug("no link", peer=peer.node_id, why=error.message)
         if wanted:
-            await self._tell_lost(peer.node_id, error.message, error.code)
+            await self._tell_lost(peer.node_id, error.message, error.code, tombstone)
 
     async def _dial_until_settled(self, peer: PeerState, dial: Dial) -> None:
         """Open a connection, or learn that the peer's own dial survives and wait for that; a second time if not."""
@@ -253,7 +255,7 @@ class Pool:
                 standing = Standing(answer.boot, answer.attempt)
                 self.establish(peer.node_id, reached, standing, answer.version, answer.agent, first=None)
                 return
-            refused = answer
+            refused, dial.tombstone = answer, answer.tombstone
             if refused.code != DUPLICATE:
                 break
             # The peer's own connection cancels this dial when it arrives.
@@ -402,9 +404,9 @@ class Pool:
         if peer is None or (peer.connection is None and peer.dial is None):
             self._spawn(self._tell_lost, node_id, reason, ErrorCode.INCOMPATIBLE_VERSION)
 
-    async def _tell_lost(self, node_id: NodeId, reason: str, code: str = "") -> None:
+    async def _tell_lost(self, node_id: NodeId, reason: str, code: str = "", tombstone: bytes = b"") -> None:
         try:
-            await self._events.send(LinkLost(node_id, reason, code))
+            await self._events.send(LinkLost(node_id, reason, code, tombstone))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             # The driver went first: nobody is left to be told.
             return

@@ -58,6 +58,7 @@ class Roster:
     def __init__(self) -> None:
         self.members: dict[NodeId, bytes] = {}
         self.evicted: set[bytes] = set()
+        self.tombstones: dict[NodeId, bytes] = {}
 
     def admit(self, node_id: NodeId, public_key: bytes) -> MeshError | None:
         if public_key in self.evicted:
@@ -65,6 +66,9 @@ class Roster:
         if self.members.get(node_id) != public_key:
             return MeshError(ErrorCode.NOT_A_MEMBER, "That node is no member of this mesh. Join it first.")
         return None
+
+    def tombstone(self, node_id: NodeId) -> bytes:
+        return self.tombstones.get(node_id, b"")
 
 
 class Book:

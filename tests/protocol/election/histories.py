@@ -241,9 +241,12 @@ class History:
 
     def jump(self) -> None:
         host = self.any_host()
-        # Set back by less than it sleeps while it sleeps: the one jump that LeaseClock says it cannot see.
+        # Set back by less than it sleeps while it sleeps: the one jump that LeaseClock says it cannot see. The hub
+        # looks at both clocks several times a second, so what is set back before the sleep was seen.
         back = [-3e7] if host.asleep_since is not None else [-3e7, -10.0]
         host.wall_base += self.rng.choice([*back, 3.0, 3600.0, 3e7])
+        if host.running and not host.paused:
+            host.machine().look(host.mono(), host.wall())
 
     def new_standing(self) -> None:
         """A node describes itself anew; some hear of it, some do not."""

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.effects import Persist
+from protocol.effects import Effect, Persist
 from protocol.election.candidates import best, capability_class, rank, stability_class
 from protocol.election.electorate import Electorate, apply_toggle, founded, offered
 from protocol.election.events import Standing
 from protocol.election.fence import FENCE_MACHINE, TERM_LEAP_MAX, Fence
 from protocol.election.messages import Beacon, ElectorateOffer, ElectorateRequest, Follow, Version
 from protocol.election.tally import LeaseClock, Tally
-from protocol.ids import short_id
+from protocol.ids import NodeId, short_id
 from protocol.wire.messages import DatagramMessage, LinkMessage
 from tests.protocol.election.bench import IDS
 
@@ -51,6 +51,43 @@ def test_a_second_command_waits_for_the_first_ones_persist() -> None:
     fence.persisted(first)
     assert fence.admit(3, B) == (True, [])
     assert all(isinstance(effect, Persist) and effect.machine == FENCE_MACHINE for effect in first)
+
+
+@pytest.mark.parametrize(
+    ("durable", "asked", "obeyed", "waits"),
+    [
+        (None, (1, A), True, True), (None, (0, A), False, False), (None, (TERM_LEAP_MAX + 1, A), False, False),
+        ((3, B), (3, B), True, False), ((3, B), (3, C), True, True), ((3, B), (4, A), True, True),
+        ((3, B), (3, A), False, False), ((3, B), (2, C), False, False),
+    ],
+)  # fmt: skip
+def test_what_is_obeyed_is_durable_first(
+    durable: tuple[int, NodeId] | None, asked: tuple[int, NodeId], obeyed: bool, waits: bool
+) -> None:
+    """Killed between the Persist and the work, or before it, the executor obeys nothing older afterwards."""
+    disk: dict[bytes, bytes] = {}
+
+    def write(effects: list[Effect]) -> None:
+        for effect in effects:
+            assert isinstance(effect, Persist)
+            assert effect.value is not None
+            disk[effect.key] = effect.value
+
+    if durable is not None:
+        write(Fence({}).admit(*durable)[1])
+    fence = Fence(dict(disk))
+    admitted, effects = fence.admit(*asked)
+    assert (admitted, bool(effects)) == (obeyed, waits)
+    # Not durable yet: whoever asks again, of the same coordinator or after a crash, has to wait for it as well.
+    assert fence.admit(*asked) == (admitted, effects)
+    assert Fence(dict(disk)).admit(*asked) == (admitted, effects)
+    write(effects)
+    fence.persisted(effects)
+    assert fence.admit(*asked) == (admitted, [])
+    again = Fence(dict(disk))
+    assert again.admit(*asked) == (admitted, [])
+    if obeyed:
+        assert again.admit(asked[0] - 1, C) == (False, [])
 
 
 def test_a_refused_command_changes_nothing() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from protocol.effects import LinkLost, LinkOpened, Persist
 from protocol.ids import Address
+from protocol.membership.contact import CONTACT_RETRY_MAX_S
 from protocol.membership.events import (
     AddressesChanged,
     ContactFound,
@@ -20,7 +21,6 @@ from protocol.membership.events import (
     PeerUp,
     RosterShrank,
 )
-from protocol.membership.machine import CONTACT_RETRY_MAX_S
 from protocol.membership.parameters import LAN
 from protocol.membership.state import TUNNEL
 from protocol.membership.twins import UNCONTESTED_S
@@ -184,18 +184,6 @@ def test_the_evicted_are_forgotten_as_if_they_had_never_been() -> None:
     assert subject.machine.suspects() == []
     assert subject.machine.route(peer) is None
     assert subject.give(RosterShrank((peer,))) == []
-
-
-def test_a_node_that_learns_of_its_own_eviction_goes_on_without_harm() -> None:
-    subject = Subject(3)
-    subject.know(1, 2)
-    subject.mesh.roster.apply(evicted(0))
-    subject.give(RosterShrank((subject.mesh.id(0),)))
-    assert subject.up() == {0, 1, 2}
-    subject.told(subject.mesh.accusation(1, 2))
-    subject.linked(1, ViewReply([subject.mesh.alive(2, incarnation=3).blob], []))
-    subject.give(AddressesChanged((address_of(9),)))
-    subject.run(30.0)
 
 
 def test_somebody_with_this_nodes_key_is_reported() -> None:

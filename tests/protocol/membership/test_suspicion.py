@@ -251,3 +251,29 @@ def test_an_evicted_node_is_no_witness_any_more() -> None:
     assert events(subject.fire("suspect", subject.mesh.id(7)), PeerDown) == []
     verdict = events(subject.told(subject.mesh.accusation(5, 7), via=5), PeerDown)
     assert [set(down.witnesses) for down in verdict] == [{subject.mesh.id(by) for by in (3, 4, 5)}]
+
+
+@pytest.mark.parametrize("how", ["left", "evicted"])
+def test_whoever_left_or_was_evicted_is_no_witness_any_more(how: str) -> None:
+    subject = all_up(8)
+    for by in (2, 3, 4):
+        subject.told(subject.mesh.accusation(by, 7), via=by)
+    if how == "left":
+        subject.told(subject.mesh.leaving(4), via=4)
+    else:
+        subject.give(RosterShrank((subject.mesh.id(4),)))
+    subject.run(FLOOR_S + 0.5, answering=range(1, 8))
+    assert 7 not in subject.down(), "two witnesses are one too few"
+    subject.hear(*range(1, 7))
+    assert events(subject.told(subject.mesh.accusation(5, 7), via=5), PeerDown) != []
+
+
+@pytest.mark.parametrize("how", ["left", "evicted"])
+def test_an_accusation_whose_only_witness_went_is_dropped(how: str) -> None:
+    subject = all_up(8)
+    subject.told(subject.mesh.accusation(4, 7), via=4)
+    gone = subject.mesh.leaving(4)
+    effects = subject.told(gone, via=4) if how == "left" else subject.give(RosterShrank((subject.mesh.id(4),)))
+    assert PeerCleared(subject.mesh.id(7)) in events(effects, PeerCleared)
+    assert subject.machine.suspects() == []
+    assert ("membership", "suspect", subject.mesh.id(7)) not in subject.timers

@@ -25,6 +25,7 @@ def vectors() -> dict[str, object]:
     """Everything, made anew. Seeds are SHA-256 of their label."""
     root = Root()
     admitted, evicted = root.admit("a", at=1_700_000_000_000, role="admin", name="Küche"), root.evict("b", at=7)
+    withdrawn = root.withdraw("d", at=1_700_000_000_001)
     roster = Roster(root_public_key=root.public_key, verifier=root.verifier, statements=[admitted, root.admit("c")])
     url = JoinUrl(
         "192.168.1.10",
@@ -55,6 +56,7 @@ def vectors() -> dict[str, object]:
         "node": {"label": "a", "public_key": public_key("a").hex(), "node_id": node("a")},
         "admission": admitted.hex(),
         "eviction": evicted.hex(),
+        "withdrawal": withdrawn.hex(),
         "roster": {"members": list(roster.members()), "digest": roster.digest.hex()},
         "gossip_key": {
             "key": key.key.hex(),
@@ -94,6 +96,8 @@ def test_an_independent_reader_agrees() -> None:
     assert node_id_of(key) == golden["node"]["node_id"]
     tag, evicted, at, by, reason = msgpack.unpackb(bytes.fromhex(golden["eviction"])[:-64])
     assert (tag, len(evicted), at, len(by), reason) == (2, 20, 7, 20, "lost")
+    tag, withdrawn, at, by = msgpack.unpackb(bytes.fromhex(golden["withdrawal"])[:-64])
+    assert (tag, len(withdrawn), at, len(by)) == (3, 20, 1_700_000_000_001, 20)
     assert parse_join_url(golden["join"]["url"]).secret.hex() == golden["join"]["secret"]
 
 

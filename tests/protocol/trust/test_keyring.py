@@ -4,12 +4,13 @@ import random
 
 import pytest
 
-from protocol.effects import LinkReceived, Publish, SendLink
+from protocol.effects import LinkReceived, Publish, SendLink, SetTimer
 from protocol.ids import short_id
-from protocol.trust.events import KeyRefused, KeysChanged, MintKey, RotationDue
+from protocol.trust.events import Coordinating, KeyRefused, KeysChanged, MintKey, PolicyChanged, RotationDue
 from protocol.trust.keyring import Keyring, KeyringParams
 from protocol.trust.keys import GossipKey, decode_key, durable_keys, encode_key, key_id_of
 from protocol.trust.keysearch import SearchParams
+from protocol.trust.policy import Policy
 from protocol.wire.datagram import GossipKeys, UnknownKey
 from protocol.wire.messages import KeyGrant, KeyRequest
 from tests.protocol.trust.keyworld import DAY_S, FIRST, KeyWorld
@@ -344,3 +345,16 @@ def test_durable_keys_round_trip_and_noise_is_none() -> None:
 
 def test_search_limits_are_named() -> None:
     assert KeyringParams().search == SearchParams()
+
+
+def test_the_mesh_says_how_often_the_key_is_replaced() -> None:
+    """A new interval counts at once, also for the key that is held."""
+    member = KeyWorld("a")["a"]
+    ring = Keyring(me=node("a"), roster=member.roster, rng=random.Random(1), durable=durable_keys([FIRST]))
+    learnt = FIRST.learnt_ms / 1000
+    ring.start(0.0, learnt)
+    ring.handle(Coordinating(True), 10.0, learnt)
+    due = ring.handle(PolicyChanged(Policy(gossip_key_rotation_s=3600.0)), 20.0, learnt)
+    assert SetTimer(("keys", "rotate"), 3600.0) in due
+    due = ring.handle(PolicyChanged(Policy(gossip_key_rotation_s=60.0)), 70.0, learnt)
+    assert Publish(RotationDue("age")) in due

@@ -13,7 +13,7 @@ import msgspec.inspect
 import pytest
 
 from protocol.election import messages as election
-from protocol.membership import broadcasts, healing, probing, suspicion
+from protocol.membership import broadcasts, healing, intake, probing, suspicion
 from protocol.records import messages as records
 from protocol.records import record
 from protocol.rpc import messages as rpc
@@ -21,6 +21,7 @@ from protocol.sharding import pipelines
 from protocol.trust import join, keys
 from protocol.trust import statements as trust
 from protocol.wire import announcement, frames, limits, messages
+from protocol.wire import statements as wire_statements
 
 TEXT = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text(encoding="utf-8")
 
@@ -47,7 +48,7 @@ TABLES: dict[str, Iterable[type]] = {
 
 MODULES: tuple[ModuleType, ...] = (
     limits, frames, announcement, rpc, records, record, join, keys, trust, election,
-    probing, suspicion, healing, broadcasts, pipelines,
+    probing, suspicion, healing, broadcasts, intake, wire_statements, pipelines,
 )  # fmt: skip
 
 

@@ -1,0 +1,52 @@
+"""Statements that links brought and that are still to be verified: bounded, taken a few at a time, in turn by peer.
+
+A view is repaired by thousands of statements at once, and each costs a signature check. Taken in one go they would keep
+this node from answering pings. What they mean is the machine's business.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from itertools import islice
+from typing import Final
+
+from protocol.ids import NodeId
+
+INTAKE_SLICE: Final = 64  # statements verified in one go: some 5 ms
+INTAKE_PAUSE_S: Final = 0.02
+INTAKE_PER_PEER_MAX: Final = 4096  # statements waiting; what is over is dropped, and repaired later
+
+
+class Intake:
+    """Who brought what, in order."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[NodeId, deque[bytes]] = {}
+        self.dropped = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def put(self, peer: NodeId, statements: Sequence[bytes]) -> None:
+        """Queue what a peer brought, as far as there is room for it."""
+        if not statements:
+            return
+        queue = self._waiting.setdefault(peer, deque())
+        room = INTAKE_PER_PEER_MAX - len(queue)
+        queue.extend(islice(statements, room))
+        self.dropped += max(0, len(statements) - room)
+
+    def take(self) -> list[tuple[NodeId, bytes]]:
+        """The next INTAKE_SLICE at most, evenly from all peers: one that sends much delays only itself."""
+        taken: list[tuple[NodeId, bytes]] = []
+        while self._waiting and len(taken) < INTAKE_SLICE:
+            share = max(1, (INTAKE_SLICE - len(taken)) // len(self._waiting))
+            for peer in list(islice(self._waiting, INTAKE_SLICE - len(taken))):
+                queue = self._waiting.pop(peer)
+                taken += [(peer, queue.popleft()) for _ in range(min(share, len(queue)))]
+                if queue:
+                    self._waiting[peer] = queue
+        return taken
+
+    def forget(self, peer: NodeId) -> None:
+        """The link is gone, or the peer: what it brought is not worth the work."""
+        self._waiting.pop(peer, None)
