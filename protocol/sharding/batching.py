@@ -6,6 +6,7 @@ and the next prompt that begins the same goes there. Pure: it says what to send 
 what was sampled. Computing is the engine's, choosing tokens the last stage's.
 """
 
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ PREFILL_ROWS_MAX: Final = 256
 PREFILL_ROWS_BESIDE_STREAMS: Final = 32
 """Rows of prompt in a step that also serves streams: they wait for it, so it is short."""
 
+PREFILL_ROWS_MIN: Final = 16
 DRAFT_TOKENS_MAX: Final = 15
 QUEUE_MAX: Final = 64
 POOLED_ROWS_MAX: Final = 64
@@ -104,6 +106,7 @@ class _Slot:
 
 class _Sent(NamedTuple):
     session: bytes
+    entry: bytes
     run: Run
 
 
@@ -145,10 +148,9 @@ class Batcher:
         """Tokens that all slots hold, and those promised to sessions whose prompt is still being fed."""
         return sum(slot.cells for slot in self._slots)
 
-    def entry_of(self, session: bytes) -> bytes | None:
-        """The node that asked for a session, or None."""
-        known = self._sessions.get(session)
-        return None if known is None else known.request.entry
+    def all_sessions(self) -> list[tuple[bytes, bytes]]:
+        """Session and entry of all."""
+        return [(id_, session.request.entry) for id_, session in self._sessions.items()]
 
     def sessions_of(self, entry: bytes) -> list[bytes]:
         """All sessions of a node: what to cancel when it is gone."""
@@ -310,6 +312,11 @@ class Batcher:
 
     # ---- steps
 
+    def slow_down(self) -> None:
+        """A step took so long that streams stall and signs of life come late: feed prompts in smaller chunks."""
+        rows = max(PREFILL_ROWS_MIN, self._limits.prefill_rows // 2)
+        self._limits = dataclasses.replace(self._limits, prefill_rows=rows)
+
     def actions(self) -> list[Action]:
         """What to do and send on now, in this order; at most one step. Empty: wait for a frame."""
         self._admit()
@@ -338,7 +345,7 @@ class Batcher:
             slot.held[run.start :] = new
             tokens += new
             runs.append(run)
-            sent.append(_Sent(session.request.session, run))
+            sent.append(_Sent(session.request.session, session.request.entry, run))
         if not runs:
             return None
         self._step = (self._step + 1) % (1 << 32)
@@ -420,8 +427,8 @@ class Batcher:
 
     # ---- what came back
 
-    def take(self, sampled: Sampled) -> list[tuple[bytes, Taken]]:
-        """The last stage's answer to a step. Returns what it means to sessions still open.
+    def take(self, sampled: Sampled) -> list[tuple[bytes, bytes, Taken]]:
+        """The last stage's answer to a step. Returns session, entry and what was taken, of sessions still open.
 
         Raises FrameError if it does not belong to a step under way; nothing has changed then.
         """
@@ -439,7 +446,7 @@ class Batcher:
         del self._under_way[sampled.step]
         # A run that a stage on the way had to leave out has failed.
         settled = [(one, answers.get(slot, Taken(slot, (), Finish.ERROR))) for slot, one in by_slot.items()]
-        return [(one.session, taken) for one, taken in settled if self._settle(one, taken)]
+        return [(one.session, one.entry, taken) for one, taken in settled if self._settle(one, taken)]
 
     def _settle(self, one: _Sent, taken: Taken) -> bool:
         session = self._sessions.get(one.session)

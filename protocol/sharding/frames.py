@@ -315,10 +315,12 @@ def decode(frame: Frame) -> Message:
     return read_body(decoder, frame.body)
 
 
-def read_body(decoder: msgspec.msgpack.Decoder[_T], body: bytes | memoryview) -> _T:
-    """What a decoder makes of a body of at most MESSAGE_BYTES_MAX. Raises FrameError."""
-    if len(body) > MESSAGE_BYTES_MAX:
-        raise FrameError(f"a message of {len(body)} bytes; {MESSAGE_BYTES_MAX} are allowed")
+def read_body(
+    decoder: msgspec.msgpack.Decoder[_T], body: bytes | memoryview, *, bytes_max: int = MESSAGE_BYTES_MAX
+) -> _T:
+    """What a decoder makes of a body of at most `bytes_max`. Raises FrameError."""
+    if len(body) > bytes_max:
+        raise FrameError(f"a message of {len(body)} bytes; {bytes_max} are allowed")
     try:
         return decoder.decode(body)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError, OverflowError) as error:
