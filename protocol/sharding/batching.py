@@ -123,6 +123,9 @@ class Batcher:
         self._drops: list[int] = []  # slots that the next step empties
         self._step = 0
         self._order = 0
+        self.drafting = True
+        """Whether to guess at all; the engine knows whether it pays."""
+
         self.drafted = 0
         self.drafts_accepted = 0
 
@@ -365,7 +368,7 @@ class Batcher:
             room = min(self._limits.rows_max - rows, OUTPUTS_MAX) - 1
             left = session.max_tokens - (len(session.text) - session.prompt_length) - 1
             drafts: tuple[int, ...] = ()
-            if session.drafter is not None and not session.alone:
+            if self.drafting and session.drafter is not None and not session.alone:
                 drafts = session.drafter.draft(max(0, min(room, left)))
             session.alone = False
             if room < 0 or not self._room_for(session, 1 + len(drafts), chosen):

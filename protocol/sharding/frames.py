@@ -1,9 +1,9 @@
 """What the stages of a pipeline, and the entry of a session, say to one another.
 
-A frame is u32 length of what follows (little-endian), u8 kind, body. STEP and TOKENS, one each per token, are packed by
-hand in steps.py; all other bodies are msgpack arrays, described here. Everything a peer sends is bounded before it is
-kept, and whatever is wrong with it is one error, FrameError. Between an engine and its own agent the same frames travel,
-those of the engine prefixed with where they go. Who may send which kind is said by the sets at the end.
+A frame is u32 length of what follows (little-endian), u8 kind, body. STEP and TOKENS, one each per token, are packed
+by hand in steps.py; all other bodies are msgpack arrays, described here. Everything a peer sends is bounded before it
+is kept, and whatever is wrong with it is one error, FrameError. Between an engine and its own agent the same frames
+travel, those of the engine prefixed with where they go. Who may send which kind is said by the sets at the end.
 """
 
 import struct
@@ -112,7 +112,7 @@ class Finish(IntEnum):
 
 
 class FrameError(Exception):
-    """What was received is no frame, or not one that is allowed here. The text is for the log of whoever received it."""
+    """What was received is no frame, or not one that is allowed here. The text is for the receiver's log."""
 
     def __init__(self, words: str, code: StageErrorCode = StageErrorCode.BAD_SHAPE) -> None:
         super().__init__(words)
@@ -126,7 +126,7 @@ class Frame(NamedTuple):
     body: bytes | memoryview
 
 
-# ---- bodies -----------------------------------------------------------------------------------------------------------
+# ---- bodies ----
 
 SessionId = Annotated[bytes, msgspec.Meta(min_length=SESSION_ID_BYTES, max_length=SESSION_ID_BYTES)]
 Tokens = Annotated[tuple[Token, ...], msgspec.Meta(max_length=TOKENS_MAX)]
@@ -215,8 +215,8 @@ class Alternative(_Body, frozen=True):
 class Pieces(_Body, frozen=True):
     """Last stage to entry: what was generated. Without tokens and without finish it is a sign of life.
 
-    `index` counts from 0 over the whole answer. `alternatives`, when logprobs were asked for, has one entry a token: the
-    chosen one first, then the likeliest. A token that ends the answer is not among the tokens.
+    `index` counts from 0 over the whole answer. `alternatives`, when logprobs were asked for, has one entry a token:
+    the chosen one first, then the likeliest. A token that ends the answer is not among the tokens.
     """
 
     session: SessionId
@@ -284,7 +284,9 @@ _MESSAGES: Final[dict[type[_Body], Kind]] = {
 Message = SeqOpen | SeqClose | Open | Cancel | Accepted | Refused | Pieces | StageError | Stats | Embedding
 
 _encoder: Final = msgspec.msgpack.Encoder()
-_decoders: Final = {kind: msgspec.msgpack.Decoder(body) for body, kind in _MESSAGES.items()}
+_decoders: Final[dict[int, msgspec.msgpack.Decoder[Message]]] = {
+    kind: msgspec.msgpack.Decoder(body) for body, kind in _MESSAGES.items()
+}
 
 FROM_ENTRY: Final = frozenset({Kind.OPEN, Kind.CANCEL})
 FROM_PREVIOUS: Final = frozenset({Kind.STEP, Kind.SEQ_OPEN, Kind.SEQ_CLOSE})
@@ -309,7 +311,7 @@ def header(kind: Kind, body_bytes: int) -> bytes:
 
 def decode(frame: Frame) -> Message:
     """The message in a frame. Raises FrameError on one that cannot be read, or whose kind has no msgpack body."""
-    decoder = _decoders.get(frame.kind)  # type: ignore[call-overload]  # any number may stand in a frame
+    decoder = _decoders.get(frame.kind)
     if decoder is None:
         raise FrameError(f"kind {frame.kind} is no message")
     return read_body(decoder, frame.body)

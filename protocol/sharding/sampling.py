@@ -41,9 +41,9 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True):
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """One session's wishes. The defaults change nothing about the model's own distribution.
 
-    `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `typical_p` 1 are off. The penalties look at the last
-    `penalty_window` tokens of prompt and answer. `logprobs` is how many alternatives to report for each token; None: not
-    even the chosen one. `max_tokens` counts the whole answer, tokens of an earlier try included.
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `typical_p` 1 are off. The penalties look at the
+    last `penalty_window` tokens of prompt and answer. `logprobs` is how many alternatives to report for each token;
+    None: not even the chosen one. `max_tokens` counts the whole answer, tokens of an earlier try included.
     """
 
     max_tokens: Annotated[int, msgspec.Meta(ge=0, le=TOKENS_MAX)] = TOKENS_MAX

@@ -32,7 +32,7 @@ class Said(NamedTuple):
 
 
 class Answer:
-    """One open session on the last stage. Raises CannotAnswer from its constructor and from `take`."""
+    """One open session on the last stage. Raises CannotAnswer."""
 
     def __init__(self, opened: SeqOpen, vocabulary: Vocabulary) -> None:
         self.opened = opened
@@ -60,46 +60,53 @@ class Answer:
             self._chooser.close()
             self._chooser = None
 
-    def take(self, model: Model, run: Run, last_row: int) -> Said:
-        """The outputs of a run whose last row in the batch is `last_row`."""
+    def begin(self, run: Run) -> None:
+        """The outputs of a run come next, one `output` each, or one `pool` for all."""
         self.said_at = time.monotonic()
-        if self.opened.pooling:
-            return self._pool(model, run, last_row)
-        assert self._chooser is not None
-        sampling = self.opened.sampling
-        tokens: list[int] = []
-        pieces: list[bytes] = []
-        chances: list[tuple[Alternative, ...]] = []
-        index, finish = self._count, Finish.NONE
-        if index >= sampling.max_tokens:
-            finish = Finish.LENGTH
-        for place in range(run.outputs if finish is Finish.NONE else 0):
-            logits = model.logits(last_row - run.outputs + 1 + place)
-            if not np.isfinite(logits).all():
-                raise CannotAnswer(StageErrorCode.NOT_FINITE, "the logits are not finite numbers")
-            try:
-                token = self._chooser.choose(logits, self._count)
-            except GrammarRefused as error:
-                raise CannotAnswer(StageErrorCode.GRAMMAR_INVALID, str(error)) from error
-            if self._vocabulary.is_eog(token):
-                finish = Finish.EOG
-                break
-            self._chooser.accept(token)
-            tokens.append(token)
-            pieces.append(self._vocabulary.piece(token, special=sampling.special_pieces))
-            if sampling.logprobs is not None:
-                chances.append(alternatives(self._vocabulary, logits, token, sampling.logprobs))
-            self._count += 1
-            if self._count >= sampling.max_tokens:
-                finish = Finish.LENGTH
-                break
-            if place < len(run.drafts) and run.drafts[place] != token:
-                break
-        taken = Taken(run.slot, tuple(tokens), finish)
-        frame = Pieces(self.opened.session, index, taken.tokens, tuple(pieces), finish, tuple(chances))
-        return Said(taken, frame)
+        self._run, self._first = run, self._count
+        self._tokens: list[int] = []
+        self._chances: list[tuple[Alternative, ...]] = []
+        self._finish = Finish.LENGTH if self._count >= self.opened.sampling.max_tokens else Finish.NONE
 
-    def _pool(self, model: Model, run: Run, last_row: int) -> Said:
+    def output(self, logits: Floats) -> bool:
+        """The next token, from the next output row. True: the following row, if there is one, is of use.
+
+        Raises CannotAnswer.
+        """
+        assert self._chooser is not None
+        if self._finish is not Finish.NONE:
+            return False
+        if not np.isfinite(logits).all():
+            raise CannotAnswer(StageErrorCode.NOT_FINITE, "the logits are not finite numbers")
+        sampling, place = self.opened.sampling, len(self._tokens)
+        try:
+            token = self._chooser.choose(logits, self._count)
+        except GrammarRefused as error:
+            raise CannotAnswer(StageErrorCode.GRAMMAR_INVALID, str(error)) from error
+        if self._vocabulary.is_eog(token):
+            self._finish = Finish.EOG
+            return False
+        self._chooser.accept(token)
+        self._tokens.append(token)
+        if sampling.logprobs is not None:
+            self._chances.append(alternatives(self._vocabulary, logits, token, sampling.logprobs))
+        self._count += 1
+        if self._count >= sampling.max_tokens:
+            self._finish = Finish.LENGTH
+        drafts = self._run.drafts
+        return self._finish is Finish.NONE and place < len(drafts) and drafts[place] == token
+
+    def end(self) -> Said:
+        """What the run gave."""
+        special = self.opened.sampling.special_pieces
+        tokens = tuple(self._tokens)
+        pieces = tuple(self._vocabulary.piece(token, special=special) for token in tokens)
+        frame = Pieces(self.opened.session, self._first, tokens, pieces, self._finish, tuple(self._chances))
+        return Said(Taken(self._run.slot, tokens, self._finish), frame)
+
+    def pool(self, model: Model, last_row: int) -> Said:
+        """The states of a run's rows; the embedding once all have come. Raises CannotAnswer."""
+        run = self._run
         rows = np.stack([model.state_of(last_row - run.rows + 1 + row) for row in range(run.rows)])
         done = self._pooled_rows + run.rows >= self.opened.prompt_tokens
         match self.opened.pooling:

@@ -6,8 +6,9 @@
         tokens = await engine.tokenise("text")
 
 An engine that crashes, hangs or runs out of memory is an item of `frames()`, never an exception there; requests and
-sends raise MeshError then. Somebody must read `frames()`: answers to requests come through the same socket. Which frame
-may come from which peer, and where outgoing ones go, is the caller's to know (protocol/sharding/frames.py has the sets).
+sends raise MeshError then. Somebody must read `frames()`: answers to requests come through the same socket. Which
+frame may come from which peer, and where outgoing ones go, is the caller's to know (the sets in
+protocol/sharding/frames.py).
 """
 
 from collections.abc import AsyncIterator, Callable

@@ -1,7 +1,7 @@
 """One stage's model and context: rows in, hidden states or logits out.
 
-Everything that llama.cpp would abort on is refused before it is called. What a step is made of is decided elsewhere, and
-which tokens follow from the logits too.
+Everything that llama.cpp would abort on is refused before it is called. What a step is made of is decided elsewhere,
+and which tokens follow from the logits too.
 """
 
 import ctypes
@@ -51,7 +51,7 @@ class Model:
         began = time.monotonic()
         self._log = log
         # Callbacks live as long as the context: ctypes does not keep them.
-        self._progress = llama_cpp.llama_progress_callback(lambda share, _: progress(share) or True)
+        self._progress = llama_cpp.llama_progress_callback(lambda share, _: _true_after(progress, share))
         self.gpu_layers = self._load_where_it_fits()
         self.model_bytes: int = llama_cpp.llama_model_size(self.model)
         self.load_s = time.monotonic() - began
@@ -274,7 +274,9 @@ class Model:
     def _floats(self, address: int | None, count: int) -> Floats:
         if not address:
             raise CannotCompute(StageErrorCode.INTERNAL, "llama.cpp has no result for this row")
-        return np.frombuffer((ctypes.c_float * count).from_address(address), np.float32)
+        raw = (ctypes.c_char * (4 * count)).from_address(address)
+        floats: Floats = np.frombuffer(memoryview(raw), np.float32)
+        return floats
 
     # ---- a slot's state
 
@@ -296,6 +298,12 @@ class Model:
         if held != length:
             self.truncate(slot, 0)
         return bool(held == length)
+
+
+def _true_after(progress: Callable[[float], None], share: float) -> bool:
+    """llama.cpp goes on loading as long as it is answered True."""
+    progress(share)
+    return True
 
 
 def states_are_sound(states: Floats) -> bool:

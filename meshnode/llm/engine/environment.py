@@ -1,13 +1,12 @@
 """What an engine process is started with: its command and its environment, which holds no secrets of the agent's."""
 
-import os
 import sys
 from collections.abc import Mapping
 from typing import Final
 
 GOMP_SPIN_COUNT: Final = 3000
-"""llama.cpp's OpenMP threads spin at the end of each step, by default long enough to take the cores of whoever has work.
-0 puts them to sleep at every barrier inside a step, which halves the speed; this many turns is some microseconds."""
+"""llama.cpp's OpenMP threads spin at the end of each step, by default so long that they take the cores of those who
+have work. 0 puts them to sleep at every barrier inside a step, which halves the speed; this many turns is some microseconds."""
 
 _KEPT: Final = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "VIRTUAL_ENV"),
@@ -53,8 +52,3 @@ def kernel_oom_kills() -> int:
     except OSError:
         pass
     return 0
-
-
-def cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -83,7 +83,7 @@ class _ThreadpoolParams(ctypes.Structure):
 
 
 def keep_threads(context: Any, threads: int) -> bool:
-    """Give a context of a build without OpenMP threads that sleep at once when there is no work. False: not exported."""
+    """Give a context of a build without OpenMP threads that sleep at once without work. False: not exported."""
     try:
         cpu = _load("ggml-cpu")
         initialise, new = ggml.ggml_threadpool_params_init, cpu.ggml_threadpool_new

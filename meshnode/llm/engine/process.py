@@ -39,8 +39,8 @@ async def open_engine(
 ) -> AsyncIterator[Engine]:
     """A loaded engine in a process of its own, for as long as the block runs.
 
-    Raises MeshError if it cannot be loaded: what failed, and its last words. `progress` is called with 0 to 1. Cancelled
-    or failed, nothing is left behind: no process, no socket.
+    Raises MeshError if it cannot be loaded: what failed, and its last words. `progress` is called with 0 to 1.
+    Cancelled or failed, nothing is left behind: no process, no socket.
     """
     watch = _Watch(stage, step_deadline_s, beats_lost_s)
     try:

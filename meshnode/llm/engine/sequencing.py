@@ -1,5 +1,6 @@
 """The first stage's own duties: sessions in and out, what they are told, and the batcher that plans the steps."""
 
+import time
 from typing import Any, Final
 
 from msgspec.structs import replace
@@ -32,6 +33,11 @@ from protocol.sharding.sampling import Grammar, GrammarKind
 from protocol.sharding.steps import Sampled, decode_tokens
 
 SLOW_ROWS_MIN: Final = 32
+STEP_SECONDS_MAX: Final = 1.0
+"""A prefill step that takes longer is fed smaller chunks afterwards."""
+
+DRAFTING_PAYS: Final = 1.5
+"""A round of one token this many times as long as computing it is mostly waiting, so guesses cost little."""
 
 
 class Sequencer:
@@ -41,6 +47,10 @@ class Sequencer:
         assert vocabulary is not None
         self._model, self._vocabulary, self._channel = model, vocabulary, channel
         self.batcher = Batcher(spec.limits(can_rewind=is_rewindable(model.model)))
+        self._spec = spec
+        self.batcher.drafting = spec.drafting == "always" or (spec.drafting == "auto" and not spec.exact_drafts)
+        self._timed: tuple[int, float] | None = None
+        self._own_s = self._round_s = 0.0
         self._waited: set[bytes] = set()
         self._life_at = 0.0
 
@@ -106,6 +116,7 @@ class Sequencer:
 
     def take(self, sampled: Sampled) -> None:
         """The answer to a step. Raises FrameError."""
+        self._answered(sampled.step)
         for session, entry, taken in self.batcher.take(sampled):
             if taken.finish is Finish.ERROR:
                 words = "A stage left this session out of a step."
@@ -137,10 +148,35 @@ class Sequencer:
         for session, entry in self.batcher.waiting_sessions():
             self._channel.to_entry(entry, encode(Pieces(session, 0)))
 
-    def slow_down(self, rows: int) -> None:
-        """A step took long: if it was a big one, make smaller ones."""
-        if rows >= SLOW_ROWS_MIN:
+    # ---- pace
+
+    def sent(self, plan: StepPlan) -> None:
+        """A step begins: guesses are tried only where waiting for an answer costs more than computing them in vain."""
+        alone = self.batcher.under_way == 1 and bool(plan.runs)
+        if alone and all(run.rows == run.outputs == 1 for run in plan.runs):
+            self._timed = (plan.number, time.monotonic())
+
+    def computed(self, plan: StepPlan, seconds: float) -> None:
+        """This stage's part of a step is done."""
+        if self._timed is not None and plan.number == self._timed[0]:
+            self._own_s = _smoothed(self._own_s, seconds)
+        if seconds > STEP_SECONDS_MAX and len(plan.tokens) >= SLOW_ROWS_MIN:
             self.batcher.slow_down()
+
+    def _answered(self, step: int) -> None:
+        if self._timed is None or step != self._timed[0]:
+            return
+        self._round_s = _smoothed(self._round_s, time.monotonic() - self._timed[1])
+        self._timed = None
+        if self._spec.drafting == "auto" and self._spec.exact_drafts and self._spec.stages > 1:
+            computing = self._spec.stages * self._own_s
+            # Several streams fill the time of waiting by themselves.
+            few = self.batcher.active <= max(1, self._spec.stages // 2)
+            self.batcher.drafting = few and self._round_s > DRAFTING_PAYS * computing
+
+
+def _smoothed(before: float, now: float) -> float:
+    return now if before == 0.0 else before + 0.2 * (now - before)
 
 
 def is_rewindable(model: Any) -> bool:

@@ -41,7 +41,9 @@ class Requests:
         self, spec: StageSpec, model: Model, vocabulary: Vocabulary | None, sequencer: Sequencer | None
     ) -> None:
         self._spec, self._model, self._vocabulary, self._sequencer = spec, model, vocabulary, sequencer
-        self._decoders = {kind: msgspec.msgpack.Decoder(body) for body, kind in REQUEST_KINDS.items()}
+        self._decoders: dict[Kind, msgspec.msgpack.Decoder[Request]] = {
+            kind: msgspec.msgpack.Decoder(body) for body, kind in REQUEST_KINDS.items()
+        }
 
     def answer(self, frame: Frame) -> bytes:
         """The frame that answers a request. Raises FrameError on one that cannot be read."""

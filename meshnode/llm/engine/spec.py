@@ -3,7 +3,7 @@
 Both sides import this; it imports neither llama.cpp nor trio.
 """
 
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -51,6 +51,11 @@ class StageSpec(msgspec.Struct, frozen=True, kw_only=True):
     flash_attention: bool | None = None
     nice: int = 0
     memory_bytes_max: int | None = None
+    drafting: Literal["auto", "always", "never"] = "auto"
+    exact_drafts: bool = True
+    """Guesses are computed row by row, so that the answer is the same to the byte as without them. False: in one batch,
+    which is faster to compute and may differ where two tokens are all but equally likely."""
+
     hook: str = ""
     """`layer_inp` or `cb_eval` to insist on one; empty: the best that the file allows."""
 

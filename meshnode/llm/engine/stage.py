@@ -6,15 +6,15 @@ sequencing.py, the last one's in answering.py.
 """
 
 import time
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 import numpy as np
 import psutil
 
-from meshnode.llm.engine.answering import Answer, CannotAnswer
+from meshnode.llm.engine.answering import Answer, CannotAnswer, Said
 from meshnode.llm.engine.channel import Channel
-from meshnode.llm.engine.computing import CannotCompute, Model, states_are_sound
+from meshnode.llm.engine.computing import CannotCompute, Floats, Model, states_are_sound
 from meshnode.llm.engine.sequencing import Sequencer
 from meshnode.llm.engine.serving import Requests
 from meshnode.llm.engine.spec import ENTRY_LOST, REQUEST_KINDS, StageSpec
@@ -39,10 +39,15 @@ from protocol.sharding.steps import Run, Sampled, Step, Taken, decode_step, enco
 IDLE_WAIT_S: Final = 0.5
 STATS_INTERVAL_S: Final = 1.0
 SIGN_OF_LIFE_S: Final = 0.8
-STEP_SECONDS_MAX: Final = 1.0
-"""A prefill step that takes longer is fed smaller chunks afterwards."""
-
 _REQUESTS: Final = frozenset(REQUEST_KINDS.values())
+
+
+class Part(NamedTuple):
+    """Rows computed at once with others: `run` of them, those of `whole` that begin at row `row` of the step."""
+
+    whole: Run
+    run: Run
+    row: int
 
 
 class Stage:
@@ -170,9 +175,9 @@ class Stage:
             worked = True
             if isinstance(action, StepPlan):
                 tokens = np.array(action.tokens, np.int32).tobytes()
+                sequencer.sent(action)
                 seconds = self._step(Step(action.number, action.runs, False, tokens))
-                if seconds > STEP_SECONDS_MAX:
-                    sequencer.slow_down(len(action.tokens))
+                sequencer.computed(action, seconds)
             else:
                 sequencer.announce(action)
                 self._follow(action)
@@ -186,31 +191,63 @@ class Stage:
         runs, payload = self._check(step)
         self._watchdog.begin()
         try:
-            self._compute(runs, payload)
+            for run in runs:
+                self._model.truncate(run.slot, run.start)
+            if self._spec.is_last:
+                self._answer(step.number, runs, payload)
+            else:
+                states = self._states(runs, payload)
+                head = encode_step_head(step.number, runs, hidden=True, payload_bytes=states.nbytes)
+                self._channel.to_next(head, states.data.cast("B"))
         except CannotCompute as error:
             for run in runs:
                 self._fail(run.slot, error.code, str(error), self._spec.stage)
-            runs = []
+            self._pass_on_nothing(step.number)
         finally:
             self._watchdog.end()
         seconds = time.monotonic() - began
         self._compute_s += seconds
         self._steps += 1
-        rows = sum(run.rows for run in runs)
-        self._rows += rows
-        if self._spec.is_last:
-            self._answer(step.number, runs)
-            return seconds
-        states = memoryview(self._model.hidden(rows)).cast("B") if rows else b""
-        head = encode_step_head(step.number, runs, hidden=True, payload_bytes=len(states))
-        self._channel.to_next(head, states)
+        self._rows += sum(run.rows for run in runs)
         return seconds
 
-    def _compute(self, runs: list[Run], payload: bytes | memoryview) -> None:
+    def _pass_on_nothing(self, number: int) -> None:
+        """The step is lost, but whoever counts steps must hear of its end."""
+        if not self._spec.is_last:
+            self._channel.to_next(encode_step_head(number, [], hidden=True, payload_bytes=0))
+        else:
+            self._done(Sampled(number, ()))
+
+    def _states(self, runs: list[Run], payload: bytes | memoryview) -> Floats:
+        """The states of all rows of a step, for the next stage."""
+        rows = sum(run.rows for run in runs)
+        passes = self._passes(runs)
+        if len(passes) == 1:
+            self._model.compute(runs, payload)
+            return self._model.hidden(rows)
+        states = np.empty((rows, self._model.width), np.float32)
+        for part in passes:
+            self._model.compute([one.run for one in part], _rows_of(part, payload, rows))
+            places = [row for one in part for row in range(one.row, one.row + one.run.rows)]
+            states[places] = self._model.hidden(len(places))
+        return states
+
+    def _passes(self, runs: list[Run]) -> list[list[Part]]:
+        """What to compute at once. Guesses go row by row: in one batch with others a row's numbers differ in the last
+        places from those it has alone, and now and then so does the likeliest token."""
+        passes: list[list[Part]] = [[]]
+        row = 0
         for run in runs:
-            self._model.truncate(run.slot, run.start)
-        pooled = any(self._open[run.slot].pooling for run in runs if run.rows)
-        self._model.compute(runs, payload, embedding=pooled and self._spec.is_last)
+            if run.drafts and self._spec.exact_drafts and not self._open[run.slot].pooling:
+                while len(passes) < run.rows:
+                    passes.append([])
+                for place in range(run.rows):
+                    single = Run(run.slot, 1, run.start + place, 1)
+                    passes[place].append(Part(run, single, row + place))
+            else:
+                passes[0].append(Part(run, run, row))
+            row += run.rows
+        return passes
 
     def _check(self, step: Step) -> tuple[list[Run], bytes | memoryview]:
         """The runs that can be computed, and their payload. The others fail their sessions."""
@@ -238,28 +275,64 @@ class Stage:
             return good, step.payload
         return good, b"".join(parts)
 
-    def _answer(self, number: int, runs: list[Run]) -> None:
+    def _answer(self, number: int, runs: list[Run], payload: bytes | memoryview) -> None:
         """The last stage's part: choose tokens, tell the entries, then let the first stage go on."""
+        rows = sum(run.rows for run in runs)
+        lost: set[int] = set()
+        going = {run.slot for run in runs if run.outputs}
+        for slot, run in ((run.slot, run) for run in runs if run.outputs):
+            self._answers[slot].begin(run)
+        pooled = any(self._open[slot].pooling for slot in going)
+        said: dict[int, Said] = {}
+        for place, whole in enumerate(self._passes(runs)):
+            part = whole if place == 0 else [one for one in whole if one.run.slot in going]
+            if not part:
+                break
+            self._model.compute([one.run for one in part], _rows_of(part, payload, rows), embedding=pooled)
+            last = -1
+            for one in part:
+                last += one.run.rows
+                if not one.run.outputs:
+                    continue
+                try:
+                    if not self._take(one.run, last, said):
+                        going.discard(one.run.slot)
+                except (CannotAnswer, CannotCompute) as error:
+                    going.discard(one.run.slot)
+                    lost.add(one.run.slot)
+                    self._fail(one.run.slot, error.code, str(error), self._spec.stage)
+        self._tell(number, [run for run in runs if run.outputs], said, lost)
+
+    def _take(self, run: Run, last: int, said: dict[int, Said]) -> bool:
+        """The outputs of a run of a pass, which end at row `last` of its batch. True: its next guess is of use."""
+        answer = self._answers[run.slot]
+        if answer.opened.pooling:
+            said[run.slot] = answer.pool(self._model, last)
+            return False
+        more = True
+        for row in range(last - run.outputs + 1, last + 1):
+            more = answer.output(self._model.logits(row))
+            if not more:
+                break
+        return more
+
+    def _tell(self, number: int, runs: list[Run], said: dict[int, Said], lost: set[int]) -> None:
         taken: list[Taken] = []
-        row = 0
         for run in runs:
-            row += run.rows
-            if not run.outputs:
+            if run.slot in lost:
+                taken.append(Taken(run.slot, (), Finish.ERROR))
                 continue
             answer = self._answers[run.slot]
-            try:
-                said = answer.take(self._model, run, row - 1)
-            except (CannotAnswer, CannotCompute) as error:
-                taken.append(Taken(run.slot, (), Finish.ERROR))
-                self._fail(run.slot, error.code, str(error), self._spec.stage)
-                continue
-            taken.append(said.taken)
-            if said.frame is not None:
-                self._channel.to_entry(answer.opened.entry, encode(said.frame))
-            if said.taken.finish is not Finish.NONE:
+            words = said.get(run.slot) or answer.end()
+            taken.append(words.taken)
+            if words.frame is not None:
+                self._channel.to_entry(answer.opened.entry, encode(words.frame))
+            if words.taken.finish is not Finish.NONE:
                 answer.close()
                 del self._answers[run.slot], self._open[run.slot]
-        sampled = Sampled(number, tuple(taken))
+        self._done(Sampled(number, tuple(taken)))
+
+    def _done(self, sampled: Sampled) -> None:
         if self._sequencer is not None:
             self._sequencer.take(sampled)
         else:
@@ -311,6 +384,14 @@ class Stage:
             drafts_accepted=0 if batcher is None else batcher.drafts_accepted,
             rss_bytes=self._process.memory_info().rss,
         )
+
+
+def _rows_of(part: list[Part], payload: bytes | memoryview, rows: int) -> bytes | memoryview:
+    """The payload of some rows of a step of `rows`."""
+    if sum(one.run.rows for one in part) == rows:
+        return payload
+    size = len(payload) // rows
+    return b"".join(payload[one.row * size : (one.row + one.run.rows) * size] for one in part)
 
 
 def agent_error(code: StageErrorCode, words: str) -> bytes:
