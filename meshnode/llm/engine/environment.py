@@ -6,7 +6,8 @@ from typing import Final
 
 GOMP_SPIN_COUNT: Final = 3000
 """llama.cpp's OpenMP threads spin at the end of each step, by default so long that they take the cores of those who
-have work. 0 puts them to sleep at every barrier inside a step, which halves the speed; this many turns is some microseconds."""
+have work. 0 puts them to sleep at every barrier inside a step, which halves the speed; this many turns is some
+microseconds."""
 
 _KEPT: Final = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "VIRTUAL_ENV"),

@@ -1,9 +1,9 @@
 """The engine's second thread: it says that the process lives, and ends it when the agent is gone.
 
 A beat every BEAT_INTERVAL_S carries how long the current step has taken: a stopped process beats no more, one that
-hangs in llama.cpp beats with a growing number. Judging that is the agent's. PR_SET_PDEATHSIG would not do for the second
-job: it fires when the thread that started the process ends, and the agent starts processes from threads that come and
-go.
+hangs in llama.cpp beats with a growing number. Judging that is the agent's. PR_SET_PDEATHSIG would not do for the
+second job: it fires when the thread that started the process ends, and the agent starts processes from threads that
+come and go.
 """
 
 import select
