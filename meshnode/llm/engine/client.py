@@ -11,11 +11,11 @@ frame may come from which peer, and where outgoing ones go, is the caller's to k
 protocol/sharding/frames.py).
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 import msgspec
 import trio
@@ -142,17 +142,18 @@ class Engine:
                 # Its end is noticed by its exit status; this only comes sooner.
                 raise self._gone() from error
 
-    async def frames(self) -> AsyncIterator[Outgoing | Ended]:
-        """What the engine sends, in order, and at last how it ended. One reader."""
-        while True:
-            try:
-                item = await self._outgoing_out.receive()
-            except trio.EndOfChannel:
-                break
-            yield item
-        await self.gone.wait()
-        assert self.ended is not None
-        yield self.ended
+    async def receive(self) -> Outgoing | Ended:
+        """The next thing the engine sends, in order; at last, and from then on, how it ended."""
+        try:
+            return await self._outgoing_out.receive()
+        except trio.EndOfChannel:
+            await self.gone.wait()
+            assert self.ended is not None
+            return self.ended
+
+    def frames(self) -> "Frames":
+        """Everything it sends: `async for item in engine.frames()`; the last item is an Ended. One reader."""
+        return Frames(self)
 
     def _gone(self) -> MeshError:
         why = self.ended.words if self.ended is not None else "it has just ended"
@@ -260,6 +261,24 @@ class Engine:
             self.gone.set()
             for arrived, _ in self._pending.values():
                 arrived.set()
+
+
+class Frames:
+    """An iteration over what an engine sends. No generator, so that it may be left at any point."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._over = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Outgoing | Ended:
+        if self._over:
+            raise StopAsyncIteration
+        item = await self._engine.receive()
+        self._over = isinstance(item, Ended)
+        return item
 
 
 class EnvelopeParser:

@@ -54,6 +54,11 @@ async def open_engine(
                 with trio.CancelScope(shield=True):
                     await watch.stop(engine)
                 nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        # The watching itself never fails, so a single error is the block's own, and its caller knows no nursery here.
+        if len(group.exceptions) > 1:
+            raise
+        raise group.exceptions[0] from group.exceptions[0].__cause__
     finally:
         with trio.CancelScope(shield=True):
             await watch.reap()
