@@ -6,12 +6,13 @@ its peers: all processes are its own.
 
 import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import msgspec
 import trio
 
+from meshnode.kernel.errors import MeshError
 from meshnode.llm.engine.client import Ended, Engine, Outgoing
 from meshnode.llm.engine.process import open_engine
 from meshnode.llm.engine.spec import StageSpec
@@ -50,6 +51,10 @@ class Reply:
     began: float = 0.0
 
 
+class StageLostError(Exception):
+    """An engine ended while somebody waited for an answer of its pipeline."""
+
+
 class Pipeline:
     """Loaded stages and the sessions that run on them."""
 
@@ -66,8 +71,12 @@ class Pipeline:
         async for item in self.engines[index].frames():
             if isinstance(item, Ended):
                 self.ended[index] = item
+                for events in self._sessions.values():
+                    events.close()
                 continue
-            await self._deliver(index, item)
+            # What is for a stage that has ended is lost, as with a peer that is gone.
+            with suppress(MeshError):
+                await self._deliver(index, item)
 
     async def _deliver(self, index: int, item: Outgoing) -> None:
         match item.destination:
@@ -82,7 +91,8 @@ class Pipeline:
                 assert isinstance(message, Event)
                 events = self._sessions.get(message.session or b"")
                 if events is not None:
-                    await events.send(message)
+                    with suppress(trio.ClosedResourceError):
+                        await events.send(message)
             case Destination.AGENT:
                 message = item.message()
                 if isinstance(message, Stats):
@@ -103,9 +113,8 @@ class Pipeline:
             yield receiving
         finally:
             del self._sessions[session]
-            with trio.CancelScope(shield=True):
-                if self.engines[0].ended is None:
-                    await self.engines[0].send(encode(Cancel(session)))
+            with trio.CancelScope(shield=True), suppress(MeshError):
+                await self.engines[0].send(encode(Cancel(session)))
 
     async def ask(
         self, prompt: Sequence[int], sampling: Sampling, *, generated: Sequence[int] = (), pooling: str = ""
@@ -131,7 +140,7 @@ class Pipeline:
                         reply.finish = event.finish
                         if event.finish is not Finish.NONE:
                             return reply
-        raise AssertionError("a session ends with a last frame")
+        raise StageLostError(f"a stage ended in the middle of an answer: {self.ended}")
 
 
 @asynccontextmanager

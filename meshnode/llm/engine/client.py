@@ -156,7 +156,7 @@ class Engine:
         return Frames(self)
 
     def _gone(self) -> MeshError:
-        why = self.ended.words if self.ended is not None else "it has just ended"
+        why = self.ended.words.rstrip(".") if self.ended is not None else "it has just ended"
         return MeshError(
             ErrorCode.UNAVAILABLE, f"The engine of this stage is gone: {why}. Load the model again.", retryable=True
         )

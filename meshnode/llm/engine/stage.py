@@ -198,7 +198,7 @@ class Stage:
             else:
                 states = self._states(runs, payload)
                 head = encode_step_head(step.number, runs, hidden=True, payload_bytes=states.nbytes)
-                self._channel.to_next(head, states.data.cast("B"))
+                self._channel.to_next(head, states.data.cast("B") if states.size else b"")
         except CannotCompute as error:
             for run in runs:
                 self._fail(run.slot, error.code, str(error), self._spec.stage)
@@ -222,6 +222,8 @@ class Stage:
         """The states of all rows of a step, for the next stage."""
         rows = sum(run.rows for run in runs)
         passes = self._passes(runs)
+        if rows == 0:
+            return np.empty((0, self._model.width), np.float32)  # it only empties slots
         if len(passes) == 1:
             self._model.compute(runs, payload)
             return self._model.hidden(rows)

@@ -1,6 +1,7 @@
 """A tiny model of random weights and its stages, made once a run; skips everything where llama.cpp is not installed."""
 
 import importlib.util
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def cut(llama: Path) -> Cut:
             return [(str(llama), LAYERS)]
         edges = [round(LAYERS * index / stages) for index in range(stages + 1)]
         files = []
-        for index, (first, last) in enumerate(zip(edges, edges[1:], strict=False)):
+        for index, (first, last) in enumerate(itertools.pairwise(edges)):
             has_tail = tail and last != LAYERS
             path = llama.with_name(f"{index}-of-{stages}{'-tail' * has_tail}.gguf")
             if not path.exists():

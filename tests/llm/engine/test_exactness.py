@@ -1,7 +1,7 @@
 """The proof that a model cut into stages is the same model: logit difference 0.0, and the same text.
 
-Equality claims name their schedule: the same rows in the same steps. In one batch with others, a row differs in the last
-places from the same row alone; that is llama.cpp's arithmetic and no fault of a cut.
+Equality claims name their schedule: the same rows in the same steps. In one batch with others, a row differs in the
+last places from the same row alone; that is llama.cpp's arithmetic and no fault of a cut.
 """
 
 import json
@@ -9,9 +9,9 @@ import subprocess
 import sys
 
 import pytest
+from msgspec.structs import replace
 
 from meshnode.llm.engine.spec import StageSpec
-from msgspec.structs import replace
 from protocol.sharding.frames import Finish
 from protocol.sharding.sampling import Sampling
 from scripts.benchmarks.pipeline import open_pipeline

@@ -155,7 +155,7 @@ def test_a_shared_beginning_is_not_computed_again() -> None:
     run_to_end(batcher, chain)
     second = ask(batcher, chain, 1, [*range(30), 99, 98])
     assert (first.cached_tokens, second.cached_tokens, second.slot) == (0, 30, first.slot)
-    assert [plan.tokens for plan in run_to_end(batcher, chain)][0] == (99, 98)
+    assert run_to_end(batcher, chain)[0].tokens == (99, 98)
     third = ask(batcher, chain, 2, [*range(30), 99, 98])
     assert third.cached_tokens == 31, "the last token is always computed: its output is what is wanted"
 
