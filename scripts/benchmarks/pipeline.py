@@ -63,7 +63,9 @@ class Pipeline:
         self.complaints: list[StageError] = []
         self.stats: dict[int, Stats] = {}
         self.ended: dict[int, Ended] = {}
-        self.boundary_bytes = 0
+        self.carried_bytes = 0
+        """Bytes of all frames between stages, and from the last one to entries."""
+
         self._sessions: dict[bytes, trio.MemorySendChannel[Event]] = {}
 
     async def relay(self, index: int) -> None:
@@ -79,12 +81,12 @@ class Pipeline:
                 await self._deliver(index, item)
 
     async def _deliver(self, index: int, item: Outgoing) -> None:
+        if item.destination is not Destination.AGENT:
+            self.carried_bytes += len(item.frame)
         match item.destination:
             case Destination.NEXT:
-                self.boundary_bytes += len(item.frame)
                 await self.engines[index + 1].send(item.frame)
             case Destination.FIRST:
-                self.boundary_bytes += len(item.frame)
                 await self.engines[0].send(item.frame)
             case Destination.ENTRY:
                 message = item.message()
