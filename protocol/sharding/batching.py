@@ -3,59 +3,24 @@
 A session waits, then holds a slot. Its prompt is fed in chunks, several of which may be under way in the stages at
 once; then its tokens one step at a time, because each needs the one before. Slots keep what they hold after a session,
 and the next prompt that begins the same goes there. Pure: it says what to send down the chain, in order, and is told
-what was sampled. Computing is the engine's, choosing tokens the last stage's.
+what was sampled. Its tables are in slots.py; computing is the engine's, choosing tokens the last stage's.
 """
 
 import dataclasses
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 import msgspec
 
 from protocol.sharding.drafting import Drafter
 from protocol.sharding.frames import Accepted, Finish, FrameError, Open, RefusalCode, Refused, SeqClose, SeqOpen
+from protocol.sharding.slots import POOLED_ROWS_MAX, PREFILL_ROWS_MIN, Limits, Session, Slot, common_prefix
 from protocol.sharding.steps import OUTPUTS_MAX, Run, Sampled, Taken
-
-PREFILL_ROWS_MAX: Final = 256
-PREFILL_ROWS_BESIDE_STREAMS: Final = 32
-"""Rows of prompt in a step that also serves streams: they wait for it, so it is short."""
-
-PREFILL_ROWS_MIN: Final = 16
-DRAFT_TOKENS_MAX: Final = 15
-QUEUE_MAX: Final = 64
-POOLED_ROWS_MAX: Final = 64
-"""Every row of a pooled session is an output, and outputs cost memory for the whole vocabulary."""
 
 REUSE_SHARE_MIN: Final = 0.1
 """A shorter common prefix than this share of the prompt is not worth another session's long one."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the stages can hold. `context` is the longest session, `cells` what all slots hold together, in tokens.
-
-    Wrong guesses stay in a stage's memory until the slot's next run, so it needs cells_needed() of them.
-    """
-
-    slots: int
-    context: int
-    cells: int
-    stages: int = 1
-    rows_max: int = 512
-    prefill_rows: int = PREFILL_ROWS_MAX
-    prefill_rows_beside_streams: int = PREFILL_ROWS_BESIDE_STREAMS
-    draft_tokens_max: int = DRAFT_TOKENS_MAX
-    queue_max: int = QUEUE_MAX
-    can_rewind: bool = True
-    """False for models with a recurrent state: what a slot holds can be added to or dropped, but not shortened."""
-
-
-def cells_needed(limits: Limits) -> int:
-    """How many cells every stage must have for these limits."""
-    return limits.cells + limits.slots * (limits.draft_tokens_max + 1)
 
 
 class StepPlan(NamedTuple):
@@ -69,41 +34,6 @@ class StepPlan(NamedTuple):
 Action = SeqOpen | SeqClose | StepPlan
 
 
-@dataclass
-class _Session:
-    request: Open
-    max_tokens: int
-    text: list[int]  # prompt and answer
-    drafter: Drafter | None
-    slot: int | None = None
-    fed: int = 0  # tokens of `text` that were put into steps
-    awaiting: bool = False  # a step with outputs of this session is under way
-    alone: bool = False  # the next token is to be computed without guesses
-    arrived: int = 0
-    order: int = 0  # whose turn it is: the lowest
-    cached: int = 0
-    begun: bool = False
-
-    @property
-    def prompt_length(self) -> int:
-        return len(self.request.prompt)
-
-    @property
-    def is_decoding(self) -> bool:
-        return self.fed >= len(self.text) - 1 and not self.request.pooling
-
-
-@dataclass
-class _Slot:
-    held: list[int] = field(default_factory=list)  # tokens whose cells are filled once all steps sent are done
-    session: _Session | None = None
-    used: int = 0
-
-    @property
-    def cells(self) -> int:
-        return max(len(self.held), 0 if self.session is None else len(self.session.text))
-
-
 class _Sent(NamedTuple):
     session: bytes
     entry: bytes
@@ -115,9 +45,9 @@ class Batcher:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._slots = [_Slot() for _ in range(limits.slots)]
-        self._sessions: dict[bytes, _Session] = {}
-        self._waiting: deque[_Session] = deque()
+        self._slots = [Slot() for _ in range(limits.slots)]
+        self._sessions: dict[bytes, Session] = {}
+        self._waiting: deque[Session] = deque()
         self._under_way: dict[int, tuple[_Sent, ...]] = {}
         self._actions: list[Action] = []
         self._drops: list[int] = []  # slots that the next step empties
@@ -187,7 +117,7 @@ class Batcher:
         text = [*request.prompt, *request.generated]
         guesses = limits.draft_tokens_max if limits.can_rewind and request.sampling.speculate else 0
         self._order += 1
-        session = _Session(
+        session = Session(
             request,
             max_tokens=min(request.sampling.max_tokens, room - len(request.prompt)),
             text=text,
@@ -210,7 +140,7 @@ class Batcher:
             return
         self._leave(session)
 
-    def _leave(self, session: _Session) -> None:
+    def _leave(self, session: Session) -> None:
         number, session.slot = session.slot, None
         assert number is not None
         slot = self._slots[number]
@@ -241,7 +171,7 @@ class Batcher:
         """Whether a slot exists and has no session."""
         return number < len(self._slots) and self._slots[number].session is None
 
-    def _touch(self, slot: _Slot) -> None:
+    def _touch(self, slot: Slot) -> None:
         self._order += 1
         slot.used = self._order
 
@@ -264,7 +194,7 @@ class Batcher:
                 session.begun, session.cached = True, min(reuse, session.prompt_length)
             self._actions.append(self._seq_open(session, number))
 
-    def _seq_open(self, session: _Session, number: int) -> SeqOpen:
+    def _seq_open(self, session: Session, number: int) -> SeqOpen:
         request, sampling = session.request, session.request.sampling
         recent = request.prompt[-sampling.penalty_window :] if sampling.has_penalties else ()
         return SeqOpen(
@@ -278,7 +208,7 @@ class Batcher:
             session.prompt_length,
         )
 
-    def _choose_slot(self, session: _Session) -> tuple[int | None, int]:
+    def _choose_slot(self, session: Session) -> tuple[int | None, int]:
         """The idle slot that holds the longest beginning of the text, and how much of it; else the longest unused."""
         idle = [number for number, slot in enumerate(self._slots) if slot.session is None]
         if not idle:
@@ -332,7 +262,7 @@ class Batcher:
         return done
 
     def _plan_step(self) -> StepPlan | None:
-        chosen: list[tuple[_Session, Run]] = []
+        chosen: list[tuple[Session, Run]] = []
         rows = self._plan_decoding(chosen)
         self._plan_prefill(chosen, rows)
         # A slot that was emptied and is used again is truncated by its own run.
@@ -355,7 +285,7 @@ class Batcher:
         self._under_way[self._step] = tuple(sent)
         return StepPlan(self._step, tuple(runs), tuple(tokens))
 
-    def _plan_decoding(self, chosen: list[tuple[_Session, Run]]) -> int:
+    def _plan_decoding(self, chosen: list[tuple[Session, Run]]) -> int:
         """One token and its guesses for the sessions whose turn it is; several groups share the stages."""
         decoding = [s for s in self._sessions.values() if s.slot is not None and s.is_decoding]
         ready = sorted((session for session in decoding if not session.awaiting), key=lambda session: session.order)
@@ -381,7 +311,7 @@ class Batcher:
             session.order = self._order
         return rows
 
-    def _room_for(self, session: _Session, rows: int, chosen: list[tuple[_Session, Run]]) -> bool:
+    def _room_for(self, session: Session, rows: int, chosen: list[tuple[Session, Run]]) -> bool:
         """Cells for the next rows, at the cost of what idle slots hold, then of the session that came last."""
         assert session.slot is not None
         needed = len(session.text) - 1 + rows - self._slots[session.slot].cells
@@ -397,7 +327,7 @@ class Batcher:
                 return False
         return True
 
-    def _put_back(self, session: _Session) -> None:
+    def _put_back(self, session: Session) -> None:
         """Take a session's slot away; it begins again, with what it has said so far, when there is room."""
         number = session.slot
         assert number is not None
@@ -405,7 +335,7 @@ class Batcher:
         self.forget(number)
         self._waiting.appendleft(session)
 
-    def _plan_prefill(self, chosen: list[tuple[_Session, Run]], rows: int) -> None:
+    def _plan_prefill(self, chosen: list[tuple[Session, Run]], rows: int) -> None:
         limits = self._limits
         holding = [session for session in self._sessions.values() if session.slot is not None]
         streams = any(session.is_decoding for session in holding)
@@ -474,17 +404,3 @@ class Batcher:
         if taken.finish is Finish.ERROR:
             self.forget(run.slot)
         return True
-
-
-def common_prefix(one: Sequence[int], other: Sequence[int], length_max: int) -> int:
-    """How many first tokens both share, `length_max` at most."""
-    length = min(len(one), len(other), length_max)
-    low, high = 0, length
-    # Comparing slices runs at the speed of memory; halving finds the first difference in a dozen of them.
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

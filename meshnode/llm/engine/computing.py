@@ -15,8 +15,8 @@ import numpy.typing as npt
 from meshnode.llm.engine import library
 from meshnode.llm.engine.library import Log, exported, ggml, keep_threads, llama_cpp
 from meshnode.llm.engine.spec import CALIBRATION_CELLS, StageSpec
-from protocol.sharding.batching import cells_needed
 from protocol.sharding.frames import StageErrorCode
+from protocol.sharding.slots import cells_needed
 from protocol.sharding.steps import Run
 
 Floats = npt.NDArray[np.float32]

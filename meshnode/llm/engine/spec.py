@@ -8,7 +8,8 @@ from typing import Final, Literal
 import msgspec
 
 from protocol.ids import NODE_ID_BYTES
-from protocol.sharding import batching, frames
+from protocol.sharding import frames
+from protocol.sharding import slots as batching
 from protocol.sharding.frames import Kind
 from protocol.sharding.steps import step_bytes_max
 

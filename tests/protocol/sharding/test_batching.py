@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from protocol.sharding.batching import Action, Batcher, Limits, StepPlan, cells_needed, common_prefix
+from protocol.sharding.batching import Action, Batcher, StepPlan
 from protocol.sharding.frames import Accepted, Finish, FrameError, Open, RefusalCode, Refused, SeqClose, SeqOpen
 from protocol.sharding.sampling import Sampling
+from protocol.sharding.slots import Limits, cells_needed, common_prefix
 from protocol.sharding.steps import Run, Sampled, Taken
 
 ENTRY = b"e" * 20
