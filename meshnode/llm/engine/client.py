@@ -64,6 +64,7 @@ class EndReason(StrEnum):
     HUNG = "hung"
     OUT_OF_MEMORY = "out_of_memory"
     LOAD_FAILED = "load_failed"
+    NOT_INSTALLED = "not_installed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,6 @@ class Model:
         self._allocate_batch()
         self._embedding = False
         self.probe()
-        log.is_loading = False
 
     # ---- loading
 

@@ -108,17 +108,21 @@ class Log:
 
     def __init__(self) -> None:
         self._lines: list[str] = []
-        self.is_loading = True
+        self._is_loading = True
         self._callback = llama_cpp.llama_log_callback(self._take)
         llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def _take(self, level: int, text: bytes, _: Any) -> None:
         words = text.decode("utf-8", "replace")
-        if self.is_loading and len(self._lines) < LOG_LINES_MAX:
+        if self._is_loading and len(self._lines) < LOG_LINES_MAX:
             self._lines.append(words)
         # ggml's levels: 3 is a warning, 4 an error, 5 goes on with the line before.
-        if level in (3, 4) and not (level == 3 and self.is_loading):
+        if level in (3, 4) and not (level == 3 and self._is_loading):
             os.write(2, text)
+
+    def end_of_loading(self) -> None:
+        """From now on only warnings and errors are passed on, and nothing is kept."""
+        self._is_loading = False
 
     @property
     def text(self) -> str:

@@ -38,6 +38,7 @@ def load(spec: StageSpec, channel: Channel, *, isolated: bool) -> Model | None:
         code = StageErrorCode.OUT_OF_MEMORY if error.out_of_memory else StageErrorCode.INTERNAL
         channel.to_agent(agent_error(code, str(error)))
         return None
+    log.end_of_loading()
     # Snapshots are longer than any step; only the agent sends them.
     channel.widen(max(frame_bytes_max(spec, model.width), SNAPSHOT_BYTES_MAX))
     channel.to_agent(agent_message(Kind.FACTS, _facts(spec, model, log, isolated)))

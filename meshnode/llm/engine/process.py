@@ -120,11 +120,11 @@ class _Watch:
         ended = self._verdict()
         engine._end(ended)
         last = " ".join(ended.stderr[-3:])
-        code = ErrorCode.MISSING_DEPENDENCY if "No module named 'llama_cpp'" in last else ErrorCode.UNAVAILABLE
-        if code is ErrorCode.MISSING_DEPENDENCY:
-            raise MeshError(code, "This node has no llama.cpp. Install it: pipx inject meshnode 'meshnode[llm]'.")
+        if "No module named 'llama_cpp'" in last:
+            words = "This node has no llama.cpp. Install it: pipx inject meshnode 'meshnode[llm]'."
+            raise MeshError(ErrorCode.UNAVAILABLE, words, detail={"reason": EndReason.NOT_INSTALLED.value})
         said = f" Its last words: {last}" if last and last not in ended.words else ""
-        raise MeshError(code, f"{ended.words}{said}", retryable=False, detail={"reason": ended.reason.value})
+        raise MeshError(ErrorCode.UNAVAILABLE, f"{ended.words}{said}", detail={"reason": ended.reason.value})
 
     async def _loaded_or_lost(self, engine: Engine, progress: Callable[[float], None] | None) -> Ended | None:
         ended: Ended | None = None

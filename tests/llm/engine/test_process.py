@@ -218,7 +218,7 @@ async def test_an_engine_without_llama_cpp_says_how_to_get_it(
     with pytest.raises(MeshError) as caught:
         async with open_engine(whole(cut, spec)):
             pass
-    assert caught.value.code is ErrorCode.MISSING_DEPENDENCY
+    assert caught.value.detail["reason"] == EndReason.NOT_INSTALLED
 
 
 def test_no_secret_travels_in_the_environment() -> None:
