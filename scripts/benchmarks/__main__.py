@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
-from scripts.benchmarks import api_load, detection, events, figures, footprint, junk, links, starting, stores
+from scripts.benchmarks import api_load, detection, engines, events, figures, footprint, junk, links, starting, stores
 from scripts.benchmarks.agents import BenchmarkError
 
 Benchmark = Callable[..., figures.Outcome]
@@ -23,6 +23,8 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "bulk": links.bulk,
     "records": stores.records,
     "database": stores.database,
+    "engine": engines.engine,
+    "engine-memory": engines.engine_memory,
     "junk": junk.junk,
     "detection": detection.detection,
     "mesh64": detection.mesh64,

@@ -67,8 +67,15 @@ ROLES: Final[dict[str, Allowance]] = {
     "templates": Allowance(
         own=frozenset({"model", "templates"}), agent=_WORDS, libraries=frozenset({"msgspec", "jinja2", "trio"})
     ),
+    # Processes of their own around foreign code, and how an agent talks to them.
+    "engine": Allowance(
+        own=frozenset({"model", "engine"}),
+        agent=_WORDS,
+        libraries=None,
+        protocol=frozenset({"protocol"}),
+    ),
     "service": Allowance(
-        own=frozenset({"model", "core", "store", "gguf", "templates", "service"}),
+        own=frozenset({"model", "core", "store", "gguf", "templates", "engine", "service"}),
         agent=frozenset({"meshnode.kernel"}),
         libraries=None,
         protocol=frozenset({"protocol"}),
@@ -80,7 +87,7 @@ ROLES: Final[dict[str, Allowance]] = {
     ),
     "routes": Allowance(own=frozenset({"model", "service", "routes"}), agent=_WORDS | {"meshnode.api"}),
     "setup": Allowance(
-        own=frozenset({"model", "core", "store", "gguf", "templates", "service", "peers", "routes", "setup"}),
+        own=frozenset({"model", "core", "store", "gguf", "templates", "engine", "service", "peers", "routes", "setup"}),
         agent=frozenset({"meshnode.kernel", "meshnode.settings", "meshnode.api"}),
         libraries=None,
         protocol=frozenset({"protocol"}),

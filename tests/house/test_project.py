@@ -73,7 +73,7 @@ def out_of_range(requirements: list[str], lock: str) -> list[str]:
 def test_the_lock_file_fits_what_is_required() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["dev"], *extras["gpu"]]
+    requirements = [*project["dependencies"], *extras["dev"], *extras["gpu"], *extras["llm"]]
     expect_none(out_of_range(requirements, (ROOT / "requirements-dev.lock").read_text()))
 
 

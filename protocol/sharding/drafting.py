@@ -1,0 +1,66 @@
+"""Guesses what a text goes on with, by looking where its last words stood before (prompt lookup).
+
+Nothing is loaded and nothing is asked: source code, quotations and lists repeat themselves. A guess that is wrong costs
+its rows in one step, so how many are made follows how many were right. Who verifies them is the last stage.
+Source: Saxena, "Prompt Lookup Decoding" (2023); Leviathan et al., arXiv:2211.17192, for the verification.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+GRAM_MAX: Final = 3
+GRAM_MIN: Final = 2
+GUESSES_START: Final = 4
+REST_STEPS_MAX: Final = 32
+
+
+class Drafter:
+    """The guesses of one session. Memory: one entry for each token and length of gram."""
+
+    def __init__(self, guesses_max: int, tokens: Sequence[int] = ()) -> None:
+        self._guesses_max = guesses_max
+        self._tokens: list[int] = []
+        # Where the tokens after the latest occurrence of a gram begin; the end of the text itself is not yet in it.
+        self._after: dict[tuple[int, ...], int] = {}
+        self._guesses = min(GUESSES_START, guesses_max)
+        self._rest = 0
+        self._rest_next = 1
+        self.extend(tokens)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """The text went on with these."""
+        for token in tokens:
+            end = len(self._tokens)
+            for size in range(GRAM_MIN, min(GRAM_MAX, end) + 1):
+                self._after[tuple(self._tokens[end - size :])] = end
+            self._tokens.append(token)
+
+    def draft(self, room: int) -> tuple[int, ...]:
+        """Up to `room` guesses for what comes next; often none. A step without guesses shortens a rest."""
+        if self._rest > 0:
+            self._rest -= 1
+            return ()
+        count = min(self._guesses, room)
+        if count <= 0:
+            return ()
+        for size in range(GRAM_MAX, GRAM_MIN - 1, -1):
+            if len(self._tokens) < size:
+                continue
+            begin = self._after.get(tuple(self._tokens[-size:]))
+            if begin is not None:
+                return tuple(self._tokens[begin : begin + count])
+        return ()
+
+    def judge(self, drafted: int, accepted: int) -> None:
+        """Of `drafted` guesses so many were right. All: guess more. None: rest, longer each time."""
+        if drafted == 0:
+            return
+        if accepted == drafted:
+            self._guesses = min(self._guesses_max, self._guesses * 2)
+        else:
+            self._guesses = max(1, min(self._guesses_max, accepted + 1))
+        if accepted:
+            self._rest_next = 1
+        else:
+            self._rest = self._rest_next
+            self._rest_next = min(REST_STEPS_MAX, self._rest_next * 2)
