@@ -56,8 +56,15 @@ ROLES: Final[dict[str, Allowance]] = {
         agent=_WORDS | {"meshnode.kernel.database"},
         libraries=frozenset({"msgspec", "apsw"}),
     ),
+    # Model files: read and cut; engines and services both use it, and it knows neither.
+    "gguf": Allowance(
+        own=frozenset({"model", "gguf"}),
+        agent=_WORDS,
+        libraries=frozenset({"msgspec", "blake3"}),
+        protocol=frozenset({"protocol"}),
+    ),
     "service": Allowance(
-        own=frozenset({"model", "core", "store", "service"}),
+        own=frozenset({"model", "core", "store", "gguf", "service"}),
         agent=frozenset({"meshnode.kernel"}),
         libraries=None,
         protocol=frozenset({"protocol"}),
@@ -69,7 +76,7 @@ ROLES: Final[dict[str, Allowance]] = {
     ),
     "routes": Allowance(own=frozenset({"model", "service", "routes"}), agent=_WORDS | {"meshnode.api"}),
     "setup": Allowance(
-        own=frozenset({"model", "core", "store", "service", "peers", "routes", "setup"}),
+        own=frozenset({"model", "core", "store", "gguf", "service", "peers", "routes", "setup"}),
         agent=frozenset({"meshnode.kernel", "meshnode.settings", "meshnode.api"}),
         libraries=None,
         protocol=frozenset({"protocol"}),

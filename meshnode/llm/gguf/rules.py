@@ -1,0 +1,130 @@
+"""What may be cut where: the patterns of each architecture that depend on a layer's number or on how many there are.
+
+A stage's layers are numbered from 0 again, so whatever llama.cpp derives from a layer's number, from the count of
+layers, or from whether the input is tokens, must come out the same. Where a key of the file can say so, slicing.py writes
+it; where a period is compiled in, cuts are held to it; where nothing helps, the pipeline is refused with the reason.
+Whether a rule is right is shown by the certification tests, not by this table. Read from llama.cpp as of
+llama-cpp-python 0.3.36.
+"""
+
+from collections.abc import Mapping
+from math import lcm
+from types import MappingProxyType
+from typing import Final
+
+import msgspec
+
+from meshnode.llm.gguf.header import Array
+from meshnode.llm.gguf.weights import Weights
+
+
+class SlidingWindow(msgspec.Struct, frozen=True):
+    """Every layer but one in `period` sees a window: all but the last of each period, or all but the first.
+
+    `always`: even when the file names no window. A file's own pattern (a period, or an array) goes before.
+    """
+
+    period: int
+    dense_first: bool = False
+    always: bool = False
+
+
+class Rule(msgspec.Struct, frozen=True):
+    """How one architecture may be cut.
+
+    `cut_every`: a stage may begin at multiples of this only. `cut_keys`: periods that stand in the file, likewise.
+    `counts`: numbers of layers at which llama.cpp takes another path; a stage must be on the same side as the whole.
+    `zeroed`: shared tensors that are added to the input, zero after the first stage. `scaled`: the input is multiplied
+    by `embedding_scale`, 1 after the first stage. `layer_input`: llama.cpp exports each layer's input (the cheaper hook).
+    `own_output`: llama.cpp wants an output matrix beside the embedding, always.
+    """
+
+    cut_every: int = 1
+    cut_keys: tuple[str, ...] = ()
+    window: SlidingWindow | None = None
+    counts: frozenset[int] = frozenset()
+    zeroed: frozenset[str] = frozenset()
+    scaled: bool = False
+    layer_input: bool = False
+    own_output: bool = False
+
+
+_PLAIN: Final = Rule()
+_HOOKED: Final = Rule(layer_input=True)
+
+RULES: Final[Mapping[str, Rule]] = MappingProxyType(
+    {
+        "llama": _HOOKED,
+        "qwen2": _PLAIN,
+        "qwen2moe": Rule(own_output=True),
+        "qwen3": _HOOKED,
+        "qwen3moe": _HOOKED,
+        "gemma3": Rule(window=SlidingWindow(6), counts=frozenset({62})),
+        "phi3": _PLAIN,
+        "gpt-oss": Rule(window=SlidingWindow(2, always=True), layer_input=True, own_output=True),
+        "olmo2": Rule(window=SlidingWindow(4), own_output=True),
+        "granite": Rule(scaled=True),
+        "granitemoe": Rule(scaled=True),
+        "starcoder2": _PLAIN,
+        "stablelm": Rule(own_output=True),
+        "smollm3": Rule(cut_every=4),
+        "llama4": Rule(cut_every=4, cut_keys=("interleave_moe_layer_step",), window=SlidingWindow(4, always=True)),
+        "mistral3": _PLAIN,
+    }
+)
+
+REFUSED: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "gemma": "it multiplies its input by a constant even when the input is no token",
+        "gemma2": "it multiplies its input by a constant even when the input is no token",
+        "gemma3n": "its later layers need the tokens themselves",
+        "gemma4": "its later layers need the tokens themselves",
+        "glm4": "llama.cpp takes hidden states only from files of its multimodal variant",
+        "bloom": "it normalises its input even when the input is no token",
+    }
+)
+
+
+def rule_of(weights: Weights) -> Rule | str:
+    """The rule for this model, or why it cannot be cut."""
+    name = weights.architecture
+    rule = RULES.get(name)
+    if rule is not None:
+        return rule
+    why = REFUSED.get(name, "nobody has shown yet that it computes the same when cut")
+    return f"models of the architecture {name!r} cannot be split by layers: {why}"
+
+
+def cut_period(weights: Weights, rule: Rule) -> int:
+    """A stage may begin at multiples of this."""
+    return lcm(rule.cut_every, *(max(1, weights.whole(key, 1, 512)) for key in rule.cut_keys))
+
+
+def window_layers(weights: Weights, window: SlidingWindow) -> tuple[bool, ...]:
+    """Which layers see only a window of the context."""
+    if not window.always and weights.whole("attention.sliding_window", 0) == 0:
+        return (False,) * weights.layers
+    if isinstance(weights.hyper("attention.sliding_window_pattern"), Array):
+        return tuple(bool(flag) for flag in weights.per_layer("attention.sliding_window_pattern", 0))
+    period = weights.whole("attention.sliding_window_pattern", window.period)
+    if period == 0:
+        return (True,) * weights.layers
+    exempt = 0 if window.dense_first else period - 1
+    return tuple(layer % period != exempt for layer in range(weights.layers))
+
+
+def why_not(weights: Weights, rule: Rule, first: int, last: int, *, tail: bool) -> str | None:
+    """Why layers `first` up to, not including, `last` cannot be a stage; None when they can."""
+    whole = weights.layers
+    if not 0 <= first < last <= whole:
+        return f"layers {first} to {last} are not part of a model of {whole}"
+    if last - first == whole:
+        return None
+    period = cut_period(weights, rule)
+    for edge in (first, last):
+        if edge % period and edge != whole:
+            return f"{weights.architecture} can be cut at multiples of {period} layers only, not at {edge}"
+    count = last - first + (1 if tail else 0)
+    if (count in rule.counts) != (whole in rule.counts):
+        return f"{weights.architecture} of {whole} layers computes otherwise than a stage of {count} would"
+    return None
