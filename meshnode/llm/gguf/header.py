@@ -1,8 +1,8 @@
 """Reads the header of one GGUF file (v2, v3), bounded in time and memory whatever the bytes say.
 
 Its job is to say which keys and tensors a file has and where their bytes lie. Arrays stay in the file: only their
-extents are kept, because a vocabulary of 256,000 tokens is half a million Python objects that hardly anybody asks for. It
-leaves to weights.py what the keys mean and how several files make one model.
+extents are kept, because a vocabulary of 256,000 tokens is half a million Python objects that hardly anybody asks for.
+It leaves to weights.py what the keys mean and how several files make one model.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Stricter than that where llama.cpp is: no arrays
 within arrays, tensors in file order without gaps.
@@ -19,14 +19,17 @@ from meshnode.llm.gguf.errors import GgufError, MoreBytesError
 from meshnode.llm.gguf.source import Source
 from meshnode.llm.gguf.tensor_types import TENSOR_TYPES, row_bytes
 
-HEADER_BYTES_MAX: Final = 256 << 20
+HEADER_BYTES_MAX: Final = 64 << 20
 """The largest header in the wild (a 262,000-token vocabulary with its merges) is about 16 MB."""
 FIELDS_MAX: Final = 4096
 TENSORS_MAX: Final = 65_536
 KEY_BYTES_MAX: Final = 1024
 NAME_BYTES_MAX: Final = 63
 """llama.cpp's GGML_MAX_NAME, less its terminating zero."""
-STRING_BYTES_MAX: Final = 64 << 20
+TEXT_BYTES_MAX: Final = 1 << 20
+"""Longer texts stay in the file, as arrays do: some files carry a tokenizer's whole source."""
+TEXTS_BYTES_MAX: Final = 8 << 20
+"""All texts of a header together that are read."""
 STRINGS_MAX: Final = 4 << 20
 """Strings in all arrays of a header together. Each costs a step in Python, so this bounds the time: half a second."""
 DIMENSIONS_MAX: Final = 4
@@ -37,7 +40,7 @@ _WINDOW_BYTES: Final = 1 << 20
 _STRING: Final = 8
 _ARRAY: Final = 9
 _SCALARS: Final[Mapping[int, struct.Struct]] = MappingProxyType(
-    {kind: struct.Struct("<" + code) for kind, code in enumerate("BbHhIif??Qqd") if kind not in (_STRING, _ARRAY)}
+    {kind: struct.Struct("<" + code) for kind, code in enumerate("BbHhIif???Qqd") if kind not in (_STRING, _ARRAY)}
 )
 _U32: Final = struct.Struct("<I")
 _U64: Final = struct.Struct("<Q")
@@ -55,7 +58,7 @@ class Array(msgspec.Struct, frozen=True):
 
 
 class Field(msgspec.Struct, frozen=True):
-    """One key and its value; the whole pair lies in the file at `start`..`end`."""
+    """One key and its value; the whole pair lies in the file at `start`..`end`. Long texts are extents, like arrays."""
 
     key: str
     kind: int
@@ -95,6 +98,7 @@ class _Cursor:
         self.start = 0  # where the window begins in the file
         self.at = 0  # where we are in the window
         self.strings = 0
+        self.texts_bytes = 0
 
     @property
     def place(self) -> int:
@@ -137,6 +141,9 @@ class _Cursor:
         length = self.take(_U64, what)
         if length > limit:
             raise GgufError(f"{what} says it is {length} bytes long; at most {limit} are accepted", at=place)
+        self.texts_bytes += length
+        if self.texts_bytes > TEXTS_BYTES_MAX:
+            raise GgufError(f"{what}: more than {TEXTS_BYTES_MAX >> 20} MiB of text in one header", at=place)
         self.need(length, what)
         raw = self.window[self.at : self.at + length]
         self.at += length
@@ -200,7 +207,7 @@ def _field(cursor: _Cursor) -> Field:
     kind = cursor.take(_U32, f"the type of {key!r}")
     value: Value | Array
     if kind == _STRING:
-        value = cursor.text(STRING_BYTES_MAX, f"the value of {key!r}")
+        value = _text(cursor, f"the value of {key!r}")
     elif kind == _ARRAY:
         value = _array(cursor, key)
     elif kind in _SCALARS:
@@ -208,6 +215,16 @@ def _field(cursor: _Cursor) -> Field:
     else:
         raise GgufError(f"{key!r} has the unknown type {kind}", at=start)
     return Field(key, kind, value, start, cursor.place)
+
+
+def _text(cursor: _Cursor, what: str) -> str | Array:
+    cursor.need(8, what)
+    length: int = _U64.unpack_from(cursor.window, cursor.at)[0]
+    if length <= TEXT_BYTES_MAX:
+        return cursor.text(TEXT_BYTES_MAX, what)
+    place = cursor.place
+    cursor.skip(8 + length, what)
+    return Array(_STRING, 1, place, 8 + length)
 
 
 def _array(cursor: _Cursor, key: str) -> Array:

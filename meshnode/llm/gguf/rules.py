@@ -1,9 +1,9 @@
 """What may be cut where: the patterns of each architecture that depend on a layer's number or on how many there are.
 
 A stage's layers are numbered from 0 again, so whatever llama.cpp derives from a layer's number, from the count of
-layers, or from whether the input is tokens, must come out the same. Where a key of the file can say so, slicing.py writes
-it; where a period is compiled in, cuts are held to it; where nothing helps, the pipeline is refused with the reason.
-Whether a rule is right is shown by the certification tests, not by this table. Read from llama.cpp as of
+layers, or from whether the input is tokens, must come out the same. Where a key of the file can say so, slicing.py
+writes it; where a period is compiled in, cuts are held to it; where nothing helps, the pipeline is refused with the
+reason. Whether a rule is right is shown by the certification tests, not by this table. Read from llama.cpp as of
 llama-cpp-python 0.3.36.
 """
 
@@ -33,20 +33,22 @@ class Rule(msgspec.Struct, frozen=True):
     """How one architecture may be cut.
 
     `cut_every`: a stage may begin at multiples of this only. `cut_keys`: periods that stand in the file, likewise.
-    `counts`: numbers of layers at which llama.cpp takes another path; a stage must be on the same side as the whole.
+    `layers_max`: from more layers on, llama.cpp derives from their number what a stage would get wrong.
     `zeroed`: shared tensors that are added to the input, zero after the first stage. `scaled`: the input is multiplied
-    by `embedding_scale`, 1 after the first stage. `layer_input`: llama.cpp exports each layer's input (the cheaper hook).
-    `own_output`: llama.cpp wants an output matrix beside the embedding, always.
+    by `embedding_scale`, 1 after the first stage. `layer_input`: llama.cpp exports a layer's input, the cheaper hook.
+    `own_output`: llama.cpp wants an output matrix beside the embedding, always. `needs`: keys without which llama.cpp
+    takes a value that follows from the number of layers.
     """
 
     cut_every: int = 1
     cut_keys: tuple[str, ...] = ()
     window: SlidingWindow | None = None
-    counts: frozenset[int] = frozenset()
+    layers_max: int | None = None
     zeroed: frozenset[str] = frozenset()
     scaled: bool = False
     layer_input: bool = False
     own_output: bool = False
+    needs: tuple[str, ...] = ()
 
 
 _PLAIN: Final = Rule()
@@ -59,7 +61,7 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "qwen2moe": Rule(own_output=True),
         "qwen3": _HOOKED,
         "qwen3moe": _HOOKED,
-        "gemma3": Rule(window=SlidingWindow(6), counts=frozenset({62})),
+        "gemma3": Rule(window=SlidingWindow(6), layers_max=61),
         "phi3": _PLAIN,
         "gpt-oss": Rule(window=SlidingWindow(2, always=True), layer_input=True, own_output=True),
         "olmo2": Rule(window=SlidingWindow(4), own_output=True),
@@ -70,6 +72,24 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "smollm3": Rule(cut_every=4),
         "llama4": Rule(cut_every=4, cut_keys=("interleave_moe_layer_step",), window=SlidingWindow(4, always=True)),
         "mistral3": _PLAIN,
+        "arcee": _PLAIN,
+        "bailingmoe": Rule(own_output=True),
+        "cohere2": Rule(window=SlidingWindow(4, always=True)),
+        "command-r": Rule(layers_max=63),
+        "deepseek": _PLAIN,
+        "dots1": Rule(own_output=True),
+        "ernie4_5": _PLAIN,
+        "ernie4_5-moe": Rule(cut_keys=("interleave_moe_layer_step",)),
+        "exaone": _PLAIN,
+        "exaone4": Rule(layers_max=63),
+        "gpt2": Rule(zeroed=frozenset({"position_embd.weight"})),
+        "hunyuan-dense": _PLAIN,
+        "internlm2": Rule(own_output=True),
+        "minicpm": Rule(scaled=True, needs=("residual_scale",)),
+        "olmoe": Rule(own_output=True),
+        "phi2": Rule(own_output=True),
+        "seed_oss": _PLAIN,
+        "starcoder": Rule(zeroed=frozenset({"position_embd.weight"})),
     }
 )
 
@@ -79,6 +99,7 @@ REFUSED: Final[Mapping[str, str]] = MappingProxyType(
         "gemma2": "it multiplies its input by a constant even when the input is no token",
         "gemma3n": "its later layers need the tokens themselves",
         "gemma4": "its later layers need the tokens themselves",
+        "deepseek2": "llama.cpp tells its variants apart by their number of layers",
         "glm4": "llama.cpp takes hidden states only from files of its multimodal variant",
         "bloom": "it normalises its input even when the input is no token",
     }
@@ -113,7 +134,17 @@ def window_layers(weights: Weights, window: SlidingWindow) -> tuple[bool, ...]:
     return tuple(layer % period != exempt for layer in range(weights.layers))
 
 
-def why_not(weights: Weights, rule: Rule, first: int, last: int, *, tail: bool) -> str | None:
+def never(weights: Weights, rule: Rule) -> str | None:
+    """Why this model cannot be cut at all, though others of its architecture can; None when it can."""
+    missing = [key for key in rule.needs if weights.hyper(key) is None]
+    if missing:
+        return f"the file is of an old kind and does not say {', '.join(missing)}: convert the model again"
+    if rule.layers_max is None or weights.layers <= rule.layers_max:
+        return None
+    return f"{weights.architecture} of {weights.layers} layers computes with a constant that follows from their number"
+
+
+def why_not(weights: Weights, rule: Rule, first: int, last: int) -> str | None:
     """Why layers `first` up to, not including, `last` cannot be a stage; None when they can."""
     whole = weights.layers
     if not 0 <= first < last <= whole:
@@ -124,7 +155,4 @@ def why_not(weights: Weights, rule: Rule, first: int, last: int, *, tail: bool) 
     for edge in (first, last):
         if edge % period and edge != whole:
             return f"{weights.architecture} can be cut at multiples of {period} layers only, not at {edge}"
-    count = last - first + (1 if tail else 0)
-    if (count in rule.counts) != (whole in rule.counts):
-        return f"{weights.architecture} of {whole} layers computes otherwise than a stage of {count} would"
-    return None
+    return never(weights, rule)

@@ -1,8 +1,8 @@
 """Cuts a model by layers: a file with some of its blocks, which llama.cpp loads as a model of its own.
 
 The cut is a virtual file (pieces.py): it can be described from the header alone, so whoever has the header knows which
-ranges of which file to fetch. It is deterministic: the same model and range give the same bytes everywhere. What may be cut
-where is rules.py's; writing and verifying is writing.py's.
+ranges of which file to fetch. It is deterministic: the same model and range give the same bytes everywhere. What may be
+cut where is rules.py's; writing and verifying is writing.py's.
 
 How a stage differs from the model:
 - its blocks are numbered from 0, per-layer arrays are cut, and what counts layers counts its own;
@@ -66,7 +66,7 @@ def slice_layers(weights: Weights, first: int, last: int, *, tail: bool = False)
     if isinstance(rule, str):
         raise GgufError(rule)
     tail = tail and last < weights.layers
-    refusal = why_not(weights, rule, first, last, tail=tail)
+    refusal = why_not(weights, rule, first, last)
     if refusal is not None:
         raise GgufError(refusal)
     fields = list(_fields(weights, rule, first, last, tail))

@@ -1,0 +1,147 @@
+"""Puts a model of random weights together: keys, a vocabulary, tensors. Which ones, the architectures say."""
+
+import random
+import struct
+from statistics import NormalDist
+from typing import Any
+
+from tests.support.gguf_files import GgufFile
+
+F32, F16, Q4_0, Q8_0, Q4_K = 0, 1, 2, 8, 12
+VOCABULARY = 320
+
+_LEVELS = [NormalDist().inv_cdf((index + 0.5) / 256) for index in range(256)]
+
+
+class Maker:
+    """Adds keys under the architecture's name, and tensors of random weights."""
+
+    def __init__(self, architecture: str, kind: int, layers: int, seed: int, **sizes: int) -> None:
+        self.file = GgufFile()
+        self.arch, self.kind, self.layers = architecture, kind, layers
+        self.rng = random.Random(f"{architecture} {seed}")
+        self.d = sizes.get("d", 256)
+        self.heads = sizes.get("heads", 4)
+        self.kv_heads = sizes.get("kv_heads", 2)
+        self.head = sizes.get("head", 64)
+        self.ff = sizes.get("ff", 512)
+        self.file.key("general.architecture", "str", architecture)
+        # Not named after the architecture: llama.cpp expects certain tokens of a model whose name says phi3.
+        self.file.key("general.name", "str", "tiny random")
+        self.file.key("general.file_type", "u32", {F16: 1, Q4_0: 2, Q8_0: 7, Q4_K: 15}[kind])
+        self.file.key("general.quantization_version", "u32", 2)
+
+    def put(self, key: str, kind: str, value: Any) -> None:
+        self.file.key(f"{self.arch}.{key}", kind, value)
+
+    def weight(self, name: str, *dims: int, kind: int | None = None) -> None:
+        """A matrix; `dims` row length first. Scaled so that what comes out is as large as what goes in."""
+        kind = self.kind if kind is None else kind
+        count = 1
+        for dim in dims:
+            count *= dim
+        self.file.tensor(name + ".weight", dims, kind, self._values(kind, count, dims[0] ** -0.5))
+
+    def norm(self, name: str, size: int, *, bias: bool = False) -> None:
+        self.file.tensor(name + ".weight", (size,), F32, self._around(size, 1.0, 0.1))
+        if bias:
+            self.bias(name, size)
+
+    def bias(self, name: str, *dims: int) -> None:
+        count = 1
+        for dim in dims:
+            count *= dim
+        self.file.tensor(name + ".bias", dims, F32, self._around(count, 0.0, 0.05))
+
+    def plain(self, name: str, size: int, around: float = 0.0) -> None:
+        """A vector of F32."""
+        self.file.tensor(name + ".weight", (size,), F32, self._around(size, around, 0.1))
+
+    def _around(self, count: int, middle: float, spread: float) -> bytes:
+        table = [struct.pack("<f", middle + spread * level) for level in _LEVELS]
+        return b"".join(map(table.__getitem__, self.rng.randbytes(count)))
+
+    def _values(self, kind: int, count: int, scale: float) -> bytes:
+        if kind == F32:
+            return self._around(count, 0.0, scale)
+        if kind == F16:
+            table = [struct.pack("<e", scale * level) for level in _LEVELS]
+            return b"".join(map(table.__getitem__, self.rng.randbytes(count)))
+        if kind == Q8_0:
+            step = struct.pack("<e", scale / 73)
+            return b"".join(step + self.rng.randbytes(32) for _ in range(count // 32))
+        if kind == Q4_0:
+            step = struct.pack("<e", scale / 4.6)
+            return b"".join(step + self.rng.randbytes(16) for _ in range(count // 32))
+        # Q4_K: a value is d * scale * (0..15) - dmin * minimum, each scale and minimum of 6 random bits.
+        steps = struct.pack("<ee", scale / 150, scale / 20)
+        return b"".join(steps + self.rng.randbytes(12) + self.rng.randbytes(128) for _ in range(count // 256))
+
+    def vocabulary(self) -> None:
+        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        kinds = [2, 3, 3] + [6] * 256
+        words = VOCABULARY - len(tokens)
+        self.file.key("tokenizer.ggml.model", "str", "llama")
+        self.file.key("tokenizer.ggml.tokens", "[str]", tokens + [f"\u2581w{word}" for word in range(words)])
+        self.file.key("tokenizer.ggml.scores", "[f32]", [0.0] * len(tokens) + [-float(word) for word in range(words)])
+        self.file.key("tokenizer.ggml.token_type", "[i32]", kinds + [1] * words)
+        for name, token in (("bos", 1), ("eos", 2), ("unknown", 0)):
+            self.file.key(f"tokenizer.ggml.{name}_token_id", "u32", token)
+
+    def sizes(self, *, context: int = 2048, rope: float = 10000.0, ff: bool = True, head: bool = False) -> None:
+        """The keys that nearly every architecture has."""
+        self.put("context_length", "u32", context)
+        self.put("embedding_length", "u32", self.d)
+        self.put("block_count", "u32", self.layers)
+        if ff:
+            self.put("feed_forward_length", "u32", self.ff)
+        self.put("attention.head_count", "u32", self.heads)
+        self.put("attention.head_count_kv", "u32", self.kv_heads)
+        self.put("rope.freq_base", "f32", rope)
+        if head:
+            self.put("attention.key_length", "u32", self.head)
+            self.put("attention.value_length", "u32", self.head)
+        self.put("rope.dimension_count", "u32", self.head)
+
+    def rms(self) -> None:
+        self.put("attention.layer_norm_rms_epsilon", "f32", 1e-5)
+
+    def ends(self, *, output: bool = True, bias: bool = False) -> None:
+        self.weight("token_embd", self.d, VOCABULARY)
+        self.norm("output_norm", self.d, bias=bias)
+        if output:
+            self.weight("output", self.d, VOCABULARY)
+
+    def qkv(self, block: str, *, bias: bool = False, fused: bool = False) -> None:
+        widths = {"q": self.heads * self.head, "k": self.kv_heads * self.head, "v": self.kv_heads * self.head}
+        if fused:
+            self.weight(block + "attn_qkv", self.d, sum(widths.values()))
+        for name, width in widths.items() if not fused else ():
+            self.weight(f"{block}attn_{name}", self.d, width)
+            if bias:
+                self.bias(f"{block}attn_{name}", width)
+        self.weight(block + "attn_output", self.heads * self.head, self.d)
+
+    def gated(self, block: str) -> None:
+        self.weight(block + "ffn_gate", self.d, self.ff)
+        self.weight(block + "ffn_up", self.d, self.ff)
+        self.weight(block + "ffn_down", self.ff, self.d)
+
+    def experts(self, block: str, count: int, ff: int, *, bias: bool = False) -> None:
+        self.weight(block + "ffn_gate_inp", self.d, count, kind=F32)
+        self.weight(block + "ffn_gate_exps", self.d, ff, count)
+        self.weight(block + "ffn_up_exps", self.d, ff, count)
+        self.weight(block + "ffn_down_exps", ff, self.d, count)
+        if bias:
+            self.bias(block + "ffn_gate_inp", count)
+            self.bias(block + "ffn_gate_exps", ff, count)
+            self.bias(block + "ffn_up_exps", ff, count)
+            self.bias(block + "ffn_down_exps", self.d, count)
+
+    def shared_expert(self, block: str, ff: int) -> None:
+        self.weight(block + "ffn_gate_shexp", self.d, ff)
+        self.weight(block + "ffn_up_shexp", self.d, ff)
+        self.weight(block + "ffn_down_shexp", ff, self.d)
+
+    def blocks(self) -> list[str]:
+        return [f"blk.{layer}." for layer in range(self.layers)]
