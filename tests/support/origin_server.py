@@ -9,6 +9,8 @@ from functools import partial
 import h11
 import trio
 
+PIECE_BYTES = 65_536
+
 
 @dataclass
 class OriginServer:
@@ -23,6 +25,8 @@ class OriginServer:
     statuses: list[int] = field(default_factory=list)  # of each coming answer
     corrupt_at: int | None = None
     asked: list[tuple[str, str, str]] = field(default_factory=list)
+    sent: int = 0  # bytes of bodies
+    pause_s: float = 0.0  # between pieces of PIECE_BYTES
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"
@@ -75,12 +79,17 @@ class OriginServer:
         told.append(("content-length", str(len(body))))
         await stream.send_all(connection.send(h11.Response(status_code=status, headers=told)) or b"")
         if self.cut_after and status in (200, 206) and len(body) > 1:
-            await stream.send_all(connection.send(h11.Data(data=body[: self.cut_after.pop(0)])) or b"")
+            body = body[: self.cut_after.pop(0)]
+            await stream.send_all(connection.send(h11.Data(data=body)) or b"")
+            self.sent += len(body)
             await stream.aclose()
             raise trio.ClosedResourceError("cut on purpose")
-        await stream.send_all(
-            (connection.send(h11.Data(data=body)) or b"") + (connection.send(h11.EndOfMessage()) or b"")
-        )
+        for at in range(0, len(body), PIECE_BYTES):
+            piece = body[at : at + PIECE_BYTES]
+            await stream.send_all(connection.send(h11.Data(data=piece)) or b"")
+            self.sent += len(piece)
+            await trio.sleep(self.pause_s)
+        await stream.send_all(connection.send(h11.EndOfMessage()) or b"")
 
 
 @asynccontextmanager
