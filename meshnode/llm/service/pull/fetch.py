@@ -1,8 +1,8 @@
 """Makes one file out of pieces that lie elsewhere, so that an interruption costs little and a wrong byte is found.
 
-The file is written from its beginning to its end; a journal beside it says up to where it is safely on disk. Pieces that
-lie in a row at a source come in one request. Each comes from the first source that gives it; one that breaks off or gives
-wrong bytes is followed by the next. It knows nothing of models: what the pieces are is the caller's plan.
+The file is written from its beginning to its end; a journal beside it says up to where it is safely on disk. Pieces
+that lie in a row at a source come in one request. Each comes from the first source that gives it; one that breaks off
+or gives wrong bytes is followed by the next. It knows nothing of models: what the pieces are is the caller's plan.
 """
 
 import hashlib
@@ -99,7 +99,7 @@ class Fetched:
     received: dict[str, int]
 
 
-class _WrongBytes(Exception):
+class _WrongBytesError(Exception):
     """The piece that was just completed is not what its hash says; it is taken back."""
 
 
@@ -133,7 +133,7 @@ class _Progress:
         return self._pieces[self.index].length - self.within
 
     def add(self, data: memoryview) -> None:
-        """Bytes of the current piece were written. Raises _WrongBytes at its end; take it back then."""
+        """Bytes of the current piece were written. Raises _WrongBytesError at its end; take it back then."""
         self.sha.update(data)
         self.blake.update(data)
         self.piece_hash.update(data)
@@ -148,7 +148,7 @@ class _Progress:
             if isinstance(piece, Range):
                 digest = self.piece_hash.digest()
                 if piece.hash is not None and digest != piece.hash:
-                    raise _WrongBytes
+                    raise _WrongBytesError
                 self.hashes[piece.part, piece.offset] = digest
             self.index += 1
             self.within = 0
@@ -259,8 +259,8 @@ class Fetch:
                 await self._read(file, source, piece.part, at, self._end_of(end) - at)
             except _DiskError:
                 raise
-            except (MeshError, _WrongBytes) as error:
-                told = self._wrong(source, piece_at=self._now.index) if isinstance(error, _WrongBytes) else error
+            except (MeshError, _WrongBytesError) as error:
+                told = self._wrong(source, piece_at=self._now.index) if isinstance(error, _WrongBytesError) else error
                 reasons[source.name] = told
                 failed[source.name] = failed.get(source.name, 0) + 1
                 if not told.retryable:
@@ -319,7 +319,7 @@ class Fetch:
             return
         try:
             self._read_again(journal.done)
-        except _WrongBytes:
+        except _WrongBytesError:
             # Some hash became known, or the disk is at fault: everything before that piece is right.
             self._now.take_back()
 
@@ -375,7 +375,7 @@ class Fetch:
                 raise self._disk_error(error) from error
             try:
                 self._now.add(now)
-            except _WrongBytes:
+            except _WrongBytesError:
                 self._take_back(file)
                 raise
         if self._now.at - self._synced >= SYNC_BYTES:

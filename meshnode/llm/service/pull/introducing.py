@@ -1,4 +1,5 @@
-"""Makes a model known to the mesh: its headers read from the origin, or its files hashed where they lie on this node."""
+"""Makes a model known to the mesh: its headers read from the origin, or its files hashed where they lie on this
+node."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -137,8 +138,8 @@ def read_files(
     except OSError as error:
         raise MeshError(
             ErrorCode.NOT_FOUND,
-            f"{error.filename or paths[0]} cannot be read: {error.strerror or error}. A path is one of the machine whose "
-            "agent you ask.",
+            f"{error.filename or paths[0]} cannot be read: {error.strerror or error}. A path is one of the machine "
+            "whose agent you ask.",
         ) from error
     finally:
         for source in sources:

@@ -38,6 +38,9 @@ Target = tuple[NodeId, int, int]
 Planner = Callable[[Manifest], Sequence[Target]]
 """Which node needs which layers, from first up to, not including, last. Raises MeshError when it fits nowhere."""
 
+_LOST: Final = frozenset({ErrorCode.UNREACHABLE, ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE, ErrorCode.OVERLOADED})
+"""What a call to a node fails with that may be there again in a moment."""
+
 
 class Offers(Protocol):
     """The catalogue."""
@@ -121,8 +124,9 @@ class Pulls:
     async def pull(self, ref: str, *, node: NodeId | None, whole: bool) -> AsyncGenerator[PullProgress, None]:
         """Bring a model in, and tell how far it is. `whole` or `node`: all of it to one node, this one by default.
 
-        Otherwise each node gets the layers that the plan gives it. Closing the iteration stops nothing. Raises MeshError
-        BAD_REQUEST, NOT_FOUND with the nearest names, FORBIDDEN for a gated model, and whatever a node failed with.
+        Otherwise each node gets the layers that the plan gives it. Closing the iteration stops nothing. Raises
+        MeshError BAD_REQUEST, NOT_FOUND with the nearest names, FORBIDDEN for a gated model, and whatever a node failed
+        with.
         """
         self._resolve(ref)
         if node is not None and node != self._weights.me and node not in self._alive():
@@ -328,18 +332,24 @@ class Pulls:
             try:
                 answer = await self._network.call(node, WANT, request, WantAnswer, timeout_s=CALL_S)
             except MeshError as error:
-                gone = error.code in (ErrorCode.UNREACHABLE, ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE)
                 # A record may be slower than a call; what else fails there failed for good.
                 late = error.code is ErrorCode.NOT_FOUND and error.retryable
                 lost += 1
-                if not (gone or late) or lost > LOST_POLLS_MAX or (not begin and not error.retryable):
+                if not (late or error.code in _LOST) or lost > LOST_POLLS_MAX:
                     raise self._failed(manifest, target, error) from error
                 begin = True
             else:
-                lost, begin = 0, False
-                yield answer
-                if answer.finished:
-                    return
+                failed = None if answer.failed is None else _error_of(*answer.failed)
+                if failed is None:
+                    lost, begin = 0, False
+                    yield answer
+                    if answer.finished:
+                        return
+                elif failed.code is ErrorCode.UNAVAILABLE and failed.retryable and lost < LOST_POLLS_MAX:
+                    # It restarted, and does not know any more that it was asked.
+                    lost, begin = lost + 1, True
+                else:
+                    raise self._failed(manifest, target, failed)
             await trio.sleep(POLL_S)
 
     def _failed(self, manifest: Manifest, target: Target, error: MeshError) -> MeshError:
@@ -350,6 +360,11 @@ class Pulls:
             retryable=error.retryable,
             detail={**error.detail, "node_id": node},
         )
+
+
+def _error_of(code: str, message: str, retryable: bool) -> MeshError:
+    known = code in ErrorCode.__members__.values()
+    return MeshError(ErrorCode(code) if known else ErrorCode.INTERNAL, message, retryable=retryable)
 
 
 def _estimate(manifest: Manifest, target: Target) -> int:

@@ -1,7 +1,8 @@
 """Who is getting which bytes of a model from its origin: so that the mesh downloads each of them once.
 
-One node keeps this for each model: the one whose id, hashed with the digest, comes first among those that are up. It is a
-courtesy, kept in memory: when it is lost, or two nodes see different members up, bytes are downloaded twice, nothing else.
+One node keeps this for each model: the one whose id, hashed with the digest, comes first among those that are up. It is
+a courtesy, kept in memory: when it is lost, or two nodes see different members up, bytes are downloaded twice, nothing
+else.
 """
 
 from bisect import bisect_right

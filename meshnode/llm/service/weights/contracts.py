@@ -50,7 +50,8 @@ class ClaimAnswer(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WantRequest(msgspec.Struct, frozen=True, array_like=True):
-    """`llm.weights.want`: have these layers on your disk; all of them: the whole model. Without `begin`: how far is it?"""
+    """`llm.weights.want`: have these layers on your disk; all of them: the whole model. Without `begin`: how far is
+    it?"""
 
     digest: Digest
     first: Layer
@@ -60,12 +61,16 @@ class WantRequest(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WantAnswer(msgspec.Struct, frozen=True, array_like=True):
-    """How far that is."""
+    """How far that is. `failed`: why it came to nothing, as (code, message, may be tried again).
+
+    A failure is no error of the call, so that a node that cannot be reached is told from one whose origin cannot be.
+    """
 
     done: int
     total: int
     words: str
     finished: bool
+    failed: tuple[str, str, bool] | None = None
 
 
 class DropRequest(msgspec.Struct, frozen=True, array_like=True):

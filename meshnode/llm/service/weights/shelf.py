@@ -215,8 +215,8 @@ class Shelf:
         """The whole model is here now."""
         rows = []
         for number, path in enumerate(paths):
-            stat = path.stat()
-            rows.append(FileRow(digest, number, str(path), stat.st_size, stat.st_mtime_ns, owned, self._wall()))
+            size, modified = _stamp(path)
+            rows.append(FileRow(digest, number, str(path), size, modified, owned, self._wall()))
         await self._store.put_files(rows)
         self._files[digest] = rows
         await self._publish(digest)
@@ -224,8 +224,8 @@ class Shelf:
 
     async def add_slice(self, digest: str, first: int, last: int, *, tail: bool, path: Path, content: str) -> SliceRow:
         """These layers are here now."""
-        stat = path.stat()
-        row = SliceRow(digest, first, last, tail, str(path), stat.st_size, stat.st_mtime_ns, content, self._wall())
+        size, modified = _stamp(path)
+        row = SliceRow(digest, first, last, tail, str(path), size, modified, content, self._wall())
         await self._store.put_slice(row)
         self._slices[_key(row)] = row
         await self._publish(digest)
@@ -365,6 +365,15 @@ def _find(spans: Sequence[Span], part: int, offset: int) -> Span | None:
 
 def _key(row: SliceRow) -> tuple[str, int, int, bool]:
     return row.digest, row.first, row.last, row.tail
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """By what a file is known again: its size and when it was modified."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise disk_error(error, path) from error
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _changed(row: FileRow | SliceRow) -> str | None:

@@ -1,4 +1,4 @@
-"""Where the bytes of a model can be read from: files of this node, peers that hold them or are getting them, the origin."""
+"""Where the bytes of a model can be read from: files of this node, peers that have or are getting them, the origin."""
 
 import os
 from bisect import bisect_right
@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import httpx2
+import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.offload import Offload
@@ -19,6 +20,7 @@ from protocol.ids import NodeId
 
 CHUNK_BYTES: Final = 1024 * 1024
 READ: Final = "llm.weights.read"
+SILENCE_MAX_S: Final = 45.0  # longer than a peer waits for a file of its own to grow
 
 
 class Coverage:
@@ -103,7 +105,13 @@ class PeerSource:
             async with self._network.stream(self.node, READ, request) as stream:
                 left = wanted
                 while left:
-                    data = await stream.receive_some(min(left, CHUNK_BYTES))
+                    data = b""
+                    with trio.move_on_after(SILENCE_MAX_S) as patience:
+                        data = await stream.receive_some(min(left, CHUNK_BYTES))
+                    if patience.cancelled_caught:
+                        raise MeshError(
+                            ErrorCode.TIMEOUT, f"Node {self.node} fell silent for {SILENCE_MAX_S:g} s.", retryable=True
+                        )
                     if not data:
                         raise MeshError(
                             ErrorCode.UNREACHABLE,
@@ -143,8 +151,8 @@ class OriginSource:
             if facts.size != wanted.size or (wanted.version and facts.version and facts.version != wanted.version):
                 raise MeshError(
                     ErrorCode.CONFLICT,
-                    f"{facts.url} is not the file any more that {self._manifest.name} was pulled from. Remove the model "
-                    "(`meshnode rm-model`) and pull it again to get the new one.",
+                    f"{facts.url} is not the file any more that {self._manifest.name} was pulled from. Remove the "
+                    "model (`meshnode rm-model`) and pull it again to get the new one.",
                 )
             self._facts[part] = facts
         return facts

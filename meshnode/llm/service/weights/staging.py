@@ -1,8 +1,8 @@
 """Has the layers of a stage, or a whole model, on this disk as a file that an engine can load.
 
-What is here is used; what is not comes from files here, from peers that hold it or are getting it, and from the origin, in
-this order, checked against every hash that the mesh knows. Asks for the same layers join. What was begun is finished, also
-after a restart, whoever asked.
+What is here is used; what is not comes from files here, from peers that hold it or are getting it, and from the origin,
+in this order, checked against every hash that the mesh knows. Asks for the same layers join. What was begun is
+finished, also after a restart, whoever asked.
 """
 
 from collections.abc import Callable, Sequence
@@ -113,7 +113,8 @@ class Staging:
         """Layers `first` up to, not including, `last` as a file; all of them: the whole model, the first of its parts.
 
         A tail is added only where the architecture has use for one; never at the end. Cancelling the caller does not
-        stop the work. Raises MeshError: BAD_REQUEST where the model may not be cut so, DISK_FULL, UNREACHABLE, CONFLICT.
+        stop the work. Raises MeshError: BAD_REQUEST where the model may not be cut so, DISK_FULL, UNREACHABLE,
+        CONFLICT.
         """
         tail = self._tail(manifest, first, last, tail)
         here = await self._here(manifest, first, last, tail)
@@ -132,7 +133,7 @@ class Staging:
         return job.staged
 
     async def ask(self, manifest: Manifest, first: int, last: int, *, tail: bool, begin: bool) -> WantAnswer:
-        """Begin, or say how far it is, without waiting. Raises MeshError as `stage`, also for what failed since."""
+        """Begin, or say how far it is or why it failed, without waiting. Raises MeshError BAD_REQUEST."""
         tail = self._tail(manifest, first, last, tail)
         row = StagingRow(manifest.digest, first, last, tail)
         job = self._jobs.get(row)
@@ -141,9 +142,10 @@ class Staging:
         if job is None and begin:
             job = self._begin(row)
         if job is None:
-            raise self._failed.get(row) or MeshError(
+            error = self._failed.get(row) or MeshError(
                 ErrorCode.UNAVAILABLE, "The download is not under way on that node any more.", retryable=True
             )
+            return WantAnswer(0, 0, "failed", False, (error.code.value, error.message, error.retryable))
         return WantAnswer(*job.told, False)
 
     def _tail(self, manifest: Manifest, first: int, last: int, tail: bool) -> bool:

@@ -118,7 +118,7 @@ async def test_an_origin_that_goes_half_way_leaves_what_arrived(tmp_path: Path) 
     async with origin_server({"/m.gguf": body}) as origin, world(tmp_path) as w:
         node = await w.add()
         origin.gone_after = len(body) // 2
-        with pytest.raises(MeshError, match="What arrived is kept|Try again later") as caught:
+        with pytest.raises(MeshError, match=r"What arrived is kept|Try again later") as caught:
             await node.pull(origin.url("/m.gguf"), whole=True)
         assert caught.value.code is ErrorCode.UNREACHABLE
         assert caught.value.retryable
@@ -158,7 +158,7 @@ async def test_what_does_not_fit_is_refused_before_anything_is_fetched(tmp_path:
         assert caught.value.code is ErrorCode.DISK_FULL
         assert origin.sent < 100_000
         full = await w.add(disk=len(body) // 2)
-        with pytest.raises(MeshError, match="do not fit|are free") as caught:
+        with pytest.raises(MeshError, match=r"do not fit|are free") as caught:
             await full.pull(origin.url("/m.gguf"), whole=True)
         assert caught.value.code is ErrorCode.DISK_FULL
 
@@ -268,7 +268,13 @@ async def test_a_process_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> 
     (tmp_path / "one").mkdir()
     async with origin_server({"/m.gguf": body}) as origin:
         origin.pause_s = 0.002
-        command = [sys.executable, "-m", "tests.llm.service.pull.downloader", str(tmp_path / "one"), origin.url("/m.gguf")]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.llm.service.pull.downloader",
+            str(tmp_path / "one"),
+            origin.url("/m.gguf"),
+        ]
         async with trio.open_nursery() as nursery:
             child = await nursery.start(partial(trio.run_process, command, stdout=subprocess.PIPE, check=False))
             with trio.fail_after(30):
@@ -279,6 +285,5 @@ async def test_a_process_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> 
         origin.pause_s, before = 0, origin.sent
         with trio.fail_after(30):
             done = await trio.run_process(command, capture_stdout=True)
-        path = Path(done.stdout.decode().strip().splitlines()[-1])
-        assert path.read_bytes() == body
+        assert await trio.Path(done.stdout.decode().strip().splitlines()[-1]).read_bytes() == body
         assert origin.sent - before < len(body) * 0.6

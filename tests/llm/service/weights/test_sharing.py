@@ -62,7 +62,7 @@ async def test_a_peer_with_rotten_bytes_is_named_and_the_layers_come_from_elsewh
         manifest = nodes[0].weights.find("m")
         rows = await nodes[0].weights.shelf.whole(manifest.digest)
         assert rows is not None
-        path = Path(rows[0].path)
+        path = tmp_path / rows[0].path
         rotten = bytearray(body)
         at = manifest.parts[0].header_bytes + 3000
         rotten[at] ^= 1
@@ -140,7 +140,7 @@ async def test_a_peer_that_is_cut_half_way_is_replaced_by_another(tmp_path: Path
 
         path, _ = await nodes[2].weights.stage_file(manifest.digest, 0, 8, tail=False, progress=progress)
         assert cut
-        assert Path(path).read_bytes() == body
+        assert (tmp_path / path).read_bytes() == body
 
 
 async def test_a_contributed_file_that_changes_or_vanishes_is_noticed_and_said(tmp_path: Path) -> None:

@@ -102,4 +102,3 @@ def test_subtraction_of_ranges_agrees_with_counting_bytes() -> None:
 def test_everybody_agrees_on_the_steward() -> None:
     assert stewards("d", [A, B, C]) == stewards("d", [C, A, B])
     assert len({stewards(str(number), [A, B, C])[0] for number in range(50)}) == 3
-

@@ -55,9 +55,7 @@ class Board:
         await trio.lowlevel.checkpoint()
         assert len(value) <= 64 * 1024
         self.count += 1
-        self.rows[collection, key] = Record(
-            collection, key, value, self.count, False, None, b"", self.count, b""
-        )
+        self.rows[collection, key] = Record(collection, key, value, self.count, False, None, b"", self.count, b"")
 
     async def delete(self, collection: str, key: bytes) -> None:
         await trio.lowlevel.checkpoint()
