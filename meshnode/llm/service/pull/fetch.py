@@ -5,20 +5,18 @@ that lie in a row at a source come in one request. Each comes from the first sou
 or gives wrong bytes is followed by the next. It knows nothing of models: what the pieces are is the caller's plan.
 """
 
-import hashlib
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
 import trio
-from blake3 import blake3
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.offload import Offload
+from meshnode.llm.service.pull.pieces import Given, Hole, Piece, Progress, Range, Source, WrongBytesError
 
 WRITE_BYTES: Final = 4 * 1024 * 1024
 SYNC_BYTES: Final = 64 * 1024 * 1024
@@ -26,55 +24,6 @@ TRIES_MAX: Final = 8  # in a row, over all sources, without a byte of progress
 BACKOFF_FIRST_S: Final = 0.5
 BACKOFF_MAX_S: Final = 30.0
 FREE_BYTES_MIN: Final = 512 * 1024 * 1024  # what a download leaves free on the disk
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """Bytes that are known already: a header."""
-
-    data: bytes
-
-    @property
-    def length(self) -> int:
-        """How many bytes."""
-        return len(self.data)
-
-
-@dataclass(frozen=True, slots=True)
-class Hole:
-    """Bytes that are zero: not written where the file system knows holes."""
-
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Bytes of the original file: its part, offset and length. `hash`: their BLAKE3, where it is known."""
-
-    part: int
-    offset: int
-    length: int
-    hash: bytes | None = None
-
-
-Piece = Given | Hole | Range
-
-
-class Source(Protocol):
-    """Somewhere that the original file, or parts of it, can be read from."""
-
-    @property
-    def name(self) -> str:
-        """What to call it in messages."""
-        ...
-
-    def reach(self, part: int, offset: int) -> int:
-        """How many bytes from there on it has; 0: none."""
-        ...
-
-    def read(self, part: int, offset: int, length: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """Exactly these bytes in pieces; raises MeshError, retryable if trying the same again makes sense."""
-        ...
 
 
 class _Journal(msgspec.Struct, frozen=True):
@@ -99,68 +48,8 @@ class Fetched:
     received: dict[str, int]
 
 
-class _WrongBytesError(Exception):
-    """The piece that was just completed is not what its hash says; it is taken back."""
-
-
 class _DiskError(MeshError):
     """This machine's disk, not a source, failed."""
-
-
-class _Progress:
-    """Where in the file we are, and the hashes of what lies before. Only a started piece can be taken back."""
-
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self._pieces = pieces
-        self.sha, self.blake = hashlib.sha256(), blake3()
-        self.piece_hash = blake3()
-        self.at = 0
-        self.index = 0
-        self.within = 0
-        self.hashes: dict[tuple[int, int], bytes] = {}
-        self._keep()
-
-    def _keep(self) -> None:
-        self._kept = (self.sha.copy(), self.blake.copy())
-
-    @property
-    def settled(self) -> int:
-        """Bytes that stay, whatever comes."""
-        return self.at - self.within
-
-    def room(self) -> int:
-        """How many bytes are missing to the end of the piece."""
-        return self._pieces[self.index].length - self.within
-
-    def add(self, data: memoryview) -> None:
-        """Bytes of the current piece were written. Raises _WrongBytesError at its end; take it back then."""
-        self.sha.update(data)
-        self.blake.update(data)
-        self.piece_hash.update(data)
-        self.at += len(data)
-        self.within += len(data)
-        self.close()
-
-    def close(self) -> None:
-        """Go on to the next piece as long as the current one is complete."""
-        while self.index < len(self._pieces) and self.within == self._pieces[self.index].length:
-            piece = self._pieces[self.index]
-            if isinstance(piece, Range):
-                digest = self.piece_hash.digest()
-                if piece.hash is not None and digest != piece.hash:
-                    raise _WrongBytesError
-                self.hashes[piece.part, piece.offset] = digest
-            self.index += 1
-            self.within = 0
-            self.piece_hash = blake3()
-            self._keep()
-
-    def take_back(self) -> None:
-        """Forget the started piece."""
-        self.sha, self.blake = self._kept[0].copy(), self._kept[1].copy()
-        self.at -= self.within
-        self.within = 0
-        self.piece_hash = blake3()
 
 
 class Fetch:
@@ -179,7 +68,7 @@ class Fetch:
     ) -> None:
         """`progress(bytes on disk, source)` is called often and must not block."""
         self._target = target
-        self.part_path = target.with_name(target.name + ".part")
+        self._part = target.with_name(target.name + ".part")
         self._journal = target.with_name(target.name + ".journal")
         self._plan = plan
         self.pieces = [piece for piece in pieces if piece.length]
@@ -188,14 +77,20 @@ class Fetch:
         self._progress = progress
         self._free_bytes = free_bytes
         self.size = sum(piece.length for piece in self.pieces)
-        self._now = _Progress(self.pieces)
+        self._now = Progress(self.pieces)
         self._received: dict[str, int] = {}
         self._synced = 0
+        self._is_finished = False
 
     @property
     def settled(self) -> int:
-        """So many bytes from the beginning are in `part_path` and stay as they are."""
+        """So many bytes from the beginning are in `path` and stay as they are."""
         return self._now.settled
+
+    @property
+    def path(self) -> Path:
+        """The file that grows, or is finished."""
+        return self._target if self._is_finished else self._part
 
     async def run(self) -> Fetched:
         """Fetch what is missing, and put the file in its place. Raises MeshError; what arrived stays for the next run.
@@ -222,7 +117,7 @@ class Fetch:
 
     def discard(self) -> None:
         """Throw away what arrived. Blocks."""
-        self.part_path.unlink(missing_ok=True)
+        self._part.unlink(missing_ok=True)
         self._journal.unlink(missing_ok=True)
 
     async def _next(self, file: "_File") -> None:
@@ -259,8 +154,8 @@ class Fetch:
                 await self._read(file, source, piece.part, at, self._end_of(end) - at)
             except _DiskError:
                 raise
-            except (MeshError, _WrongBytesError) as error:
-                told = self._wrong(source, piece_at=self._now.index) if isinstance(error, _WrongBytesError) else error
+            except (MeshError, WrongBytesError) as error:
+                told = self._wrong(source, piece_at=self._now.index) if isinstance(error, WrongBytesError) else error
                 reasons[source.name] = told
                 failed[source.name] = failed.get(source.name, 0) + 1
                 if not told.retryable:
@@ -309,23 +204,23 @@ class Fetch:
 
     def _resume(self) -> None:
         """How much is safely here; the hashes then stand behind it."""
-        self._now = _Progress(self.pieces)
+        self._now = Progress(self.pieces)
         try:
             journal = msgspec.json.decode(self._journal.read_bytes(), type=_Journal)
-            size = self.part_path.stat().st_size
+            size = self._part.stat().st_size
         except (OSError, msgspec.DecodeError, msgspec.ValidationError):
             return
         if journal.plan != self._plan or not 0 < journal.done <= min(size, self.size):
             return
         try:
             self._read_again(journal.done)
-        except _WrongBytesError:
+        except WrongBytesError:
             # Some hash became known, or the disk is at fault: everything before that piece is right.
             self._now.take_back()
 
     def _read_again(self, length: int) -> None:
         now = self._now
-        with self.part_path.open("rb") as file:
+        with self._part.open("rb") as file:
             while now.at < length:
                 data = file.read(min(length - now.at, WRITE_BYTES, now.room()))
                 if not data:
@@ -338,8 +233,8 @@ class Fetch:
     def _open(self) -> "_File":
         done = self._now.at
         try:
-            self.part_path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.part_path.open("r+b" if done else "w+b", buffering=0)
+            self._part.parent.mkdir(parents=True, exist_ok=True)
+            file = self._part.open("r+b" if done else "w+b", buffering=0)
             file.truncate(done)
             file.seek(done)
         except OSError as error:
@@ -375,7 +270,7 @@ class Fetch:
                 raise self._disk_error(error) from error
             try:
                 self._now.add(now)
-            except _WrongBytesError:
+            except WrongBytesError:
                 self._take_back(file)
                 raise
         if self._now.at - self._synced >= SYNC_BYTES:
@@ -408,7 +303,7 @@ class Fetch:
 
     def _finish(self) -> None:
         try:
-            self.part_path.replace(self._target)
+            self._part.replace(self._target)
             folder = os.open(self._target.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -416,6 +311,7 @@ class Fetch:
                 os.close(folder)
         except OSError as error:
             raise self._disk_error(error) from error
+        self._is_finished = True
         self._journal.unlink(missing_ok=True)
 
     # ---- what may go wrong ------------------------------------------------------------

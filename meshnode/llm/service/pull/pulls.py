@@ -279,7 +279,8 @@ class Pulls:
         for group, hashes in adopted.hashes.items():
             await weights.records.put_hashes(manifest.digest, group, hashes, certain=True)
         await weights.shelf.keep_headers(manifest.digest, adopted.headers)
-        await weights.shelf.add_files(manifest.digest, ref.paths, owned=False)
+        if await weights.shelf.whole(manifest.digest) is None:
+            await weights.shelf.add_files(manifest.digest, ref.paths, owned=False)
         return manifest
 
     # ---- having the nodes get it ------------------------------------------------------------

@@ -14,7 +14,7 @@ from blake3 import blake3
 from meshnode.llm.gguf.pieces import Copy, Literal, Zeros
 from meshnode.llm.gguf.slicing import slice_layers
 from meshnode.llm.gguf.weights import Weights
-from meshnode.llm.service.pull.fetch import Given, Hole, Piece, Range
+from meshnode.llm.service.pull.pieces import Given, Hole, Piece, Range
 from meshnode.llm.service.weights.manifest import Manifest
 from meshnode.llm.service.weights.units import Units
 from meshnode.llm.store import StagingRow

@@ -15,7 +15,7 @@ from meshnode.kernel.logs import Logger
 from meshnode.kernel.offload import Offload
 from meshnode.llm.gguf.errors import GgufError
 from meshnode.llm.gguf.header import HEADER_BYTES_MAX
-from meshnode.llm.service.pull.fetch import Source
+from meshnode.llm.service.pull.pieces import Source
 from meshnode.llm.service.weights.claims import stewards, without
 from meshnode.llm.service.weights.contracts import RANGES_MAX, ByteRange, ClaimAnswer, ClaimRequest, Network
 from meshnode.llm.service.weights.manifest import Manifest

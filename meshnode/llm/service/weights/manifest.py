@@ -1,6 +1,7 @@
 """What the mesh knows of a model without holding it: made from the header of its file, kept as a record."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Final, Literal
 
@@ -8,12 +9,15 @@ import msgspec
 from blake3 import blake3
 
 from meshnode.llm.gguf.facts import language_of, shape_of
-from meshnode.llm.gguf.weights import Weights
+from meshnode.llm.gguf.weights import LAYERS_MAX, PARTS_MAX, Weights
 from protocol.sharding.shapes import ModelShape
 
 TEMPLATE_BYTES_MAX: Final = 32 * 1024
 RECORD_BYTES_MAX: Final = 60_000
+FILE_BYTES_MAX: Final = 1 << 46
 TEXT_CHARS_MAX: Final = 1_000
+
+_DIGEST: Final = re.compile("[0-9a-f]{64}")
 
 Checked = Literal["file", "told", "header"]
 """How the digest is known: computed from the whole file; the origin's word; made up from header, size and version."""
@@ -110,6 +114,19 @@ def make_manifest(
     if too_long or len(msgspec.msgpack.encode(manifest)) > RECORD_BYTES_MAX:
         manifest = msgspec.structs.replace(manifest, chat_template="", template_cut=True)
     return manifest
+
+
+def is_sound(manifest: Manifest) -> bool:
+    """Whether what another member wrote can be true: its digest becomes part of paths, its sizes of plans."""
+    return (
+        _DIGEST.fullmatch(manifest.digest) is not None
+        and manifest.shape.digest == manifest.digest
+        and 1 <= manifest.shape.layers <= LAYERS_MAX
+        and len(manifest.shape.kv_bytes_per_token) == manifest.shape.layers
+        and min(manifest.shape.layer_bytes) >= 0
+        and 1 <= len(manifest.parts) <= PARTS_MAX
+        and all(0 < part.header_bytes <= part.size <= FILE_BYTES_MAX for part in manifest.parts)
+    )
 
 
 def digest_of(sha256s: Sequence[str]) -> str:

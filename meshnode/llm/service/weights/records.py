@@ -5,7 +5,7 @@ from typing import Final, Protocol, TypeVar
 
 import msgspec
 
-from meshnode.llm.service.weights.manifest import Manifest
+from meshnode.llm.service.weights.manifest import Manifest, is_sound
 from protocol.ids import NodeId
 from protocol.records.collection import Collection, only_owner
 from protocol.records.ledger import Page
@@ -91,8 +91,7 @@ class ModelRecords:
         if kept is not None and kept[0] == record.version:
             return kept[1]
         made = _decoded(record, Manifest)
-        # The key is what the model is asked for by; a value that says otherwise is a mistake or a lie.
-        if made is None or made.digest.encode() != record.key or made.shape.layers < 1:
+        if made is None or made.digest.encode("utf-8", "replace") != record.key or not is_sound(made):
             return None
         if len(self._opened) > MODELS_MAX:
             self._opened.clear()

@@ -1,8 +1,9 @@
 """Makes room for models within this node's quota: what was not used for longest goes first."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.logs import Logger
@@ -16,12 +17,16 @@ KEPT_FREE_SHARE: Final = 0.1
 """Without a quota, models leave this share of the disk alone."""
 
 
-class Disk(Protocol):
-    """Sizes of a file system."""
+Disk = Callable[[Path], tuple[int, int]]
+"""(total, free) bytes of the file system that a folder is or will be on."""
 
-    def __call__(self, folder: Path) -> tuple[int, int]:
-        """(total, free) bytes. Raises OSError."""
-        ...
+
+def disk_sizes(folder: Path) -> tuple[int, int]:
+    """The true Disk. The folder itself need not be there yet."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    usage = shutil.disk_usage(folder)
+    return usage.total, usage.free
 
 
 class Room:
@@ -50,11 +55,9 @@ class Room:
         self._log = logger
 
     def free(self) -> int:
-        """How many bytes models may still take."""
-        folder = self._shelf.folder
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
-        total, free = self._disk(folder)
+        """How many bytes models may still take, besides those that are reserved."""
+        total, free = self._disk(self._shelf.folder)
+        free -= self._shelf.outstanding_bytes()
         if self._bytes_max:
             return min(free, self._bytes_max - self._shelf.owned_bytes())
         return free - int(total * KEPT_FREE_SHARE)

@@ -75,7 +75,14 @@ class Serving:
                 await self._wait(manifest, request.part, at)
                 continue
             length = min(end - at, place.length, CHUNK_BYTES)
-            await stream.send_all(await self._offload(read_place, place, length))
+            try:
+                data = await self._offload(read_place, place, length)
+            except MeshError:
+                # A file that was being fetched may have got its name between the two looks.
+                if place == await self._shelf.locate(manifest, request.part, at):
+                    raise
+                continue
+            await stream.send_all(data)
             at += length
             self.bytes_sent += length
         await stream.send_eof()

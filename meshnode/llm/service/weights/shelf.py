@@ -17,14 +17,15 @@ from blake3 import blake3
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.logs import Logger
 from meshnode.kernel.offload import Offload
-from meshnode.llm.gguf.errors import MoreBytesError
+from meshnode.llm.gguf.errors import GgufError, MoreBytesError
 from meshnode.llm.gguf.slicing import slice_layers
 from meshnode.llm.gguf.weights import Weights, open_weights
-from meshnode.llm.service.pull.fetch import Fetch, Range
+from meshnode.llm.service.pull.fetch import Fetch
+from meshnode.llm.service.pull.pieces import Range
 from meshnode.llm.service.weights.manifest import Manifest
 from meshnode.llm.service.weights.records import Held, ModelRecords
 from meshnode.llm.service.weights.units import Units
-from meshnode.llm.store import FileRow, SliceRow, WeightStore
+from meshnode.llm.store import FileRow, SliceRow, StagingRow, WeightStore
 
 OPEN_HEADERS_MAX: Final = 16
 
@@ -69,7 +70,7 @@ class HeaderSource:
 
 
 class Shelf:
-    """One for each node. What it says in the records follows what it has."""
+    """One for each node. What the records say follows what it has. `reserved`: bytes that files to come will take."""
 
     def __init__(
         self,
@@ -87,6 +88,7 @@ class Shelf:
         self._offload = offload
         self._wall = wall
         self._log = logger
+        self.reserved: dict[StagingRow, int] = {}
         self._files: dict[str, list[FileRow]] = {}
         self._slices: dict[tuple[str, int, int, bool], SliceRow] = {}
         self._open: dict[str, tuple[Weights, Units]] = {}
@@ -163,6 +165,11 @@ class Shelf:
             for number, part in enumerate(manifest.parts)
         ]
         weights = open_weights(sources)
+        sizes = [header.data_offset for header in weights.headers]
+        if weights.layers != manifest.layers or sizes != [part.header_bytes for part in manifest.parts]:
+            raise GgufError(
+                f"what the mesh knows of {manifest.name} is not what its header says: remove it, pull it again"
+            )
         return weights, Units(weights.headers)
 
     # ---- what is here ------------------------------------------------------------
@@ -206,8 +213,12 @@ class Shelf:
     def owned_bytes(self) -> int:
         """What models take of this node's quota; contributed files take nothing."""
         files = sum(row.bytes for row in self.files() if row.owned)
-        growing = sum(fetch.settled for fetches in self._growing.values() for fetch, _ in fetches)
-        return files + growing + sum(row.bytes for row in self._slices.values())
+        return files + sum(row.bytes for row in self._slices.values()) + sum(self.reserved.values())
+
+    def outstanding_bytes(self) -> int:
+        """What is reserved and not on the disk yet."""
+        settled = sum(fetch.settled for fetches in self._growing.values() for fetch, _ in fetches)
+        return max(0, sum(self.reserved.values()) - settled)
 
     # ---- changes ------------------------------------------------------------
 
@@ -285,9 +296,11 @@ class Shelf:
 
     def stopped(self, digest: str, fetch: Fetch) -> None:
         """It is complete, or given up."""
-        self._growing[digest] = [(one, spans) for one, spans in self._growing[digest] if one is not fetch]
-        if not self._growing[digest]:
-            del self._growing[digest]
+        left = [(one, spans) for one, spans in self._growing.get(digest, ()) if one is not fetch]
+        if left:
+            self._growing[digest] = left
+        else:
+            self._growing.pop(digest, None)
         self.grew()
 
     async def wait_grown(self) -> None:
@@ -322,7 +335,7 @@ class Shelf:
                 skip = offset - found.offset
                 settled = fetch.settled - found.at - skip
                 if settled > 0:
-                    return Place(fetch.part_path, found.at + skip, min(settled, found.length - skip), None)
+                    return Place(fetch.path, found.at + skip, min(settled, found.length - skip), None)
         return None
 
     async def _map(self, manifest: Manifest, row: SliceRow) -> list[Span]:

@@ -8,7 +8,7 @@ finished, also after a restart, whoever asked.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 import trio
@@ -16,14 +16,16 @@ import trio
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.logs import Logger
 from meshnode.kernel.offload import Offload
-from meshnode.llm.service.pull.fetch import Fetch, Fetched, Range, Source
+from meshnode.llm.service.pull.fetch import Fetch, Fetched
+from meshnode.llm.service.pull.pieces import Range, Source
 from meshnode.llm.service.weights.contracts import WantAnswer
 from meshnode.llm.service.weights.cutting import PlannedFile, plan_files
 from meshnode.llm.service.weights.finding import Finding
 from meshnode.llm.service.weights.manifest import Manifest
 from meshnode.llm.service.weights.records import ModelRecords
-from meshnode.llm.service.weights.room import Room
+from meshnode.llm.service.weights.room import Disk, Room
 from meshnode.llm.service.weights.shelf import Shelf
+from meshnode.llm.service.weights.sources import LocalSource
 from meshnode.llm.service.weights.units import Units
 from meshnode.llm.store import StagingRow, WeightStore
 
@@ -40,12 +42,6 @@ class Staged(msgspec.Struct, frozen=True):
     tail: bool
 
 
-class Disk(Protocol):
-    """(total, free) bytes of a file system. Raises OSError."""
-
-    def __call__(self, folder: Path) -> tuple[int, int]: ...
-
-
 @dataclass(slots=True)
 class _Job:
     """One file, or one model's files, on the way."""
@@ -53,6 +49,7 @@ class _Job:
     row: StagingRow
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     told: tuple[int, int, str] = (0, 0, "waiting")
+    fetches: list[Fetch] = field(default_factory=list)
     moved: trio.Event = field(default_factory=trio.Event)
     staged: Staged | None = None
     error: MeshError | None = None
@@ -93,6 +90,7 @@ class Staging:
         self._failed: dict[StagingRow, MeshError] = {}
         self._nursery: trio.Nursery | None = None
         self._making_room = trio.Lock()
+        self.bytes_received = 0  # of finished files, from peers and origins
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until cancelled; begins with what an earlier run left unfinished."""
@@ -225,13 +223,22 @@ class Staging:
         known = self._records.hashes(manifest.digest)
         files = await self._offload(plan_files, self._folder(manifest.digest), manifest, row, opened, headers, known)
         await self._make_room(job, manifest, files)
-        made = await self._fetch_all(job, manifest, files, opened[1], known)
-        if is_whole:
-            await self._shelf.add_files(row.digest, [file.target for file in files], owned=True)
-            return Staged(files[0].target, False)
-        await self._shelf.add_slice(
-            row.digest, row.first, row.last, tail=row.tail, path=files[0].target, content=made[0].blake3
-        )
+        try:
+            made = await self._fetch_all(job, manifest, files, opened[1], known)
+            if is_whole:
+                await self._shelf.add_files(row.digest, [file.target for file in files], owned=True)
+            else:
+                content = made[0].blake3
+                await self._shelf.add_slice(
+                    row.digest, row.first, row.last, tail=row.tail, path=files[0].target, content=content
+                )
+        finally:
+            # Not before the shelf has it: whoever reads along must find every byte at every moment.
+            for fetch in job.fetches:
+                self._shelf.stopped(row.digest, fetch)
+            del self._shelf.reserved[row]
+        if is_whole and all(part.sha256 for part in manifest.parts):
+            await self._records.put_manifest(msgspec.structs.replace(manifest, checked="file"))
         return Staged(files[0].target, row.tail)
 
     async def _make_room(self, job: _Job, manifest: Manifest, files: Sequence[PlannedFile]) -> None:
@@ -239,6 +246,7 @@ class Staging:
             needed = sum(file.bytes_on_disk - _arrived(file.target) for file in files)
             for words in await self._room.make(needed, keep=[manifest.digest]):
                 job.tell(0, manifest.bytes, words)
+            self._shelf.reserved[job.row] = sum(file.bytes_on_disk for file in files)
 
     async def _fetch_all(
         self,
@@ -261,7 +269,8 @@ class Staging:
                 job.tell(before + done, total, f"{layers} from {source}")
                 self._shelf.grew()
 
-            fetched = await self._fetch(manifest, file, progress)
+            fetched = await self._fetch(job, manifest, file, progress)
+            self.bytes_received += sum(size for name, size in fetched.received.items() if name != LocalSource.name)
             hashes |= fetched.hashes
             made.append(fetched)
             before += file.size
@@ -273,12 +282,15 @@ class Staging:
                 await self._records.put_hashes(manifest.digest, group, whole, certain=certain)
         return made
 
-    async def _fetch(self, manifest: Manifest, file: PlannedFile, progress: Callable[[int, str], None]) -> Fetched:
+    async def _fetch(
+        self, job: _Job, manifest: Manifest, file: PlannedFile, progress: Callable[[int, str], None]
+    ) -> Fetched:
         """One file. What turns out wrong at its end is thrown away and fetched once more."""
         for attempt in range(2):
-            fetched = await self._fetch_once(manifest, file, progress)
+            fetched = await self._fetch_once(job, manifest, file, progress)
             if not file.sha256 or fetched.sha256 == file.sha256:
                 return fetched
+            self._shelf.stopped(manifest.digest, job.fetches.pop())
             await self._offload(file.target.unlink)
             self._log.error("a model arrived corrupt", model=manifest.name, path=str(file.target), attempt=attempt)
         gave = ", ".join(sorted(fetched.received)) or "this node"
@@ -288,7 +300,9 @@ class Staging:
             "from another place, or tell whoever keeps it there.",
         )
 
-    async def _fetch_once(self, manifest: Manifest, file: PlannedFile, progress: Callable[[int, str], None]) -> Fetched:
+    async def _fetch_once(
+        self, job: _Job, manifest: Manifest, file: PlannedFile, progress: Callable[[int, str], None]
+    ) -> Fetched:
         sources: list[Source] = []
         fetch = Fetch(
             target=file.target,
@@ -297,10 +311,11 @@ class Staging:
             sources=sources,
             offload=self._offload,
             progress=progress,
-            free_bytes=lambda folder: self._disk(_existing(folder))[1],
+            free_bytes=lambda folder: self._disk(folder)[1],
         )
         # Others may read what arrives here from the moment this node says that it will get it.
         self._shelf.grows(manifest.digest, fetch)
+        job.fetches.append(fetch)
         ranges = [(piece.part, piece.offset, piece.length) for piece in file.pieces if isinstance(piece, Range)]
         complete = False
         try:
@@ -321,7 +336,6 @@ class Staging:
             complete = True
             return fetched
         finally:
-            self._shelf.stopped(manifest.digest, fetch)
             if not complete:
                 with trio.move_on_after(2, shield=True):
                     await self._finding.release(manifest.digest, ranges)
@@ -343,12 +357,6 @@ def _arrived(target: Path) -> int:
         except OSError:
             continue
     return 0
-
-
-def _existing(folder: Path) -> Path:
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder
 
 
 def _remove_parts(folder: Path) -> None:

@@ -15,8 +15,9 @@ from blake3 import blake3
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.offload import InlineOffload
 from meshnode.llm.service.pull import fetch as module
-from meshnode.llm.service.pull.fetch import Fetch, Given, Piece, Range, Source
+from meshnode.llm.service.pull.fetch import Fetch
 from meshnode.llm.service.pull.origin import HttpOrigin, OriginFacts
+from meshnode.llm.service.pull.pieces import Given, Piece, Range, Source
 from meshnode.llm.service.pull.refs import RemoteRef
 from tests.support.origin_server import OriginServer, origin_server
 

@@ -34,7 +34,7 @@ async def test_a_whole_model_is_checked_against_the_hash_that_its_origin_tells(t
         told = await node.pull(origin.url("/m.gguf"), whole=True)
         manifest = node.weights.find("M")
         assert manifest.digest == hashlib.sha256(body).hexdigest()
-        assert manifest.checked == "told"
+        assert manifest.checked == "file"
         assert (await node.stage(manifest, 0, 8)).read_bytes() == body
         assert told[-1].completed == told[-1].total == len(body)
         assert origin.sent < len(body) * 1.02
