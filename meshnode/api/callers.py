@@ -40,9 +40,10 @@ class Caller:
 class ApiToken:
     """The bearer token of the local API. Only its digest is kept for comparing."""
 
-    def __init__(self, token: str, secrets_known: SecretSet) -> None:
+    def __init__(self, token: str, secrets_known: SecretSet, *, path: str = "") -> None:
+        """`path`: the file that holds the token, for those who may read it."""
         secrets_known.hide(token)
-        self.path: Path | None = None
+        self.path: Final = path
         self._digest = hashlib.sha256(token.encode()).digest()
 
     def matches(self, offered: str) -> bool:
@@ -138,7 +139,7 @@ class BrowserSessions:
         if expires is None or expires <= self._clock():
             raise MeshError(
                 ErrorCode.TOKEN_INVALID,
-                "This login link was used already or is too old. Run `meshnode dashboard` for a new one.",
+                "This login link was used already or is too old. POST /api/session/link makes a new one.",
             )
         session = secrets.token_urlsafe(_code_bytes)
         self._secrets.hide(session)

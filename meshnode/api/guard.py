@@ -150,9 +150,11 @@ class Guard:
             401,
             ErrorCode.UNAUTHORIZED,
             "This agent belongs to another user, or asks everybody for its token. Send `Authorization: Bearer TOKEN`; "
-            "`meshnode token` prints the token to the agent's own user. In a browser, use the link that "
-            "`meshnode dashboard` prints.",
+            "`meshnode token` prints it to the agent's own user. Other users' commands take it from --token-file or "
+            "MESHNODE_TOKEN. A browser is let in by the link that POST /api/session/link makes for who has the token.",
             headers={"WWW-Authenticate": 'Bearer realm="meshnode"'},
+            # Nobody but the own user gets to know where the agent's files are.
+            detail={"token_file": self._token.path} if self._token.path and self._is_own(asked) else None,
         )
 
     def check_rate(self, caller: Caller) -> None:

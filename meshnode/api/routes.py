@@ -30,6 +30,13 @@ class Readiness(msgspec.Struct, frozen=True):
     waiting_for: dict[str, str] = {}
 
 
+class AgentPlace(msgspec.Struct, frozen=True):
+    """Which process answers and where it keeps its files, for commands that are told a port only."""
+
+    data_dir: str
+    pid: int
+
+
 class LoginCode(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The code behind the '#' of a login link."""
 
@@ -54,6 +61,7 @@ class SystemRoutes:
         port: int,
         login_ttl_s: float,
         description: Callable[[], Mapping[str, Any]],
+        place: AgentPlace,
     ) -> None:
         self._metrics = metrics
         self._readiness = readiness
@@ -61,6 +69,7 @@ class SystemRoutes:
         self._port = port
         self._login_ttl_s = login_ttl_s
         self._description = description
+        self._place = place
         self._encoded_description: bytes | None = None
 
     async def alive(self, _request: ApiRequest[None, None]) -> Alive:
@@ -69,6 +78,9 @@ class SystemRoutes:
     async def ready(self, _request: ApiRequest[None, None]) -> Reply:
         state = self._readiness()
         return Reply(state, status=200 if state.ready else 503)
+
+    async def agent(self, _request: ApiRequest[None, None]) -> AgentPlace:
+        return self._place
 
     async def metrics_text(self, _request: ApiRequest[None, None]) -> Content:
         return Content(self._metrics.text(), METRICS_MEDIA_TYPE)
@@ -110,6 +122,13 @@ class SystemRoutes:
                     summary="Whether the agent can do its work; 503 and what it waits for when not.",
                     response=Readiness,
                     public=True,
+                ),
+                Route(
+                    method="GET",
+                    path="/api/agent",
+                    handler=self.agent,
+                    summary="The agent's process and its data folder.",
+                    response=AgentPlace,
                 ),
                 Route(
                     method="GET",

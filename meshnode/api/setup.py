@@ -3,19 +3,20 @@
 Its job is the wiring, once, with constructor arguments. Running the server is the composition root's.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import trio
 
 from meshnode.api.application import ApiApplication
-from meshnode.api.callers import ApiToken, BrowserSessions
+from meshnode.api.callers import TOKEN_FILE, ApiToken, BrowserSessions
 from meshnode.api.guard import Access, Guard
 from meshnode.api.limits import ApiLimits
 from meshnode.api.openapi import as_page, describe
 from meshnode.api.pages import Pages
 from meshnode.api.peer import LookUp
-from meshnode.api.routes import Readiness, SystemRoutes
+from meshnode.api.routes import AgentPlace, Readiness, SystemRoutes
 from meshnode.api.routing import Mount, Router
 from meshnode.api.server import ApiServer
 from meshnode.api.sockets import LoopbackSockets
@@ -41,6 +42,7 @@ def build_api(
     mounts: Sequence[Mount],
     *,
     token: str,
+    data_dir: str,
     access: Access,
     limits: ApiLimits,
     metrics: Metrics,
@@ -64,11 +66,13 @@ def build_api(
     def description() -> dict[str, object]:
         return describe(router, version)
 
-    system = SystemRoutes(metrics, readiness, sessions, port, limits.login_code_ttl_s, description)
+    place = AgentPlace(data_dir, os.getpid())
+    system = SystemRoutes(metrics, readiness, sessions, port, limits.login_code_ttl_s, description, place)
     pages = Pages(lambda: as_page(description()))
     router = Router([system.mount(), pages.mount(front_page=own_pages), *mounts])
     streams = OpenStreams()
-    guard = Guard(access, limits, port, ApiToken(token, secrets), sessions, clock)
+    known = ApiToken(token, secrets, path=os.path.join(data_dir, TOKEN_FILE))
+    guard = Guard(access, limits, port, known, sessions, clock)
     application = ApiApplication(router, guard, limits, streams, metrics, log, clock, log_requests=log_requests)
     server = ApiServer(application, sockets, limits, metrics, log, on_stopping=streams.stop, look_up=look_up)
     return LocalApi(server, application, sessions, streams, router)

@@ -3,13 +3,13 @@
 Its job ends when the sockets listen; serving them is `api.server`'s.
 """
 
-import contextlib
 import errno
 import socket
 from dataclasses import dataclass
 from typing import Final
 
 from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.ports import port_taken
 
 backlog_max: Final = 512
 _free_port_tries: Final = 16
@@ -74,7 +74,7 @@ def _listen(family: socket.AddressFamily, host: str, port: int) -> socket.socket
     except OSError as error:
         listening.close()
         if error.errno == errno.EADDRINUSE:
-            raise port_in_use(host, port, "the local API", "--api-port") from error
+            raise port_taken(host, port, "TCP", purpose="the local API", option="--api-port") from error
         if error.errno == errno.EACCES:
             raise MeshError(
                 ErrorCode.PORT_IN_USE,
@@ -82,34 +82,3 @@ def _listen(family: socket.AddressFamily, host: str, port: int) -> socket.socket
             ) from error
         raise
     return listening
-
-
-def port_in_use(host: str, port: int, purpose: str, option: str) -> MeshError:
-    """The error for a taken port: by whom, if this user may know, and the option that names another port."""
-    holder = _holder(port)
-    detail: dict[str, object] = {"host": host, "port": port}
-    by = "another process (run as root, `ss -ltnp` shows which)"
-    if holder is not None:
-        pid, name = holder
-        detail |= {"pid": pid, "process": name}
-        by = f"{name} (process {pid})"
-    shown = f"[{host}]" if ":" in host else host
-    return MeshError(
-        ErrorCode.PORT_IN_USE,
-        f"Port {port} on {shown}, wanted for {purpose}, is taken by {by}. Stop it, or choose another port with "
-        f"{option}.",
-        detail=detail,
-    )
-
-
-def _holder(port: int) -> tuple[int, str] | None:
-    import psutil  # Only needed in this rare case.
-
-    with contextlib.suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections(kind="tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port:
-                if connection.pid is None:
-                    continue
-                with contextlib.suppress(psutil.Error):
-                    return connection.pid, psutil.Process(connection.pid).name()
-    return None

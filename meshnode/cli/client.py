@@ -48,12 +48,17 @@ class AgentClient:
         port: int,
         *,
         token_path: Path,
+        token: str | None = None,
         how_to_start: str = "`meshnode up`",
         peer_uid: Callable[[Any], int | None] | None = None,
     ) -> None:
-        """`peer_uid` tells the user at the other end of a connected socket; None: the kernel is asked."""
+        """`token`: what the caller brought along for an agent of another user, whom they thereby trust; without it
+        the own user's file is read once the agent asks for a token, where the agent says it is or at `token_path`.
+        `peer_uid` tells the user at the other end of a connected socket; None: the kernel is asked.
+        """
         self._port = port
         self._token_path = token_path
+        self._given_token = token
         self._how_to_start = how_to_start
         self._peer_uid = peer_uid or _peer_uid
         self._connection: http.client.HTTPConnection | None = None
@@ -66,6 +71,10 @@ class AgentClient:
     def get_text(self, path: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> str:
         """An answer that is no JSON."""
         return self._ask("GET", path, None, timeout_s)[1].decode("utf-8", "replace")
+
+    def get_any_status(self, path: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
+        """The JSON of an answer that may be an error in form but is an answer in content, such as health."""
+        return _decoded(*self._exchange("GET", path, None, timeout_s))
 
     def pages(self, path: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> list[Any]:
         """A whole list, page by page."""
@@ -84,6 +93,10 @@ class AgentClient:
         if secret:
             self.check_owner()
         return _decoded(*self._ask("POST", path, body, timeout_s))
+
+    def patch(self, path: str, body: Any, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
+        """Send JSON that changes what is at `path`."""
+        return _decoded(*self._ask("PATCH", path, body, timeout_s))
 
     def delete(self, path: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         """Delete what is at `path`."""
@@ -107,7 +120,7 @@ class AgentClient:
         While an agent is down, anybody on this machine can listen on its port and wait for secrets. The answer to a
         harmless question makes sure that the connection was accepted: only then does the kernel know by whom.
         """
-        if sys.platform != "linux":
+        if sys.platform != "linux" or self._given_token is not None:
             return
         self._exchange("GET", "/healthz", None, ANSWER_TIMEOUT_S)
         connection = self._connected(ANSWER_TIMEOUT_S)
@@ -117,7 +130,8 @@ class AgentClient:
             raise MeshError(
                 ErrorCode.FORBIDDEN,
                 f"{who} answers on {HOST}:{self._port}, so no secret is sent there. If that is your agent, name its "
-                "data folder with --data-dir, or run this as its user.",
+                "data folder with --data-dir, or run this as its user. With a token of that user's agent "
+                "(--token-file) it is trusted.",
             )
 
     def close(self) -> None:
@@ -143,13 +157,24 @@ class AgentClient:
         response = self._send_once(method, path, body, timeout_s)
         if response.status != 401 or self._authorization is not None:
             return response
-        raw = response.read(ANSWER_BYTES_MAX)
-        token = self._read_token()
+        refused = _error_of(response, response.read(ANSWER_BYTES_MAX))
+        # Who refuses a request does not read its body, and ends the connection after it.
+        self.close()
+        token = self._given_token
         if token is None:
-            raise _error_of(response, raw)
+            token = _read_token(self._token_file(refused))
+        if token is None:
+            raise refused
         self.check_owner()
         self._authorization = f"Bearer {token}"
         return self._send_once(method, path, body, timeout_s)
+
+    def _token_file(self, refused: MeshError) -> Path:
+        """Where the agent says its token is: only a file of that name, and where `check_owner` can tell who says so."""
+        said = refused.detail.get("token_file")
+        if sys.platform == "linux" and isinstance(said, str) and Path(said).name == self._token_path.name:
+            return Path(said)
+        return self._token_path
 
     def _send_once(self, method: str, path: str, body: Any, timeout_s: float) -> http.client.HTTPResponse:
         headers = {"Accept": "*/*"}
@@ -202,19 +227,20 @@ class AgentClient:
             ErrorCode.UNAVAILABLE, f"The agent on {place} ended the connection ({what}). Try again.", retryable=True
         )
 
-    def _read_token(self) -> str | None:
-        try:
-            with self._token_path.open("rb") as file:
-                return file.read(_TOKEN_BYTES_MAX).decode("ascii", "replace").strip() or None
-        except OSError:
-            return None
-
     def _trusted_uids(self) -> set[int]:
         trusted = {0, os.geteuid()}
         with contextlib.suppress(OSError):
             # Root, say, may ask an agent that runs as a user of its own, in that user's data folder.
             trusted.add(self._token_path.parent.stat().st_uid)
         return trusted
+
+
+def _read_token(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return file.read(_TOKEN_BYTES_MAX).decode("ascii", "replace").strip() or None
+    except OSError:
+        return None
 
 
 def _peer_uid(connected: Any) -> int | None:
@@ -229,7 +255,10 @@ def _decoded(response: http.client.HTTPResponse, body: bytes) -> Any:
     try:
         return json.loads(body)
     except ValueError as error:
-        raise MeshError(ErrorCode.UNAVAILABLE, "The agent's answer is not JSON; is it another version?") from error
+        raise MeshError(
+            ErrorCode.UNAVAILABLE,
+            "The agent's answer is not JSON. Install one version of meshnode, and start the agent again.",
+        ) from error
 
 
 def _error_of(response: http.client.HTTPResponse, body: bytes) -> MeshError:
@@ -240,7 +269,9 @@ def _error_of(response: http.client.HTTPResponse, body: bytes) -> MeshError:
     except ValueError:
         said = None
     if not isinstance(said, dict) or not isinstance(said.get("error"), str):
-        return MeshError(nearest, f"The agent answered {response.status} {response.reason} and nothing more.")
+        return MeshError(
+            nearest, f"The agent answered {response.status} {response.reason} only; `meshnode logs` may say why."
+        )
     code = str(said.get("code", ""))
     detail = said.get("detail")
     return MeshError(

@@ -3,52 +3,66 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no agent running, 4 refused; 130 after Ctrl-C.
 """
 
-import difflib
+import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 import click
 
 from meshnode import __version__
-from meshnode.cli.commands.completion import completion
-from meshnode.cli.commands.config import config
-from meshnode.cli.commands.doctor import doctor
-from meshnode.cli.commands.invite import invite
-from meshnode.cli.commands.join import join
-from meshnode.cli.commands.logs import logs
-from meshnode.cli.commands.mesh import evict, leave, node, nodes, promote, status
-from meshnode.cli.commands.metrics import metrics
-from meshnode.cli.commands.ping import ping
-from meshnode.cli.commands.token import token
-from meshnode.cli.commands.up import up
-from meshnode.cli.commands.version import version
 from meshnode.cli.screen import complain, wants_colour
 from meshnode.cli.session import example
 from meshnode.kernel.errors import EXIT_DONE, EXIT_FAILED, ErrorCode, MeshError, exit_code
 
 EXIT_INTERRUPTED: Final = 130
 _NAME: Final = "meshnode"
-# In the order in which somebody needs them; the help shows them so.
-COMMANDS: Final[tuple[click.Command, ...]] = (
-    up, invite, join, status, nodes, node, ping, promote, evict, leave,
-    doctor, logs, metrics, token, config, version, completion,
-)  # fmt: skip
+_SHARED_FLAGS: Final = ("--json", "--api-port", "--data-dir", "--config", "--token-file")
+# In the order in which somebody needs them; the help shows them so. Only the one that is run gets imported.
+COMMANDS: Final[Mapping[str, str]] = {
+    "up": "up", "invite": "invite", "join": "join", "status": "mesh", "nodes": "mesh", "node": "mesh", "ping": "ping",
+    "rename": "mesh", "promote": "mesh", "evict": "mesh", "leave": "mesh",
+    "doctor": "doctor", "logs": "logs", "metrics": "metrics", "token": "token", "config": "config",
+    "version": "version", "completion": "completion",
+}  # fmt: skip
+"""The module of each command in `cli.commands`; it holds the command under the same name."""
+DESTRUCTIVE: Final = frozenset({"evict", "leave"})
+"""Suggested only where a single keystroke was wrong: people run what they are shown."""
 
 
 class _Commands(click.Group):
-    """Keeps the order of its commands, and knows what a mistyped one was meant to be."""
+    """Keeps the order of its commands, imports the one that is run, and knows what a mistyped one was meant to be."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"meshnode.cli.commands.{COMMANDS[cmd_name]}")
+        found = getattr(module, cmd_name)
+        assert isinstance(found, click.Command)
+        return found
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if error.option_name in _SHARED_FLAGS:
+                raise click.UsageError(
+                    f"Flags come after the command: meshnode COMMAND {error.option_name} ...", ctx
+                ) from error
+            raise
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         wanted = args[0]
-        if not ctx.resilient_parsing and not wanted.startswith("-") and wanted not in self.commands:
-            near = difflib.get_close_matches(wanted, self.commands, n=1)
+        if not ctx.resilient_parsing and not wanted.startswith("-") and wanted not in COMMANDS:
+            from meshnode.cli.near import nearest
+
+            near = nearest(wanted, COMMANDS.keys() - DESTRUCTIVE) or nearest(wanted, DESTRUCTIVE, distance_max=1)
             hint = f"did you mean 'meshnode {near[0]}'?" if near else "'meshnode --help' lists them."
             raise click.UsageError(f"There is no command {wanted!r}; {hint}", ctx)
         return super().resolve_command(ctx, args)
@@ -71,8 +85,6 @@ def command_group() -> click.Group:
         if ctx.invoked_subcommand is None:
             click.echo(ctx.get_help())
 
-    for command in COMMANDS:
-        group.add_command(command)
     return group
 
 

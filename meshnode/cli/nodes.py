@@ -2,16 +2,18 @@
 
 import difflib
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 import click
-from click.shell_completion import CompletionItem
 
 from meshnode.cli.client import AgentClient
 from meshnode.cli.session import Session
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.redaction import printable
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 _CANDIDATES_MAX: Final = 10
 _COMPLETION_TIMEOUT_S: Final = 1.0
@@ -63,8 +65,10 @@ def node_path(node: Any, verb: str = "") -> str:
     return f"/api/nodes/{quote(node['id'], safe='')}{verb}"
 
 
-def complete_node(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_node(ctx: click.Context, _param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
     """For the shell: names that begin so, or nothing when no agent answers at once."""
+    from click.shell_completion import CompletionItem
+
     told = ctx.params
     session = Session(api_port=told.get("api_port"), data_dir=told.get("data_dir"), config=told.get("config"))
     try:

@@ -16,7 +16,7 @@ ID_CHARS_SHOWN: Final = 8
 _LABEL_COLUMNS: Final = 13
 
 
-def status_text(summary: Answer) -> str:
+def status_text(summary: Answer, width: int | None = None) -> str:
     """`meshnode status`: the mesh, this node, the coordinator, sums, warnings; then one line for each peer."""
     online, offline = summary["node_count"], summary["offline_count"]
     lines = [
@@ -35,7 +35,7 @@ def status_text(summary: Answer) -> str:
     lines += [_labelled("warning", printable(warning)) for warning in summary.get("warnings", ())]
     peers = summary.get("peers", ())
     if peers:
-        lines += ["", _peers_table(peers)]
+        lines += ["", _peers_table(peers, width)]
     else:
         lines += ["", "No other node yet. `meshnode invite` makes a one-time URL for the next machine."]
     return "\n".join(lines)
@@ -52,13 +52,15 @@ def coordinator_text(coordinator: Answer | None, me: str) -> str:
     return f"{who}, term {coordinator['term']}, without quorum: {reason}"
 
 
-def nodes_text(nodes: Sequence[Answer], wall: float) -> str:
+def nodes_text(nodes: Sequence[Answer], wall: float, width: int | None = None) -> str:
     """`meshnode nodes`: one line for each member, by name."""
     ordered = sorted(nodes, key=lambda node: (node["name"].casefold(), node["id"]))
     headings = (
         "NAME", "ID", "STATUS", "ROLE", "COORD", "CPU", "RAM", "GPU", "ADDRESS", "RTT", "VERSION", "LAST SEEN",
     )  # fmt: skip
-    body = table(headings, (_node_row(node, wall) for node in ordered), right=("CPU", "RAM", "RTT"))
+    rows = (_node_row(node, wall) for node in ordered)
+    expendable = ("VERSION", "ID", "GPU", "ADDRESS", "LAST SEEN", "RAM", "COORD", "RTT")
+    body = table(headings, rows, right=("CPU", "RAM", "RTT"), width=width, expendable=expendable)
     online = sum(node["status"] == "online" for node in nodes)
     return f"{body}\n\n{online} of {len(nodes)} nodes online"
 
@@ -98,7 +100,7 @@ def node_text(node: Answer, wall: float) -> str:
     return "\n".join(_labelled(label, value) for label, value in facts if value)
 
 
-def invitations_text(lines: Sequence[Answer], wall: float) -> str:
+def invitations_text(lines: Sequence[Answer], wall: float, width: int | None = None) -> str:
     """`meshnode invite --list`."""
     if not lines:
         return "No invitation was made on this node."
@@ -114,7 +116,8 @@ def invitations_text(lines: Sequence[Answer], wall: float) -> str:
         )
         for line in lines
     ]
-    return table(("TOKEN", "STATE", "ROLE", "EXPIRES IN", "MADE", "USED BY", "WRONG"), rows)
+    headings = ("TOKEN", "STATE", "ROLE", "EXPIRES IN", "MADE", "USED BY", "WRONG")
+    return table(headings, rows, width=width, expendable=("MADE", "ROLE", "WRONG"))
 
 
 def ping_text(report: Answer) -> str:
@@ -131,11 +134,9 @@ def ping_text(report: Answer) -> str:
     return "\n".join(lines)
 
 
-def metrics_text(figures: Answer, pattern: str = "") -> str:
-    """`meshnode metrics`: one line for each figure whose name holds `pattern`."""
-    return "\n".join(
-        f"{printable(name)} {value}" for name, value in sorted(_flat(figures)) if pattern.casefold() in name.casefold()
-    )
+def metrics_text(figures: Answer) -> str:
+    """`meshnode metrics`: one line for each figure and set of labels."""
+    return "\n".join(f"{printable(name)} {value}" for name, value in sorted(_flat(figures)))
 
 
 def _flat(figures: Answer) -> Iterable[tuple[str, str]]:
@@ -150,7 +151,7 @@ def _flat(figures: Answer) -> Iterable[tuple[str, str]]:
                 yield from _flat({f"{name}{{{label}}}": inner})
 
 
-def _peers_table(peers: Sequence[Answer]) -> str:
+def _peers_table(peers: Sequence[Answer], width: int | None) -> str:
     rows = [
         (
             printable(peer["name"]),
@@ -162,7 +163,8 @@ def _peers_table(peers: Sequence[Answer]) -> str:
         )
         for peer in sorted(peers, key=lambda peer: (peer["name"].casefold(), peer["id"]))
     ]
-    return table(("PEER", "STATUS", "ROLE", "COORD", "ADDRESS", "RTT"), rows, right=("RTT",))
+    headings = ("PEER", "STATUS", "ROLE", "COORD", "ADDRESS", "RTT")
+    return table(headings, rows, right=("RTT",), width=width, expendable=("ADDRESS", "ROLE", "COORD"))
 
 
 def _node_row(node: Answer, wall: float) -> Sequence[str]:

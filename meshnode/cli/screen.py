@@ -106,12 +106,34 @@ def width_of(text: str) -> int:
     return columns
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str] = ()) -> str:
-    """Aligned columns. Columns without any value are left out; those named in `right` are aligned to the right."""
+def terminal_columns() -> int | None:
+    """How wide the terminal is that standard output goes to; None where it goes elsewhere, and width is no matter."""
+    if not sys.stdout.isatty():
+        return None
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
+def table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Iterable[str] = (),
+    width: int | None = None,
+    expendable: Iterable[str] = (),
+) -> str:
+    """Aligned columns. Columns without any value are left out; those named in `right` are aligned to the right.
+
+    Where the lines would be wider than `width`, the columns of `expendable` go, one after the other, until they fit.
+    """
     listed = [list(row) for row in rows]
     kept = [n for n in range(len(headings)) if any(row[n] not in ("", "-") for row in listed) or n == 0]
     rights = set(right)
     widths = {n: max(width_of(text) for text in (headings[n], *(row[n] for row in listed))) for n in kept}
+    for name in expendable:
+        if width is not None and sum(widths[n] + 2 for n in kept) - 2 > width:
+            kept = [n for n in kept if headings[n] != name]
 
     def line(cells: Sequence[str], *, heading: bool = False) -> str:
         shown = []

@@ -4,7 +4,7 @@ Field names are those that clients of the local API know. Sizes are bytes, perce
 unless the name says else. A field that is None is left out of answers.
 """
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -13,6 +13,9 @@ from protocol.ids import NodeId
 NodeStatus = Literal["online", "offline"]
 Role = Literal["admin", "member"]
 Backend = Literal["cuda", "rocm", "metal", "cpu"]
+
+INVITATION_TTL_S_MIN: Final = 10.0
+INVITATION_TTL_S_MAX: Final = 7 * 86_400.0
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,6 +26,7 @@ from meshnode.cluster.model import (
 )
 from meshnode.cluster.service.invites import Invites
 from meshnode.cluster.service.moves import Moves
+from meshnode.cluster.service.names import Names
 from meshnode.cluster.service.nodes import Nodes
 from meshnode.cluster.service.pings import COUNT_MAX, Pings
 from meshnode.cluster.service.trust import Trust
@@ -62,18 +63,24 @@ class PingBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     interval_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 0.0
 
 
+class RenameBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The new name."""
+
+    name: str
+
+
 class InviteBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """For whom, and for how long."""
 
     role: Role = "member"
-    ttl_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    ttl_s: float | None = None  # within the limits of meshnode.cluster.model; the verb names them
 
 
 class InviteQuery(msgspec.Struct, frozen=True):
     """The same, for the GET that clients know."""
 
     role: Role = "member"
-    ttl_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    ttl_s: float | None = None  # within the limits of meshnode.cluster.model; the verb names them
 
 
 class JoinBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,10 +99,11 @@ class LeaveBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Left(msgspec.Struct, frozen=True):
-    """The agent leaves its mesh and founds one of its own."""
+    """The agent leaves its mesh and founds one of its own. `former`: the folder where its former files will be."""
 
     status: str
     message: str
+    former: str
 
 
 class ClusterRoutes:
@@ -109,6 +117,7 @@ class ClusterRoutes:
         pings: Pings,
         invites: Invites,
         moves: Moves,
+        names: Names,
         landing: Callable[[str], Content],
         events: Callable[[str | None], AsyncGenerator[bytes, None]],
     ) -> None:
@@ -117,6 +126,7 @@ class ClusterRoutes:
         self._pings = pings
         self._invites = invites
         self._moves = moves
+        self._names = names
         self._landing = landing
         self._events = events
 
@@ -139,6 +149,11 @@ class ClusterRoutes:
     async def promote(self, request: Request) -> NodeInfo:
         node = self._nodes.find(request.params["id"])
         await self._trust.promote(node)
+        return self._nodes.node(node)
+
+    async def rename(self, request: Request) -> NodeInfo:
+        node = self._nodes.find(request.params["id"])
+        await self._names.rename(node, request.body.name)
         return self._nodes.node(node)
 
     async def ping(self, request: Request) -> PingReport:
@@ -169,8 +184,8 @@ class ClusterRoutes:
         return await self._moves.join(url, leave_first=body.leave_first)
 
     async def leave(self, request: Request) -> Left:
-        await self._moves.leave(force=request.body.force)
-        return Left("success", "This machine leaves its mesh; its former files are kept in DATA/former/.")
+        former = str(await self._moves.leave(force=request.body.force))
+        return Left("success", f"This machine leaves its mesh; its former files are kept in {former}.", former)
 
     async def landing(self, request: Request) -> Content:
         return self._landing(request.params["token"])
@@ -197,6 +212,11 @@ class ClusterRoutes:
                 method="DELETE", path="/api/nodes/{id}", summary="Evict a member for good. Admins only.",
                 handler=self.evict, query=EvictQuery, status=204,
                 errors=(ErrorCode.NOT_FOUND, ErrorCode.NOT_ADMIN, ErrorCode.CONFLICT), tag=TAG,
+            ),
+            Route(
+                method="PATCH", path="/api/nodes/{id}", summary="Rename the node that is asked; no other.",
+                handler=self.rename, request=RenameBody, response=NodeInfo,
+                errors=(ErrorCode.NOT_FOUND, ErrorCode.FORBIDDEN), tag=TAG,
             ),
             Route(
                 method="POST", path="/api/nodes/{id}/promote", summary="Make a member an admin. Admins only.",

@@ -1,7 +1,7 @@
 """Builds the cluster subsystem: what to run, to mount, to answer to peers, and to tell of protocol events."""
 
 import secrets
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,28 +12,33 @@ from meshnode.api.routing import Content, Mount
 from meshnode.api.sse import bus_frames
 from meshnode.cluster.peers import peer_methods
 from meshnode.cluster.routes import BUS_EVENTS, ClusterRoutes
+from meshnode.cluster.service.arrivals import Arrivals
 from meshnode.cluster.service.invites import Facts as MeshFacts
 from meshnode.cluster.service.invites import Invites
 from meshnode.cluster.service.moves import Moves
+from meshnode.cluster.service.names import Names
 from meshnode.cluster.service.nodes import Facts, Nodes
+from meshnode.cluster.service.notices import Notices
 from meshnode.cluster.service.onboarding.invitations import Invitations
 from meshnode.cluster.service.onboarding.issuer import IssuerIdentity
-from meshnode.cluster.service.onboarding.onboarding import INSTALL_COMMAND, Onboarding, OnboardingSetup
-from meshnode.cluster.service.onboarding.pages import LandingPages
+from meshnode.cluster.service.onboarding.onboarding import Onboarding, OnboardingSetup
+from meshnode.cluster.service.onboarding.pages import CONTENT_SECURITY_POLICY, LandingPages
 from meshnode.cluster.service.pings import Pings
 from meshnode.cluster.service.trust import Trust
-from meshnode.cluster.store import Mesh
+from meshnode.cluster.service.twins import Twins
+from meshnode.cluster.store import Mesh, MeshStore
+from meshnode.cluster.store.invitations import InvitationStore
 from meshnode.kernel.bus import EventBus
 from meshnode.kernel.database import Database, Migration
 from meshnode.kernel.driver import Driver
 from meshnode.kernel.identity import NodeIdentity, RootKey
-from meshnode.kernel.links.contracts import PeerMethod
+from meshnode.kernel.links.contracts import LinkEvent, PeerMethod
 from meshnode.kernel.links.links import Links
 from meshnode.kernel.logs import Logger
 from meshnode.kernel.metrics import Metrics
 from meshnode.kernel.redaction import SecretSet
 from meshnode.kernel.service import Policy
-from meshnode.settings import Settings
+from meshnode.settings import Settings, normalise_name
 from protocol.ids import Address
 
 
@@ -57,17 +62,17 @@ class Cluster:
     nodes: Nodes
     trust: Trust
     moves: Moves
+    names: Names
+    arrivals: Arrivals
+    twins: Twins
     service: OnboardingService
     mount: Mount
     methods: Mapping[str, PeerMethod[Any]]
 
-
-@dataclass(frozen=True)
-class _Clock:
-    """The onboarding's clocks: the driver's steady one, and the wall."""
-
-    now: Callable[[], float]
-    wall: Callable[[], float]
+    def observe_link(self, event: LinkEvent) -> None:
+        """What the links tell, before the protocol hears of it."""
+        self.nodes.observe(event)
+        self.twins.observe(event)
 
 
 def build_cluster(
@@ -90,7 +95,8 @@ def build_cluster(
     restart: Callable[[], None],
 ) -> Cluster:
     """Wire it. Raises MeshError if identity and certificate do not fit together."""
-    nodes = Nodes(hub=driver.node, facts=facts, bus=bus, metrics=metrics)
+    notices = Notices()
+    nodes = Nodes(hub=driver.node, facts=facts, bus=bus, metrics=metrics, notices=notices)
     trust = Trust(
         data_dir=data_dir,
         identity=identity,
@@ -103,40 +109,30 @@ def build_cluster(
         bus=bus,
         log=log("trust"),
     )
-    clock, run = _Clock(facts.now, facts.wall), secrets.token_hex(8)
-    onboarding = Onboarding(
-        setup=OnboardingSetup(
-            host=settings.onboarding.host or settings.peers.host,
-            port=settings.onboarding.port,
-            ttl_s=settings.onboarding.token_ttl_s,
-            run=run,
-        ),
-        identity=identity,
-        me=_issuer(identity, mesh),
-        addresses=lambda: [address.host for address in addresses()],
-        database=database,
-        clock=clock,
-        admitter=trust,
-        facts=MeshFacts(driver.node),
-        hidden=hidden,
-        log=log("onboarding"),
+    names = Names(
+        driver=driver,
+        store=MeshStore(database),
+        notices=notices,
+        own=mesh.name,
+        configured=normalise_name(settings.node.name),
     )
-    pages = LandingPages(
-        invitations=Invitations(database, clock, run=run), inviter=mesh.name, install_command=INSTALL_COMMAND
-    )
+    invitations = Invitations(InvitationStore(database), facts, run=secrets.token_hex(8))
+    pages = LandingPages(invitations=invitations, inviter=lambda: names.own)
+    onboarding = _onboarding(
+        settings, identity, mesh, driver, addresses, hidden, log("onboarding"), notices, names, trust, invitations,
+        pages,
+    )  # fmt: skip
     pings = Pings(links=links, nodes=nodes)
+    twins = Twins(hub=driver.node, links=links, notices=notices, log=log("twins"))
     moves = Moves(
         data_dir=data_dir,
         hub=driver.node,
         trust=trust,
-        name=mesh.name,
+        name=lambda: names.own,
         migrations=migrations,
         wall=facts.wall,
         restart=restart,
     )
-
-    def events(last_event_id: str | None) -> AsyncGenerator[bytes, None]:
-        return bus_frames(bus, BUS_EVENTS, metrics, last_event_id=last_event_id)
 
     routes = ClusterRoutes(
         nodes=nodes,
@@ -146,25 +142,69 @@ def build_cluster(
             onboarding=onboarding, nodes=nodes, trust=trust, members_may_invite=settings.mesh.members_may_invite
         ),
         moves=moves,
+        names=names,
         landing=lambda path: _landing(pages, path),
-        events=events,
+        events=lambda last: bus_frames(bus, BUS_EVENTS, metrics, last_event_id=last),
     )
     return Cluster(
         nodes=nodes,
         trust=trust,
         moves=moves,
+        names=names,
+        arrivals=Arrivals(
+            hub=driver.node,
+            nodes=nodes,
+            trust=trust,
+            now=facts.now,
+            wait_s=settings.onboarding.arrival_s,
+            log=log("arrivals"),
+        ),
+        twins=twins,
         service=OnboardingService(onboarding),
         mount=Mount(routes.routes()),
-        methods=peer_methods(trust, pings),
+        methods=peer_methods(trust, pings, twins),
     )
 
 
-def _issuer(identity: NodeIdentity, mesh: Mesh) -> IssuerIdentity:
+def _onboarding(
+    settings: Settings,
+    identity: NodeIdentity,
+    mesh: Mesh,
+    driver: Driver,
+    addresses: Callable[[], Sequence[Address]],
+    hidden: SecretSet,
+    log: Logger,
+    notices: Notices,
+    names: Names,
+    trust: Trust,
+    invitations: Invitations,
+    pages: LandingPages,
+) -> Onboarding:
+    return Onboarding(
+        setup=OnboardingSetup(
+            host=settings.onboarding.host or settings.peers.host,
+            port=settings.onboarding.port,
+            ttl_s=settings.onboarding.token_ttl_s,
+        ),
+        identity=identity,
+        me=_issuer(identity, mesh, lambda: names.own),
+        addresses=lambda: [address.host for address in addresses()],
+        invitations=invitations,
+        pages=pages,
+        admitter=trust,
+        facts=MeshFacts(driver.node),
+        hidden=hidden,
+        log=log,
+        notices=notices,
+    )
+
+
+def _issuer(identity: NodeIdentity, mesh: Mesh, name: Callable[[], str]) -> IssuerIdentity:
     """This node as a joiner sees it."""
     return IssuerIdentity(
         node_id=identity.node_id,
         public_key=identity.public_key,
-        name=mesh.name,
+        name=name,
         leaf=mesh.leaf,
         root_certificate=mesh.root_certificate,
         root_public_key=mesh.root_public_key,
@@ -173,9 +213,6 @@ def _issuer(identity: NodeIdentity, mesh: Mesh) -> IssuerIdentity:
 
 def _landing(pages: LandingPages, path: str) -> Content:
     """The onboarding port's page, for a browser on this machine; the same bytes, with the API's own headers."""
-    answer = pages.answer(f"GET /join/{path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode("ascii", "replace"))
-    head, _, body = answer.partition(b"\r\n\r\n")
-    lines = head.decode("latin-1").split("\r\n")
-    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
-    kept = {name: headers[name] for name in ("content-security-policy",) if name in headers}
-    return Content(body, headers.get("content-type", "text/plain"), status=int(lines[0].split()[1]), headers=kept)
+    page = pages.page(f"/join/{path}")
+    policy = {"content-security-policy": CONTENT_SECURITY_POLICY}
+    return Content(page.body, page.media_type, status=page.status, headers=policy)

@@ -17,6 +17,8 @@ MEMORY_AVAILABLE_BYTES_MIN: Final = 256 * _MIB
 MEMORY_AVAILABLE_BYTES_CRITICAL: Final = 64 * _MIB
 WAL_BYTES_MAX: Final = 100 * _MIB
 WAL_BYTES_CRITICAL: Final = 1024 * _MIB
+CLOCK_NOISE_S: Final = 0.1
+"""Round trips between busy machines do not tell smaller differences."""
 CLOCK_OFFSET_S_MAX: Final = 5.0
 CLOCK_OFFSET_S_CRITICAL: Final = 300.0
 CLOCK_EARLIEST_S: Final = 1_735_689_600.0
@@ -70,12 +72,15 @@ def judge_clock(wall: float, offsets: Sequence[float]) -> Verdict:
     The median, so that one peer with a wrong clock makes nobody else look wrong once there are three nodes.
     """
     if wall < CLOCK_EARLIEST_S:
-        return Verdict(Status.UNHEALTHY, "the clock is years behind. Set it: sudo timedatectl set-ntp true")
+        return Verdict(Status.UNHEALTHY, "this clock is years behind. Set it: sudo timedatectl set-ntp true")
     if not offsets:
-        return Verdict(Status.HEALTHY, "no peer to compare the clock with")
+        return Verdict(Status.HEALTHY, "no peer's clock was measured yet")
     offset = median(offsets)
     direction = "behind" if offset > 0 else "ahead of"
-    text = f"the clock is {abs(offset):.1f} s {direction} the peers' (median of {len(offsets)})"
+    peers = "the only peer measured" if len(offsets) == 1 else f"the median of {len(offsets)} peers"
+    text = f"this clock is {abs(offset):.1f} s {direction} {peers}"
+    if abs(offset) < CLOCK_NOISE_S:
+        text = f"this clock agrees with {peers}"
     if abs(offset) > CLOCK_OFFSET_S_CRITICAL:
         return Verdict(Status.UNHEALTHY, f"{text}. Set it: sudo timedatectl set-ntp true")
     if abs(offset) > CLOCK_OFFSET_S_MAX:
@@ -97,6 +102,8 @@ def judge_mesh(contact: MeshContact) -> Verdict:
     """Whether anybody can be reached. A mesh of one is well, and so is one whose other machines are partly off."""
     if contact.others == 0:
         return Verdict(Status.HEALTHY, "this node is the only member")
+    if contact.up == 0 and contact.is_looking:
+        return Verdict(Status.UNKNOWN, f"just started: looking for {_others(contact.others)}")
     if contact.up == 0:
         members = "the other member" if contact.others == 1 else f"none of the {contact.others} other members"
         verb = "cannot" if contact.others == 1 else "can"
@@ -105,6 +112,10 @@ def judge_mesh(contact: MeshContact) -> Verdict:
             f"{members} {verb} be reached. If they run, check the network and the firewall: meshnode doctor",
         )
     return Verdict(Status.HEALTHY, f"{contact.up} of {contact.others} other members up")
+
+
+def _others(count: int) -> str:
+    return "the other member" if count == 1 else f"the {count} other members"
 
 
 def judge_services(services: Sequence[ServiceState]) -> Verdict:

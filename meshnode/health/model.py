@@ -62,11 +62,15 @@ class ServiceState(msgspec.Struct, frozen=True):
 
 
 class MeshContact(msgspec.Struct, frozen=True):
-    """How many other members there are, how many of them are up, and their clocks less ours in seconds."""
+    """How many other members there are, how many of them are up, and their clocks less ours in seconds.
+
+    `is_looking`: this node has only just started to look for them, so that none is up says nothing yet.
+    """
 
     others: int
     up: int
     clock_offsets: tuple[float, ...] = ()
+    is_looking: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ CHECK_INTERVAL_S: Final = 30.0
 CHECK_LIMIT_S: Final = 10.0
 LAG_INTERVAL_S: Final = 1.0
 LAG_SAMPLES: Final = 60
+NETWORK: Final = "p2p_network"
+"""Whether others can be reached yet does not keep this node from serving whoever asks it."""
 
 
 class Mesh(Protocol):
@@ -108,7 +110,7 @@ class HealthService:
         )
         self._live: Mapping[str, Callable[[], Verdict]] = {
             "services": lambda: judge_services(self._services()),
-            "p2p_network": lambda: judge_mesh(self._mesh.contact()),
+            NETWORK: lambda: judge_mesh(self._mesh.contact()),
             "clock": lambda: judge_clock(self._clock.wall(), self._mesh.contact().clock_offsets),
             "event_loop": lambda: judge_loop(max(self._lags, default=0.0)),
         }
@@ -132,7 +134,7 @@ class HealthService:
         return {
             name: check.message
             for name, check in self.report().checks.items()
-            if check.status in (Status.UNKNOWN, Status.UNHEALTHY)
+            if check.status is Status.UNHEALTHY or (check.status is Status.UNKNOWN and name != NETWORK)
         }
 
     async def check(self) -> HealthReport:

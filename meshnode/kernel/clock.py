@@ -6,6 +6,16 @@ from typing import Protocol
 import trio
 
 
+def steady_s() -> float:
+    """Seconds that only rise and that go on while the machine is suspended, where the system has such a clock.
+
+    A lease must not outlive a suspend: the coordinator that slept for an hour would believe that it still holds it.
+    """
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
+
+
 class Clock(Protocol):
     """Time for those who must not read it themselves."""
 

@@ -14,6 +14,7 @@ from typing import Final
 import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.ports import port_taken
 from protocol.ids import Address
 
 RECEIVE_BUFFER_BYTES: Final = 4 * 1024 * 1024
@@ -106,11 +107,7 @@ def open_datagrams(host: str, port: int) -> DatagramSocket:
         if _tcp_is_free(host, opened.port):
             return opened
         opened.close()
-    raise MeshError(
-        ErrorCode.PORT_IN_USE,
-        f"TCP port {port} is taken by another program. Stop it, or choose another with --peer-port.",
-        detail={"port": port},
-    )
+    raise port_taken(host, port, "TCP", purpose="other nodes", option="--peer-port")
 
 
 def _tcp_is_free(host: str, port: int) -> bool:
@@ -169,10 +166,7 @@ def _bind(family: socket.AddressFamily, host: str, port: int) -> socket.socket |
     except OSError as error:
         bound.close()
         if error.errno == errno.EADDRINUSE:
-            raise MeshError(
-                ErrorCode.PORT_IN_USE,
-                f"UDP port {port} is taken by another program. Stop it, or choose another with --peer-port.",
-            ) from error
+            raise port_taken(host, port, "UDP", purpose="other nodes", option="--peer-port") from error
         if not host:
             return None  # one of the two families may be switched off
         raise MeshError(

@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 import trio
 
+from meshnode.kernel.clock import steady_s
 from meshnode.kernel.datagrams import DatagramSocket
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.logs import Logger
@@ -54,16 +55,6 @@ Store = Callable[[Iterable[Persist]], Awaitable[None]]
 
 Observer = Callable[[object], None]
 """Is told every event that the machines publish, in order; must not block and must not raise."""
-
-
-def steady_s() -> float:
-    """Seconds that only rise and that go on while the machine is suspended, where the system has such a clock.
-
-    A lease must not outlive a suspend: the coordinator that slept for an hour would believe that it still holds it.
-    """
-    if hasattr(time, "CLOCK_BOOTTIME"):
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
-    return time.monotonic()
 
 
 class Timers:

@@ -41,6 +41,7 @@ KERNEL_METRICS: Final[tuple[MetricSpec, ...]] = (
     MetricSpec("fabric_uptime_seconds", _G, "Seconds since this agent started."),
     MetricSpec("fabric_nodes_online", _G, "Members this node sees online, itself included."),
     MetricSpec("fabric_node_evictions_total", _C, "Members evicted, as applied by this node."),
+    MetricSpec("meshnode_nodes_left_total", _C, "Members that left the mesh by themselves, as applied by this node."),
     MetricSpec("fabric_peer_messages_total", _C, "Messages received from peers and accepted."),
     MetricSpec("fabric_panics_total", _C, "Unexpected errors caught at a boundary; each has a record in the log."),
     MetricSpec("fabric_wal_entries_total", _C, "Acknowledged writes to the database."),

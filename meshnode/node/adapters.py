@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,9 +11,11 @@ import trio
 from meshnode import __version__
 from meshnode.cluster.service.switch import CONTACTS
 from meshnode.health.model import MeshContact
+from meshnode.kernel.clock import steady_s
 from meshnode.kernel.database import KeyValue
-from meshnode.kernel.driver import Driver, steady_s
+from meshnode.kernel.driver import Driver
 from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.links.clocks import PeerClocks
 from meshnode.kernel.service import Policy
 from protocol.effects import Persist
 from protocol.ids import Address, NodeId, pack_address
@@ -21,6 +23,9 @@ from protocol.node import Node
 from protocol.trust.events import MintKey, RotationDue
 from protocol.trust.keys import GOSSIP_KEY_BYTES
 from protocol.trust.roster import Roster
+
+LOOKING_S: Final = 20.0
+"""After a start: membership tries remembered addresses at growing pauses of at most 15 s, each a dial of seconds."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,10 @@ class Gate:
                 "then join with a new invitation.",
             )
         return MeshError(
-            ErrorCode.NOT_A_MEMBER, "The key of this node belongs to no member of the mesh.", retryable=True
+            ErrorCode.NOT_A_MEMBER,
+            "The key of this node belongs to no member of the mesh. If it has just joined, it is tried again; if not, "
+            "join with a new invitation.",
+            retryable=True,
         )
 
 
@@ -111,11 +119,22 @@ class KeyMinter:
 
 
 class Contact:
-    """What health asks of the mesh."""
+    """What health asks of the mesh. `now`: monotonic seconds; the look for others begins when this is made."""
 
-    def __init__(self, hub: Node) -> None:
+    def __init__(self, hub: Node, clocks: PeerClocks, now: Callable[[], float]) -> None:
         self._hub = hub
+        self._clocks = clocks
+        self._now = now
+        self._looking_until = now() + LOOKING_S
 
     def contact(self) -> MeshContact:
         members, up = len(self._hub.roster), len(self._hub.membership.view.up)
-        return MeshContact(others=max(0, members - 1), up=max(0, up - 1))
+        if up > 1:
+            self._looking_until = self._now()  # found: from here on, nobody up is news
+        offsets = self._clocks.offsets()
+        return MeshContact(
+            others=max(0, members - 1),
+            up=max(0, up - 1),
+            is_looking=self._now() < self._looking_until,
+            clock_offsets=tuple(offset for node, offset in sorted(offsets.items()) if node in self._hub.roster),
+        )

@@ -17,10 +17,10 @@ from meshnode.cluster.service.moves import former_name
 from meshnode.cluster.service.onboarding.joiner import Joiner, read_join_url
 from meshnode.cluster.service.switch import DATABASE_FILE, finish, prepare_identity, stage_join
 from meshnode.cluster.store import MeshStore
+from meshnode.kernel.clock import steady_s
 from meshnode.kernel.database import open_database
 from meshnode.kernel.datafolder import DataFolder, open_data_folder
 from meshnode.kernel.datagrams import open_datagrams
-from meshnode.kernel.driver import steady_s
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.logs import Logger, LogSettings, open_logs
 from meshnode.kernel.recordstore import SqlRecordStore
@@ -85,7 +85,8 @@ class Agent:
                 if not restart:
                     return
                 former = finish(self._folder.path)
-                logger.info("changed over to another mesh", former_files=str(former))
+                if former is not None:
+                    logger.info("changed over to another mesh", former_files=str(former))
 
     def _tell_ready(self, info: ReadyInfo) -> None:
         if not self._announced:

@@ -7,10 +7,22 @@ from pathlib import Path
 from typing import Final
 
 from meshnode.api.limits import ApiLimits
+from meshnode.cluster.service.names import NAMES_COLLECTION
 from meshnode.cluster.service.nodes import PROFILE_COLLECTION
+from meshnode.cluster.service.switch import DATABASE_FILE
 from meshnode.cluster.store import Mesh, MeshStore
 from meshnode.kernel.database import KeyValue
-from meshnode.kernel.identity import NodeIdentity, found_root, issue_leaf, load_root, root_certificate, store_root
+from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.identity import (
+    NODE_KEY_FILE,
+    ROOT_KEY_FILE,
+    NodeIdentity,
+    found_root,
+    issue_leaf,
+    load_root,
+    root_certificate,
+    store_root,
+)
 from meshnode.kernel.recordstore import SqlRecordStore
 from meshnode.settings import Settings
 from protocol.effects import Persist
@@ -29,6 +41,30 @@ from protocol.wire.crypto import SodiumSuite
 
 BOOT_ORIGIN: Final = 1_577_836_800  # boot epochs count from 2020-01-01, so that they fit 32 bits until 2156
 CLOCK_BOOT_MAX: Final = limits.BOOT_MAX - 2**24  # however wrong the clock is, there is room for later starts
+
+
+def refuse_lost_database(data_dir: Path) -> None:
+    """A key without its database is a loss, not a first start: founding anew would hide it. Raises MeshError."""
+    database = data_dir / DATABASE_FILE
+    if (data_dir / NODE_KEY_FILE).exists() and (not database.exists() or database.stat().st_size == 0):
+        raise MeshError(
+            ErrorCode.DATABASE_CORRUPT,
+            f"{database} is missing or empty, though this node has an identity: what it knew of its mesh is gone. "
+            f"Put the file back from a back-up; or move {NODE_KEY_FILE} (and {ROOT_KEY_FILE}) out of the folder to "
+            "start afresh, and join again.",
+        )
+
+
+def refuse_lost_mesh(data_dir: Path, store: MeshStore, key_value: KeyValue) -> None:
+    """A sound database without a mesh is a first start, unless it ran before: then a repair lost the row. MeshError."""
+    repaired = any(data_dir.glob(f"{DATABASE_FILE}.damaged-*"))
+    if repaired or key_value.load_all("boot") or store.statements():
+        raise MeshError(
+            ErrorCode.DATABASE_CORRUPT,
+            f"{data_dir / DATABASE_FILE} can be read but no longer says which mesh this node belongs to: that was lost "
+            f"with the damage. Put the file back from a back-up; or move {NODE_KEY_FILE}, {ROOT_KEY_FILE} and all "
+            f"{DATABASE_FILE}* out of {data_dir} to start afresh, and join again.",
+        )
 
 
 async def found(data_dir: Path, identity: NodeIdentity, name: str, store: MeshStore, key_value: KeyValue) -> Mesh:
@@ -65,6 +101,9 @@ def collections_of(mesh: Mesh, suite: SodiumSuite) -> list[Collection]:
     return [
         trust_collection(mesh.root_public_key, suite),
         Collection(PROFILE_COLLECTION, may_write=only_owner, value_bytes_max=8192, records_max=limits.ROSTER_MAX),
+        Collection(
+            NAMES_COLLECTION, may_write=only_owner, value_bytes_max=limits.NAME_BYTES_MAX, records_max=limits.ROSTER_MAX
+        ),
     ]
 
 
@@ -88,6 +127,13 @@ async def next_boot(key_value: KeyValue) -> int:
     boot = max(stored + 1, min(int(time.time()) - BOOT_ORIGIN, CLOCK_BOOT_MAX))
     await key_value.persist([Persist("boot", b"boot", boot.to_bytes(5, "big"))])
     return boot
+
+
+async def keep_boot(key_value: KeyValue, boot: int) -> None:
+    """Make sure that the next boot epoch is above this one. Changes nothing if it is already."""
+    stored = int.from_bytes(key_value.load_all("boot").get(b"boot", b""), "big")
+    if boot > stored:
+        await key_value.persist([Persist("boot", b"boot", boot.to_bytes(5, "big"))])
 
 
 def node_parameters(settings: Settings) -> NodeParameters:

@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 import psutil
 import trio
+from msgspec.structs import replace as replace_fields
 
 from meshnode import __version__
 from meshnode.api.callers import load_or_create_token
@@ -31,8 +32,8 @@ from meshnode.kernel.database import Database, KeyValue, Migration, kernel_migra
 from meshnode.kernel.datafolder import DataFolder
 from meshnode.kernel.datagrams import DatagramSocket, open_datagrams
 from meshnode.kernel.driver import Driver
-from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.kernel.identity import NODE_KEY_FILE, ROOT_KEY_FILE, NodeIdentity, load_or_make_identity, load_root
+from meshnode.kernel.identity import NodeIdentity, load_or_make_identity, load_root
+from meshnode.kernel.links.clocks import PeerClocks
 from meshnode.kernel.links.contracts import LinkEvent
 from meshnode.kernel.links.links import Links
 from meshnode.kernel.links.settings import LinkSettings
@@ -50,7 +51,17 @@ from meshnode.kernel.service import Service
 from meshnode.kernel.supervisor import Supervisor, serve_until_signal
 from meshnode.node.adapters import AgentFacts, Book, Contact, Gate, KeyMinter
 from meshnode.node.figures import FiguresKeeper
-from meshnode.node.founding import api_limits, collections_of, found, load_roster, next_boot, node_parameters
+from meshnode.node.founding import (
+    api_limits,
+    collections_of,
+    found,
+    load_roster,
+    next_boot,
+    node_parameters,
+    refuse_lost_database,
+    refuse_lost_mesh,
+)
+from meshnode.node.recovery import IdentityRecovery
 from meshnode.node.services import (
     AddressService,
     ApiService,
@@ -121,6 +132,7 @@ class Network:
     link_events: trio.MemoryReceiveChannel[LinkEvent]
     watcher: AddressWatcher
     book: Book
+    clocks: PeerClocks
     sockets: DatagramSocket
 
 
@@ -178,7 +190,7 @@ class Runtime:
     async def _lay_ground(self, stack: AsyncExitStack) -> Ground:
         """Database, identity, mesh. A first start founds a mesh of one."""
         name = node_name(self._settings.node.name, socket.gethostname())
-        self._refuse_lost_database()
+        refuse_lost_database(self._data_dir)
         database = await stack.enter_async_context(
             open_database(self._data_dir / DATABASE_FILE, all_migrations(), wall=time.time())
         )
@@ -186,13 +198,12 @@ class Runtime:
         identity = load_or_make_identity(self._data_dir)
         mesh = store.load()
         if mesh is None:
+            refuse_lost_mesh(self._data_dir, store, key_value)
             mesh = await found(self._data_dir, identity, name, store, key_value)
         if self._settings.node.name and name != mesh.name:
-            self._log("agent").warning(
-                "a node keeps the name it was admitted under; to change it, leave and join again",
-                name=mesh.name,
-                wanted=name,
-            )
+            self._log("agent").info("renamed", before=mesh.name, name=name)
+            await store.rename(name)
+            mesh = replace_fields(mesh, name=name)
         name = mesh.name
         return Ground(
             name=name,
@@ -208,17 +219,6 @@ class Runtime:
             clock=SystemClock(),
             offload=ThreadOffload(),
         )
-
-    def _refuse_lost_database(self) -> None:
-        """A key without its database is a loss, not a first start: founding anew would hide it. Raises MeshError."""
-        database = self._data_dir / DATABASE_FILE
-        if (self._data_dir / NODE_KEY_FILE).exists() and (not database.exists() or database.stat().st_size == 0):
-            raise MeshError(
-                ErrorCode.DATABASE_CORRUPT,
-                f"{database} is missing or empty, though this node has an identity: what it knew of its mesh is gone. "
-                f"Put the file back from a back-up; or move {NODE_KEY_FILE} (and {ROOT_KEY_FILE}) out of the folder to "
-                "start afresh, and join again.",
-            )
 
     async def _build_network(self, stack: AsyncExitStack, ground: Ground) -> Network:
         """Sockets, the hub with all machines, links, driver."""
@@ -255,6 +255,7 @@ class Runtime:
         )
         events_in, events_out = trio.open_memory_channel[LinkEvent](LINK_EVENTS_MAX)
         book = Book(hub, contacts, ground.key_value)
+        clocks = PeerClocks()
         links = Links(
             me=identity.node_id,
             boot=boot,
@@ -267,10 +268,11 @@ class Runtime:
                 host=settings.peers.host or None, port=sockets.port, link_idle_s=settings.peers.link_idle_s
             ),
             logger=log("links"),
+            clocks=clocks,
         )
         state = DurableState(ground.database, ground.key_value, ground.records)
         driver = Driver(node=hub, sockets=sockets, links=links, store=state.persist, log=log("driver"))
-        return Network(hub, driver, links, events_out, watcher, book, sockets)
+        return Network(hub, driver, links, events_out, watcher, book, clocks, sockets)
 
     def _build_cluster(self, ground: Ground, network: Network) -> Cluster:
         return build_cluster(
@@ -313,7 +315,7 @@ class Runtime:
         health = build_health(
             database=ground.database,
             data_dir=self._data_dir,
-            mesh=Contact(network.hub),
+            mesh=Contact(network.hub, network.clocks, ground.facts.now),
             supervised=self._supervisor.snapshot,
             publish=ground.bus.publish,
             clock=ground.clock,
@@ -324,6 +326,7 @@ class Runtime:
             loopback,
             [cluster.mount, health.mount],
             token=load_or_create_token(self._data_dir),
+            data_dir=str(self._data_dir),
             access=Access(settings.api.require_token, frozenset(settings.api.allowed_origins)),
             limits=api_limits(settings),
             metrics=ground.metrics,
@@ -333,9 +336,14 @@ class Runtime:
             version=__version__,
             log_requests=settings.api.log_requests,
         )
+        recovery = IdentityRecovery(ground.key_value, self._ask_restart)
         middle: list[Service] = [
             cluster.service,
             AddressService(network.watcher, network.driver),
+            cluster.names,
+            cluster.arrivals,
+            cluster.twins,
+            recovery,
             sampler,
             ProfileKeeper(sampler, network.driver, network.hub),
             network.book,
@@ -353,8 +361,11 @@ class Runtime:
         if settings.discovery.multicast:
             found_by = (ground.mesh.mesh_id, ground.identity.node_id, network.sockets.port)
             middle.append(discovery(settings, *found_by, network.driver, ground.clock, log("discovery")))
-        links = LinkService(network.links, network.driver, network.link_events, cluster.methods, cluster.nodes.observe)
-        observers = (cluster.nodes.observe, cluster.trust.observe, KeyMinter(network.driver).observe)
+        links = LinkService(network.links, network.driver, network.link_events, cluster.methods, cluster.observe_link)
+        minter = KeyMinter(network.driver)
+        observers = (
+            cluster.nodes.observe, cluster.trust.observe, cluster.twins.observe, recovery.observe, minter.observe,
+        )  # fmt: skip
         return [
             [DatabaseWatch(ground.database), links],
             [DriverService(network.driver, observers)],

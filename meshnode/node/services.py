@@ -18,7 +18,7 @@ from meshnode.kernel.clock import SystemClock
 from meshnode.kernel.database import Database
 from meshnode.kernel.discovery import Discovered, Discovery, DiscoveryParameters
 from meshnode.kernel.driver import Driver, Observer
-from meshnode.kernel.links.contracts import LinkEvent, PeerMethod
+from meshnode.kernel.links.contracts import LinkContested, LinkEvent, PeerMethod
 from meshnode.kernel.links.links import Links
 from meshnode.kernel.logs import Logger
 from meshnode.kernel.resources.profile import Profile
@@ -78,7 +78,8 @@ class LinkService:
             await self._driver.started.wait()
             async for event in self._events:
                 self._observe(event)
-                self._driver.submit(event)
+                if not isinstance(event, LinkContested):
+                    self._driver.submit(event)
 
 
 class DriverService:

@@ -12,6 +12,7 @@ from meshnode.settings.tree import Settings
 
 ENVIRONMENT_PREFIX = "MESHNODE_"
 CONFIG_VARIABLE = "MESHNODE_CONFIG"
+TOKEN_VARIABLE = "MESHNODE_TOKEN"
 """Names the TOML file to read; not a setting, since it decides where settings come from."""
 
 _INTRODUCTION = """\

@@ -10,7 +10,7 @@ from typing import Any, Final
 import platformdirs
 
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.settings.catalogue import CONFIG_VARIABLE, ENVIRONMENT_PREFIX
+from meshnode.settings.catalogue import CONFIG_VARIABLE, ENVIRONMENT_PREFIX, TOKEN_VARIABLE
 
 CONFIG_BYTES_MAX: Final = 1024 * 1024
 CONFIG_NAME: Final = "config.toml"
@@ -62,11 +62,11 @@ def read_file(config: Path | None, environ: Mapping[str, str], *, system_service
 
 
 def from_environment(environ: Mapping[str, str]) -> list[Assignment]:
-    """Every variable that begins with MESHNODE_, except the one that names the settings file."""
+    """Every variable that begins with MESHNODE_, except those that name the settings file and hold the API's token."""
     return [
         Assignment(name, value, f"environment variable {name}", text=True)
         for name, value in sorted(environ.items())
-        if name.startswith(ENVIRONMENT_PREFIX) and name != CONFIG_VARIABLE
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in (CONFIG_VARIABLE, TOKEN_VARIABLE)
     ]
 
 

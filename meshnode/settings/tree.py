@@ -86,8 +86,12 @@ class OnboardingSettings(Struct, frozen=True, forbid_unknown_fields=True):
     host: Annotated[str, _doc("Address to listen on. Empty: all addresses of this machine.")] = ""
     port: Annotated[Port, _doc("TCP port of the join page and the join itself. 0: any free one.")] = 4894
     token_ttl_s: Annotated[
-        float, _doc("How long an invitation is valid when nothing else is asked for.", "s", ge=1, le=7 * 86_400)
+        float, _doc("How long an invitation is valid when nothing else is asked for.", "s", ge=10, le=7 * 86_400)
     ] = 600.0
+    arrival_s: Annotated[
+        float,
+        _doc("A machine that was admitted and is not heard of for so long is a member no more.", "s", ge=1, le=86_400),
+    ] = 900.0
 
 
 class MembershipSettings(Struct, frozen=True, forbid_unknown_fields=True):

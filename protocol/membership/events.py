@@ -66,10 +66,30 @@ class PeerMeasured:
 
 
 @dataclass(frozen=True, slots=True)
+class DatagramsPass:
+    """UDP to the peer and back gets through again: an answer came that way."""
+
+    peer: NodeId
+
+
+@dataclass(frozen=True, slots=True)
 class IdentityInUse:
     """Somebody signs with this node's own key in a later boot: the data folder was copied, or an old one restored."""
 
     boot: int
+    addresses: tuple[Address, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityFreed:
+    """No member has that twin any more: a start with a boot above `boot` brings this node back. 0: not known."""
+
+    boot: int
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityUncontested:
+    """Members take this very boot for the one that counts: there is no twin (any more)."""
 
 
 # ---- inputs beyond the network's --------------------------------------------------------------------------------

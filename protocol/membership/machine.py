@@ -5,23 +5,13 @@ What it leaves to others: who is a member at all (trust), resources (heartbeats)
 
 from collections.abc import Mapping
 
-from protocol.effects import (
-    Effect,
-    LinkLost,
-    LinkOpened,
-    LinkReceived,
-    Packet,
-    Persist,
-    Rng,
-    TimerFired,
-)
+from protocol.effects import Effect, LinkLost, LinkOpened, LinkReceived, Packet, Persist, Rng, TimerFired
 from protocol.ids import Address, NodeId, pack_address
 from protocol.membership.broadcasts import gossip_bytes
 from protocol.membership.events import (
     AddressesChanged,
     ContactFound,
     Depart,
-    IdentityInUse,
     MembershipInput,
     PeerCleared,
     PeerDown,
@@ -34,6 +24,7 @@ from protocol.membership.healing import Healing, peer_up
 from protocol.membership.parameters import LAN, Parameters
 from protocol.membership.state import MACHINE, TUNNEL, State
 from protocol.membership.suspicion import Suspicions
+from protocol.membership.twins import Twin
 from protocol.membership.view import View, alive_of
 from protocol.trust.view import RosterView
 from protocol.wire import limits
@@ -79,6 +70,7 @@ class Membership:
         self._suspicions = Suspicions(self._s)
         self._probing = self._suspicions.probing
         self._healing = Healing(self._s, self._suspicions)
+        self._twin = Twin(self._s, self._introduce)
         self._addresses = addresses[: limits.ADDRESSES_PER_NODE_MAX]
         self._last_event = 0.0
         self._contact_pause_s = CONTACT_PAUSE_S
@@ -154,8 +146,9 @@ class Membership:
                 self._link_message(peer, message)
             case LinkOpened(peer, boot):
                 self._link_opened(peer, boot)
-            case LinkLost(peer):
+            case LinkLost(peer, code=code):
                 self._introduced.discard(peer)
+                self._twin.lost(code)
             case AddressesChanged(addresses):
                 if addresses[: limits.ADDRESSES_PER_NODE_MAX] != self._addresses:
                     self._addresses = addresses[: limits.ADDRESSES_PER_NODE_MAX]
@@ -275,6 +268,8 @@ class Membership:
                 self._suspicions.due(NodeId(target))
             case ("announce",):
                 self._announce_tick()
+            case ("twin",):
+                self._twin.due()
             case ("contact",):
                 if not s.view.peers and not self._departed:
                     self._contact()
@@ -329,20 +324,22 @@ class Membership:
         for message in packet.messages:
             # Nack needs no case: that it was heard is all that it is for.
             match message:
+                case Ping() if tunnelled and self._twin.overrules:
+                    continue  # an answer would keep a twin that died alive in the other's view
                 case Ping() as ping if not is_answered:
                     is_answered = True
                     s.send(sender, self._probing.ack(ping), *s.piggyback(room), address=source)
                     self._healing.compare(sender, ping.digest)
                 case Ack(probe, digest):
-                    if not tunnelled:
-                        s.tunnelled.pop(sender, None)
                     self._probing.answered(probe, sender, source)
+                    self._twin.acknowledged()
                     self._healing.compare(sender, digest)
                 case PingRequest() as request if not is_answered:
                     is_answered = True
                     self._probing.asked(sender, source, request)
                 case Relayed(probe):
                     self._probing.relayed(probe, sender)
+        self._probing.heard(sender, source)
 
     def _link_opened(self, peer: NodeId, boot: int) -> None:
         s = self._s
@@ -363,6 +360,8 @@ class Membership:
                     stated = s.codec.open(blob)
                     if stated is not None:
                         self._statement(stated, peer, relay=False)
+                if s.roster.short(s.me) in wanted:
+                    self._twin.wanted(peer)
                 if wanted:
                     self._healing.wanted(peer, list(wanted))
                 if alone and s.view.peers:
@@ -375,6 +374,7 @@ class Membership:
 
     def _statement(self, stated: Stated, via: NodeId, *, relay: bool = True) -> None:
         s = self._s
+        self._twin.heard(stated)
         match stated.body:
             case Alive() as alive:
                 self._alive(stated, alive, relay=relay)
@@ -392,8 +392,6 @@ class Membership:
         s = self._s
         peer = stated.signer
         if peer == s.me:
-            if alive.boot > s.boot:
-                s.publish(IdentityInUse(alive.boot))
             return
         rank, known = (alive.boot, alive.incarnation), s.view.rank(peer)
         goodbye = s.view.left.get(peer)
@@ -434,8 +432,8 @@ class Membership:
                 self._refute()
             # Whoever told us believes it: put that right at once, also when the accusation was of yesterday.
             s.send(via, Gossip([s.view.known[s.me].blob]))
-            return
-        self._suspicions.heard(stated, accusation)
+        else:
+            self._suspicions.heard(stated, accusation)
 
     def _leaving(self, stated: Stated, leaving: Leaving) -> None:
         s = self._s

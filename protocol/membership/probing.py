@@ -9,7 +9,7 @@ from collections.abc import Callable
 from math import inf
 
 from protocol.ids import Address, NodeId
-from protocol.membership.events import PeerMeasured
+from protocol.membership.events import DatagramsPass, PeerMeasured
 from protocol.membership.state import TUNNEL, State
 from protocol.wire.messages import Ack, Gossip, Nack, Ping, PingRequest, Relayed
 from protocol.wire.statements import Stated
@@ -18,6 +18,7 @@ PROBES_MAX = 256
 RELAYS_MAX = 256
 LATE_S = 0.2  # a timer this late means that this process was kept from running, not that the peer was silent
 UDP_RETRY_S = 30.0
+UDP_RETRY_MIN_S = 3.0  # where datagrams of the peer arrive: so often at most, if ours do not get through to it
 
 
 class _Probe:
@@ -89,6 +90,14 @@ class Probing:
             for address in s.addresses(target)[:2]:
                 s.send(target, ping, address=address)
 
+    def heard(self, peer: NodeId, source: Address) -> None:
+        """Where its datagrams get through, most likely ours do too: see at once. Only an Ack by UDP proves it."""
+        s = self._s
+        due = s.tunnelled.get(peer) if source != TUNNEL else None
+        if due is not None and due - UDP_RETRY_S + UDP_RETRY_MIN_S <= s.now:
+            s.tunnelled[peer] = s.now
+            self.probe(peer)
+
     def announce(self, target: NodeId) -> None:
         """Ping a member that is believed gone. Nothing is concluded from silence."""
         self._s.send(target, self._ping(self._next_number()))
@@ -154,6 +163,8 @@ class Probing:
     def answered(self, number: int, sender: NodeId, source: Address) -> None:
         """An Ack arrived: of a probe, or of a ping made for somebody else."""
         s = self._s
+        if source != TUNNEL and s.tunnelled.pop(sender, None) is not None:
+            s.publish(DatagramsPass(sender))
         relay = self._relays.get(number)
         if relay is not None:
             asker, asked_number, source, target = relay

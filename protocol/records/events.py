@@ -85,6 +85,11 @@ class ClockContradicted:
 
 
 @dataclass(frozen=True, slots=True)
+class ClockAgrees:
+    """After ClockContradicted: no record here is from the future any more; time has come for it, or it was replaced."""
+
+
+@dataclass(frozen=True, slots=True)
 class PeerMuted:
     """A peer sent what no correct node sends, again and again: its record messages are ignored for a while."""
 

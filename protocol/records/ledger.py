@@ -11,7 +11,7 @@ from protocol.effects import Effect, Persist, Publish
 from protocol.ids import MeshId
 from protocol.records.clock import HybridClock, hlc_at, wall_of
 from protocol.records.collection import Collection
-from protocol.records.events import ClockContradicted, RecordChanged, RecordsParams
+from protocol.records.events import ClockAgrees, ClockContradicted, RecordChanged, RecordsParams
 from protocol.records.messages import COLLECTIONS_MAX
 from protocol.records.record import Record, key_hasher, open_record, pack_hash
 from protocol.records.store import MACHINE, RecordStore, RowId, row_key
@@ -186,7 +186,9 @@ class Ledger:
     def check_clock(self, wall: float) -> list[Effect]:
         """Notice that records here are from the future, or no longer are. Two comparisons when nothing has happened."""
         limit = self.clock.limit(wall)
-        if self.clock.last <= limit and (self._ahead_due is None or self._ahead_due > limit):
+        was_ahead = self._ahead_due is not None
+        is_replaced = was_ahead and not any(shelf.has_ahead for shelf in self.shelves.values())
+        if self.clock.last <= limit and not is_replaced and (self._ahead_due is None or self._ahead_due > limit):
             return []
         highest, ahead, farthest = 0, 0, 0
         self._ahead_due = None
@@ -204,7 +206,9 @@ class Ledger:
         # Stamps go on from what is within the bound: otherwise a clock that was in 2040 for a second would write
         # records that everyone holds back until then. If the clock was within the bound, it only rises.
         self.clock.rewind(highest if self.clock.last > limit else max(highest, self.clock.last))
-        return [Publish(ClockContradicted(ahead, wall_of(farthest) - wall))] if ahead else []
+        if ahead:
+            return [Publish(ClockContradicted(ahead, wall_of(farthest) - wall))]
+        return [Publish(ClockAgrees())] if was_ahead else []
 
     # ---- forgetting deletions ---------------------------------------------------------------------------------------
 

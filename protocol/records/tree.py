@@ -143,6 +143,11 @@ class Shelf:
         """Keys whose version is from a time that has not come."""
         return frozenset(self._ahead)
 
+    @property
+    def has_ahead(self) -> bool:
+        """Whether there are such keys."""
+        return bool(self._ahead)
+
     def is_ahead(self, key_hash: int) -> bool:
         """Whether the version here is from a time that has not come."""
         return key_hash in self._ahead

@@ -26,7 +26,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     uncut_reason: str = ""
     state_bytes: tuple[int, ...] = ()
     shared_bytes: int = 0  # on every stage
-    tied: bool = False  # the head is the token embedding
+    tied_bytes: int = 0  # of `output_bytes`: the token embedding, which is the head too
     window_tokens: tuple[int, ...] = ()  # a layer keeps keys and values of so many tokens only; 0: of all
     layer_input: bool = False  # llama.cpp exports each layer's input: the cheaper hook, with a tail of zeros
     parameters: int = 0
@@ -44,5 +44,4 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def total_bytes(self) -> int:
         """All weights, a tied head once."""
-        once = self.embed_bytes if self.tied else 0
-        return sum(self.layer_bytes) + self.embed_bytes + self.output_bytes + self.shared_bytes - once
+        return sum(self.layer_bytes) + self.embed_bytes + self.output_bytes + self.shared_bytes - self.tied_bytes

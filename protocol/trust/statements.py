@@ -4,8 +4,8 @@ Spells, signs and checks single statements, and says which of two on the same ma
 from all of them to protocol.trust.roster, and carrying them about to the records: they travel as the collection
 "trust", keyed by node id, whose hooks are `TrustRules`.
 
-The bytes: a MessagePack array, tag first (1 admission, 2 eviction), then 64 bytes of Ed25519 signature by the root key
-over TRUST_DOMAIN, the mesh id and that array.
+The bytes: a MessagePack array, tag first (1 admission, 2 eviction, 3 withdrawal), then 64 bytes of Ed25519 signature
+by the root key over TRUST_DOMAIN, the mesh id and that array.
 """
 
 from collections.abc import Mapping
@@ -89,7 +89,20 @@ class Eviction(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=2):
         return node_id_from_bytes(self.by_bytes)
 
 
-TrustStatement = Admission | Eviction
+class Withdrawal(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=3):
+    """This key was admitted and never came: it is no member, and a newer admission makes it one."""
+
+    node_bytes: _Node
+    withdrawn_at: _Milliseconds  # later than the admission it withdraws
+    by_bytes: _Node
+
+    @property
+    def node_id(self) -> NodeId:
+        """Whom the statement is about."""
+        return node_id_from_bytes(self.node_bytes)
+
+
+TrustStatement = Admission | Eviction | Withdrawal
 
 
 class RootSigner(Protocol):
@@ -122,6 +135,12 @@ def eviction(*, node_id: NodeId, evicted_at: int, by: NodeId, reason: str = "") 
     return cast(Eviction, _checked(made))
 
 
+def withdrawal(*, node_id: NodeId, withdrawn_at: int, by: NodeId) -> Withdrawal:
+    """A withdrawal, checked. Raises ValueError if a field is out of bounds."""
+    made = Withdrawal(node_id_bytes(node_id), withdrawn_at, node_id_bytes(by))
+    return cast(Withdrawal, _checked(made))
+
+
 def seal(statement: TrustStatement, root: RootSigner) -> bytes:
     """The statement's bytes under the root's signature."""
     body = _encode(statement)
@@ -151,12 +170,23 @@ def open_statement(data: bytes, root_public_key: bytes, verifier: Verifier) -> T
 def rank(statement: TrustStatement, data: bytes) -> tuple[bool, int, bytes]:
     """Of two statements on one machine, the one with the higher rank counts, in whatever order they came.
 
-    An eviction beats every admission. Otherwise the newer beats the older, and equal times settle by the bytes
+    An eviction beats all others. Otherwise the newer beats the older, and equal times settle by the bytes
     themselves, so that all nodes settle alike.
     """
     if isinstance(statement, Eviction):
         return (True, statement.evicted_at, data)
-    return (False, statement.admitted_at, data)
+    return (False, dated(statement), data)
+
+
+def dated(statement: TrustStatement) -> int:
+    """Unix milliseconds by the clock of who made it."""
+    match statement:
+        case Admission():
+            return statement.admitted_at
+        case Eviction():
+            return statement.evicted_at
+        case Withdrawal():
+            return statement.withdrawn_at
 
 
 class TrustRules:
@@ -191,9 +221,9 @@ def record_key(node_id: NodeId) -> bytes:
     return node_id.encode("ascii")
 
 
-def succeeding_time(previous: Admission | None, wall_ms: int) -> int:
-    """When to date a new admission of a known key so that it counts, even if the old one was dated by a clock ahead."""
-    return wall_ms if previous is None else max(wall_ms, previous.admitted_at + 1)
+def succeeding_time(previous: TrustStatement | None, wall_ms: int) -> int:
+    """When to date a statement on a known key so that it counts, even if the old one was dated by a clock ahead."""
+    return wall_ms if previous is None else max(wall_ms, dated(previous) + 1)
 
 
 def is_plain_text(text: str) -> bool:
@@ -236,6 +266,8 @@ def _checked(statement: TrustStatement) -> TrustStatement:
 
 def _complaint(statement: TrustStatement) -> str | None:
     """What the types alone do not say, or None."""
+    if isinstance(statement, Withdrawal):
+        return None
     text = statement.name if isinstance(statement, Admission) else statement.reason
     if not is_plain_text(text):
         return "a name or reason holds control characters, or blanks at its ends"

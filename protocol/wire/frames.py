@@ -112,6 +112,7 @@ class FrameDecoder:
 
 Version = Annotated[int, msgspec.Meta(ge=0, le=255)]
 Attempt = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+WallMs = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Text = Annotated[str, msgspec.Meta(max_length=64)]
 Reason = Annotated[str, msgspec.Meta(max_length=REASON_BYTES_MAX)]
 Features = Annotated[list[Annotated[str, msgspec.Meta(max_length=32)]], msgspec.Meta(max_length=FEATURES_MAX)]
@@ -143,6 +144,7 @@ class HelloOk(_LinkMessage, frozen=True, tag=2):
     """The other side's answer: the connection stands, in `version`. Nothing before it is to be believed.
 
     `attempt` is the highest number under which the answering node ever dialled: all those dials are given up.
+    `wall_ms` is the answering node's clock, as in Pong.
     """
 
     version: Version
@@ -150,6 +152,7 @@ class HelloOk(_LinkMessage, frozen=True, tag=2):
     boot: Annotated[int, msgspec.Meta(ge=0, le=BOOT_MAX)]
     attempt: Attempt
     agent: Text
+    wall_ms: WallMs = 0
 
 
 class Refused(_LinkMessage, frozen=True, tag=3):
@@ -169,9 +172,13 @@ class Ping(_LinkMessage, frozen=True, tag=4):
 
 
 class Pong(_LinkMessage, frozen=True, tag=5):
-    """I am. Also sent unasked, number 0, by a node that has much to read and may not reach the Ping in it soon."""
+    """I am. Also sent unasked, number 0, by a node that has much to read and may not reach the Ping in it soon.
+
+    `wall_ms` is the sender's clock (unix milliseconds) when it answers, so that clocks can be compared; 0: not told.
+    """
 
     number: Attempt
+    wall_ms: WallMs = 0
 
 
 class IdleOffer(_LinkMessage, frozen=True, tag=6):

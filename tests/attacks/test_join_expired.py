@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from meshnode.cluster.service.onboarding import invitations as invitations_module
+from meshnode.cluster.store import invitations as store_module
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import found_root
 from tests.support.onboarding import MeshOfOne, SteppedClock, open_mesh
@@ -55,11 +55,9 @@ async def test_refused_after_a_restart(data_dir: Path) -> None:
 def wall_clock_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The defence taken away: what the wall clock says now is all that counts."""
     for name in ("_COUNTS", "_COLUMNS"):
-        sql = getattr(invitations_module, name)
-        assert invitations_module._NOT_EXPIRED in sql
-        monkeypatch.setattr(
-            invitations_module, name, sql.replace(invitations_module._NOT_EXPIRED, "expires_wall > :wall")
-        )
+        sql = getattr(store_module, name)
+        assert store_module._NOT_EXPIRED in sql
+        monkeypatch.setattr(store_module, name, sql.replace(store_module._NOT_EXPIRED, "expires_wall > :wall"))
 
 
 @pytest.mark.usefixtures("wall_clock_alone")

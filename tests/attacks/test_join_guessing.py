@@ -13,6 +13,7 @@ import pytest
 from meshnode.cluster.service.onboarding import invitations as invitations_module
 from meshnode.cluster.service.onboarding.listener import ListenerLimits
 from meshnode.cluster.service.onboarding.rates import Rate
+from meshnode.cluster.store import invitations as store_module
 from protocol.trust.join_url import SECRET_BYTES, parse_join_url
 from tests.support.join_attacker import guess
 from tests.support.onboarding import MeshOfOne, open_mesh
@@ -50,7 +51,8 @@ async def test_five_wrong_proofs_burn_the_token(data_dir: Path) -> None:
 
 async def test_a_source_that_fails_is_slowed_down(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Burning is taken away, so that only the rate stands between the guesser and the secret.
-    monkeypatch.setattr(invitations_module, "WRONG_PROOFS_MAX", 10**9)
+    for module in (invitations_module, store_module):
+        monkeypatch.setattr(module, "WRONG_PROOFS_MAX", 10**9)
     async with open_mesh(data_dir, entropy=poor_entropy()) as mesh:
         outcomes = await guess_all(mesh)
         assert outcomes["granted"] == 0
@@ -60,7 +62,8 @@ async def test_a_source_that_fails_is_slowed_down(data_dir: Path, monkeypatch: p
 
 
 async def test_without_both_the_guesser_gets_in(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(invitations_module, "WRONG_PROOFS_MAX", 10**9)
+    for module in (invitations_module, store_module):
+        monkeypatch.setattr(module, "WRONG_PROOFS_MAX", 10**9)
     async with open_mesh(data_dir, limits=UNLIMITED, entropy=poor_entropy()) as mesh:
         outcomes = await guess_all(mesh)
         assert outcomes == {"token_invalid": 39, "granted": 1}

@@ -56,7 +56,7 @@ async def test_without_the_defence_many_do(data_dir: Path, monkeypatch: pytest.M
             second_looked.set()
         # The moment between looking and writing, made long enough that a second always falls into it.
         await second_looked.wait()
-        await self._database.write(
+        await self._store._database.write(
             lambda connection: (
                 connection.execute(
                     "UPDATE cluster_invitations SET redeemed_by = ? WHERE token_id = ?", (node_id, token_id)

@@ -22,7 +22,7 @@ from meshnode.kernel import logs as logs_module
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.redaction import SecretSet
 from tests.support.api_client import ApiClient, fetch
-from tests.support.api_server import TOKEN, running_api
+from tests.support.api_server import DATA_DIR, TOKEN, running_api
 from tests.support.open_routes import public_routes, routes_that_answer
 
 NOBODY = 65534
@@ -108,13 +108,15 @@ async def test_case_22_a_caller_the_kernel_does_not_vouch_for_needs_the_token(ui
     async with running_api(look_up=lambda *_: uid) as running:
         assert (await fetch(running.port, "GET", "/api/things/a")).status == 401
         wrong = await fetch(running.port, "GET", "/api/things/a", token="mnt_wrong")
+        assert "detail" not in wrong.json, "where the files are is nobody else's business"
         assert (wrong.status, wrong.headers["www-authenticate"]) == (401, 'Bearer realm="meshnode"')
         assert (await fetch(running.port, "GET", "/api/things/a", token=TOKEN)).status == 200
 
 
 async def test_case_22_the_own_user_may_be_asked_for_the_token_too() -> None:
     async with running_api(access=Access(require_token=True)) as running:
-        assert (await fetch(running.port, "GET", "/api/things/a")).status == 401
+        refused = await fetch(running.port, "GET", "/api/things/a")
+        assert (refused.status, refused.json["detail"]) == (401, {"token_file": f"{DATA_DIR}/api-token"})
         assert (await fetch(running.port, "GET", "/api/things/a", token=TOKEN)).status == 200
 
 

@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -19,6 +19,8 @@ class Answer:
     token: str | None = None
     """Answered only to whoever sends this token; 401 to others."""
     is_agent: bool = True
+    ends: bool = False
+    """The connection ends after it, unannounced."""
     chunks: tuple[bytes, ...] = ()
     """An event stream, which then ends."""
 
@@ -57,7 +59,9 @@ class FakeAgent:
             return refusal(404, "not_found", f"there is no {heard.path}")
         chosen = known.pop(0) if len(known) > 1 else known[0]
         if chosen.token is not None and heard.headers.get("authorization") != f"Bearer {chosen.token}":
-            return refusal(401, "unauthorized", "This request needs the token.")
+            refused = refusal(401, "unauthorized", "This request needs the token.")
+            refused.ends = True  # as the real agent does, whose refusal comes before the body
+            return refused
         return chosen
 
 
@@ -89,6 +93,7 @@ def _handler(agent: FakeAgent) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+            self.close_connection = answer.ends
 
         def _stream(self, chunks: tuple[bytes, ...]) -> None:
             self.send_header("Transfer-Encoding", "chunked")
@@ -97,7 +102,12 @@ def _handler(agent: FakeAgent) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
 
         # The names are those that http.server calls.
-        do_GET = do_POST = do_DELETE = _serve  # noqa: N815 -- as http.server demands
+        do_GET = do_POST = do_PATCH = do_DELETE = _serve  # noqa: N815 -- as http.server demands
+
+        def handle(self) -> None:
+            # Who has seen enough of a stream goes away in the middle of it.
+            with suppress(ConnectionError):
+                super().handle()
 
         def log_message(self, format: str, *args: Any) -> None:
             """Say nothing."""

@@ -132,6 +132,47 @@ def test_the_token_is_sent_only_when_asked_for(agent: FakeAgent, connect: Connec
     assert sent == [None, None, "Bearer mnt_secret"]
 
 
+def test_a_refusal_ends_the_connection_and_the_request_is_sent_on_a_new_one(
+    agent: FakeAgent, connect: Connect, tmp_path: Path
+) -> None:
+    """What a 401 leaves unread, the agent does not keep the connection for."""
+    (tmp_path / "api-token").write_text("mnt_secret\n")
+    agent.on("POST /closed", Answer("yes", token="mnt_secret"))
+    for _ in range(5):
+        assert connect().post("/closed", {"a": "b" * 1000}, secret=True) == "yes"
+
+
+@linux_only
+def test_the_agent_says_where_its_token_is(agent: FakeAgent, connect: Connect, tmp_path: Path) -> None:
+    """Only --api-port was given, and the agent's data folder is not the usual one."""
+    elsewhere = tmp_path / "elsewhere" / "api-token"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text("mnt_there\n")
+    refused = refusal(401, "unauthorized", "This request needs the token.", token_file=str(elsewhere))
+    agent.on("GET /closed", refused, Answer("yes", token="mnt_there"))
+    assert connect().get("/closed") == "yes"
+
+
+@linux_only
+@pytest.mark.parametrize("uid", [None, 65_533])
+def test_nobody_gets_another_file_for_a_token(
+    agent: FakeAgent, connect: Connect, tmp_path: Path, uid: int | None
+) -> None:
+    """Whoever listens on the port could name any file of ours."""
+    private = tmp_path / "id_ed25519"
+    private.write_text("private\n")
+    agent.on("GET /closed", refusal(401, "unauthorized", "The token.", token_file=str(private)))
+    with pytest.raises(MeshError, match="The token"):
+        connect().get("/closed")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "api-token").write_text("mnt_private\n")
+    named = str(tmp_path / "theirs" / "api-token")
+    agent.on("GET /closed", refusal(401, "unauthorized", "The token.", token_file=named))
+    with pytest.raises(MeshError, match="no secret is sent there"):
+        connect(peer_uid=lambda connected: uid).get("/closed")
+    assert all("authorization" not in one.headers for one in agent.heard)
+
+
 def test_without_a_token_the_refusal_is_told(agent: FakeAgent, connect: Connect) -> None:
     agent.on("GET /closed", Answer("yes", token="mnt_secret"))
     with pytest.raises(MeshError, match="needs the token") as caught:

@@ -30,8 +30,12 @@ INVITED = {
 
 def every_command() -> list[tuple[str, click.Command]]:
     found: list[tuple[str, click.Command]] = []
-    for one in COMMANDS:
-        found.append((one.name or "", one))
+    group = command_group()
+    for shown in COMMANDS:
+        one = group.get_command(click.Context(group), shown)
+        assert one is not None
+        assert one.name == shown
+        found.append((shown, one))
         if isinstance(one, click.Group):
             found += [(f"{one.name} {name}", inner) for name, inner in one.commands.items()]
     return found
@@ -71,6 +75,12 @@ def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str])
         (["evict"], "NAME"),
         (["ping", "den", "--count", "0"], "count"),
         (["invite", "--ttl", "5 weeks"], "such as 10m"),
+        (["invite", "--ttl", "0s"], "10 s to 7 d, not for 0s"),
+        (["invite", "--ttl", "9s"], "10 s to 7 d"),
+        (["invite", "--ttl", "-1"], "is no duration"),
+        (["invite", "--ttl", "abc"], "is no duration"),
+        (["invite", "--ttl", "8d"], "10 s to 7 d"),
+        (["invite", "--ttl", "9" * 400 + "d"], "10 s to 7 d"),
         (["invite", "--role", "king"], "king"),
         (["invite", "--list", "--revoke", "x"], "one of them"),
         (["metrics", "x", "--prometheus"], "leave PATTERN and --json out"),
@@ -214,6 +224,14 @@ def test_evict(agent: FakeAgent, command: Command) -> None:
     assert agent.asked("DELETE") == [f"DELETE /api/nodes/{PEER}", f"DELETE /api/nodes/{PEER}?lost=true"]
 
 
+def test_rename(agent: FakeAgent, command: Command) -> None:
+    agent.on("GET /api/status", Answer(summary()))
+    agent.on(NODES, Answer([node(), peer()]))
+    agent.on(f"PATCH /api/nodes/{ME}", Answer(node(name="attic")))
+    assert command("rename", "attic").out == "This node was den and is attic now.\n"
+    assert [one.body for one in agent.heard if one.method == "PATCH"] == [{"name": "attic"}]
+
+
 def test_promote(agent: FakeAgent, command: Command) -> None:
     agent.on(NODES, Answer([node(), peer()]))
     agent.on(f"POST /api/nodes/{PEER}/promote", Answer(peer(role="admin")))
@@ -221,12 +239,21 @@ def test_promote(agent: FakeAgent, command: Command) -> None:
     assert json.loads(command("promote", "attic", "--json").out)["role"] == "admin"
 
 
-def test_leave(agent: FakeAgent, command: Command) -> None:
-    left = {"status": "success", "message": "This machine leaves its mesh."}
-    agent.on("GET /api/status", Answer(summary()))
+def test_leave_waits_until_the_agent_is_back(agent: FakeAgent, command: Command) -> None:
+    left = {"status": "success", "message": "This machine leaves its mesh.", "former": "/data/former/m-2027"}
+    alone = Answer(summary(mesh_id="n" * 26, node_count=1, offline_count=0))
+    away = refusal(503, "unavailable", "The agent is stopping.")
+    agent.on("GET /api/status", Answer(summary()), Answer(summary()), away, alone)
     agent.on("POST /api/cluster/leave", Answer(left))
-    assert command("leave").out == "This machine leaves its mesh.\n"
-    assert json.loads(command("leave", "--force", "--json").out) == left
+    done = command("leave")
+    assert done.out == (
+        f"left the mesh {MESH}; den is alone in the new mesh {'n' * 26} now\n"
+        "what it had is kept in /data/former/m-2027\n"
+    )
+    assert agent.asked()[-1] == "GET /api/status"
+    agent.on("GET /api/status", Answer(summary()), alone)
+    said = json.loads(command("leave", "--force", "--json").out)
+    assert said == {**left, "mesh_id": "n" * 26, "node_id": ME}
     assert [one.body for one in agent.heard if one.method == "POST"] == [{"force": False}, {"force": True}]
 
 
@@ -323,23 +350,33 @@ def test_join_refused(agent: FakeAgent, command: Command) -> None:
 
 def test_metrics(agent: FakeAgent, command: Command) -> None:
     agent.on("GET /api/metrics", Answer({"links_open": 3, "bytes_total": 7}))
-    agent.on("GET /metrics", Answer(b"# HELP links_open\nlinks_open 3\n"))
+    agent.on("GET /metrics", Answer(b"# HELP links_open Open ends.\nlinks_open 3\n"))
     assert command("metrics").out == "bytes_total 7\nlinks_open 3\n"
     assert json.loads(command("metrics", "links", "--json").out) == {"links_open": 3}
-    assert command("metrics", "--prometheus").out == "# HELP links_open\nlinks_open 3\n"
+    assert command("metrics", "--prometheus").out == "# HELP links_open Open ends.\nlinks_open 3\n"
+    nothing = command("metrics", "lings")
+    assert (nothing.code, nothing.out) == (1, "")
+    assert nothing.err == "error: No figure's name holds 'lings'. Near to it: links_open.\n"
+    assert "Near to it: links_open." in command("metrics", "ENDS").err, "what it means counts too"
+    assert "`meshnode metrics` prints them all" in command("metrics", "zzz", "--json").err
 
 
-def test_the_agent_of_a_data_folder_is_found(
-    agent: FakeAgent, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "running.json").write_text(json.dumps({"api_port": agent.port, "pid": 1}))
-    agent.on("GET /api/status", Answer(summary()))
-    monkeypatch.setenv("MESHNODE_API_PORT", "1")
-    assert run(["status", "--data-dir", str(tmp_path)]) == 0
-    (tmp_path / "running.json").write_text('{"api_port": "4892"')
-    assert run(["status", "--data-dir", str(tmp_path)]) == 3
-    monkeypatch.setenv("MESHNODE_API_PORT", str(agent.port))
-    assert run(["status"]) == 0
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("statsu", "status"), ("nods", "nodes"), ("doctr", "doctor"), ("evit", "evict"), ("laeve", "leave"),
+        ("service", None), ("remove", None), ("level", None), ("convict", None), ("x", None),
+    ],
+)  # fmt: skip
+def test_only_near_commands_are_suggested(capsys: pytest.CaptureFixture[str], typed: str, meant: str | None) -> None:
+    assert run([typed]) == 2
+    err = capsys.readouterr().err
+    assert (f"did you mean 'meshnode {meant}'?" if meant else "'meshnode --help' lists them.") in err
+
+
+def test_flags_before_the_command_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--api-port", "1", "status"]) == 2
+    assert "Flags come after the command: meshnode COMMAND --api-port" in capsys.readouterr().err
 
 
 def test_the_group_is_made_anew_each_time() -> None:

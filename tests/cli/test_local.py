@@ -18,12 +18,23 @@ from meshnode.cli.main import run
 from meshnode.cli.session import Session
 from meshnode.kernel.datafolder import default_data_dir
 from meshnode.settings import catalogue
+from meshnode.settings.sources import default_config_path
 
 HEAVY = ("trio", "apsw", "cryptography", "structlog", "rich", "segno", "quart", "hypercorn", "psutil", "nacl")
 
 
 def test_the_usual_data_folder_is_the_agents(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Session().data_dir == default_data_dir()
+
+
+def test_settings_are_read_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Session().port == 4892
+    default_config_path().parent.mkdir(parents=True)
+    default_config_path().write_text("[api]\nport = 5111\n")
+    assert Session().port == 5111
+    monkeypatch.setenv("MESHNODE_API_PORT", "5112")
+    assert Session().port == 5112
+    assert Session(environ={"MESHNODE_NODE_DATA_DIR": "/elsewhere"}).data_dir == Path("/elsewhere")
 
 
 def test_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

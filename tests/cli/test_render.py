@@ -163,7 +163,6 @@ def test_ping() -> None:
 def test_metrics() -> None:
     figures = {"links_open": 3, "sent_bytes_total": {"tcp": 12.5}, "seconds": {"count": 4, "sum": 2.0}, "nobody": {}}
     assert metrics_text(figures) == "links_open 3\nseconds count 4 mean 0.5\nsent_bytes_total{tcp} 12.5"
-    assert metrics_text(figures, "LINKS") == "links_open 3"
 
 
 def test_columns_align_whatever_alphabet_the_names_have() -> None:
@@ -174,3 +173,13 @@ def test_columns_align_whatever_alphabet_the_names_have() -> None:
 
 def test_columns_that_nobody_fills_are_left_out() -> None:
     assert plain(table(("A", "B", "C"), [("1", "", "x"), ("2", "-", "")])) == "A  C\n1  x\n2  -"
+
+
+def test_a_narrow_terminal_gets_fewer_columns_and_whole_lines() -> None:
+    whole = nodes_text([node(), peer()], WALL)
+    narrow = nodes_text([node(), peer()], WALL, 60)
+    assert max(map(len, whole.splitlines())) > 60 >= max(map(len, narrow.splitlines()))
+    assert all(name in narrow.splitlines()[0] for name in ("NAME", "STATUS", "ROLE", "CPU"))
+    assert nodes_text([node(), peer()], WALL, 500) == whole
+    assert "192.0.2.2" not in status_text(summary(), 45)
+    assert "attic" in status_text(summary(), 45)

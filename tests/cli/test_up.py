@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,8 @@ def test_an_agent_from_its_start_to_its_end(data_dir: Path, capsys: pytest.Captu
         assert set(info) == {"event", "api", "node_id", "mesh_id", "name", "peer_port", "data_dir", "pid"}
         assert (info["event"], info["pid"], info["data_dir"]) == ("ready", process.pid, str(data_dir))
         assert info["name"] == "den 🏠"
+
+        assert stat.S_IMODE((data_dir / "running.json").stat().st_mode) == 0o600
 
         # The data folder alone finds it, whatever its port is.
         assert run(["status", "--json", "--data-dir", str(data_dir)]) == 0

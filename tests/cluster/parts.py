@@ -12,8 +12,10 @@ import trio
 
 from meshnode.cluster.peers import peer_methods
 from meshnode.cluster.service.nodes import Nodes
+from meshnode.cluster.service.notices import Notices
 from meshnode.cluster.service.pings import Pings
 from meshnode.cluster.service.trust import Trust
+from meshnode.cluster.service.twins import Twins
 from meshnode.kernel.bus import EventBus
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import NodeIdentity, RootKey, root_from_seed
@@ -101,13 +103,17 @@ class Member:
         self.identity = NodeIdentity(node_id, public, folder / "node.key", seed)
         self.driver, self.links = Driver(house.hubs, index), Links(house, node_id)
         self.bus, facts = EventBus(epoch="e"), Facts(house.hubs, f"n{index}")
-        self.nodes = Nodes(hub=self.driver.node, facts=facts, bus=self.bus, metrics=Metrics())
+        self.nodes = Nodes(hub=self.driver.node, facts=facts, bus=self.bus, metrics=Metrics(), notices=Notices())
         self.trust = Trust(
             data_dir=folder, identity=self.identity, root=ROOT if index == 0 else None, nodes=self.nodes,
             driver=self.driver, links=self.links,  # type: ignore[arg-type]  # the parts that Trust uses
             facts=facts, members_may_invite=members_may_invite, bus=self.bus, log=RecordingLog(),
         )  # fmt: skip
-        self.methods = peer_methods(self.trust, Pings(links=self.links, nodes=self.nodes))  # type: ignore[arg-type]  # as above
+        self.methods = peer_methods(
+            self.trust,
+            Pings(links=self.links, nodes=self.nodes),  # type: ignore[arg-type]  # as above
+            Twins(hub=self.driver.node, links=self.links, notices=Notices(), log=RecordingLog()),  # type: ignore[arg-type]  # as above
+        )
 
 
 class House:

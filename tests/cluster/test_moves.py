@@ -24,8 +24,8 @@ class Restarts:
 def moves_of(house: House, index: int, restart: Restarts) -> Moves:
     member = house[index]
     return Moves(
-        data_dir=member.folder, hub=member.driver.node, trust=member.trust, name=f"n{index}", migrations=MIGRATIONS,
-        wall=lambda: 1_700_000_000.0, restart=restart,
+        data_dir=member.folder, hub=member.driver.node, trust=member.trust, name=lambda: f"n{index}",
+        migrations=MIGRATIONS, wall=lambda: 1_700_000_000.0, restart=restart,
     )  # fmt: skip
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from meshnode.cluster.service.onboarding.invitations import INVITATIONS_OPEN_MAX, WRONG_PROOFS_MAX, Invitations
+from meshnode.cluster.service.onboarding.invitations import Invitations
+from meshnode.cluster.store.invitations import INVITATIONS_OPEN_MAX, WRONG_PROOFS_MAX, InvitationStore
 from meshnode.kernel.database import Database, open_database
 from meshnode.kernel.errors import ErrorCode, MeshError
 from protocol.ids import NodeId
@@ -30,7 +31,7 @@ def clock() -> SteppedClock:
 
 @pytest.fixture
 def store(database: Database, clock: SteppedClock) -> Invitations:
-    return Invitations(database, clock, run="run 1")
+    return Invitations(InvitationStore(database), clock, run="run 1")
 
 
 async def create(store: Invitations, token: bytes = b"token..1", ttl_s: float = 600) -> bytes:
@@ -103,7 +104,7 @@ async def test_it_expires_to_the_second(store: Invitations, clock: SteppedClock)
     assert store.listening_s() is None
 
 
-@pytest.mark.parametrize("ttl_s", [0, -1, 8 * 86_400, float("nan")])
+@pytest.mark.parametrize("ttl_s", [0, -1, 9.9, 8 * 86_400, 1e300, float("inf"), float("nan")])
 async def test_a_time_out_of_bounds_is_refused(store: Invitations, ttl_s: float) -> None:
     with pytest.raises(MeshError) as caught:
         await create(store, ttl_s=ttl_s)
@@ -166,11 +167,11 @@ async def after_restart(
     database: Database, clock: SteppedClock, *, away_s: float, back_s: float, token: bytes = b"token..1"
 ) -> str:
     clock.wall_s += away_s
-    first = Invitations(database, clock, run="run 1")
+    first = Invitations(InvitationStore(database), clock, run="run 1")
     await create(first, b"touching")
     clock.wall_s -= back_s
     clock.monotonic_s = 3.0
-    return await redeemed(Invitations(database, clock, run="run 2"), token)
+    return await redeemed(Invitations(InvitationStore(database), clock, run="run 2"), token)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,7 @@ async def test_what_is_listed_agrees_with_what_is_redeemed(
         for run in ("run 1", "run 2"):
             clock.wall_s += step
             clock.monotonic_s += 100
-            there = Invitations(database, clock, run=run)
+            there = Invitations(InvitationStore(database), clock, run=run)
             found = there.find(token)
             assert found is not None
             assert (found.remaining_s > 0) == (await redeemed(there, token) == "member")

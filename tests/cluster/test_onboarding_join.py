@@ -1,6 +1,7 @@
 """Joining through the real listener on loopback: what a joiner gets, and what it is told when it gets nothing."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import trio
 
 from meshnode.cluster.service.onboarding.certificates import check_leaf
 from meshnode.cluster.service.onboarding.joiner import JoinTimes, read_join_url
+from meshnode.cluster.service.onboarding.listener import ListenerLimits
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import open_sealed_root
 from protocol.ids import Address, root_pin
@@ -233,11 +235,29 @@ async def test_a_taken_port_is_said_and_leaves_no_invitation(data_dir: Path) -> 
     async with open_mesh(data_dir, port=port) as mesh:
         error = await refused(mesh.invite())
         assert error.code is ErrorCode.PORT_IN_USE
-        assert str(port) in error.message
+        assert f"TCP port {port}" in error.message
+        assert f"(process {os.getpid()})" in error.message
+        assert "--onboarding-port" in error.message
         assert [one.state for one in mesh.onboarding.invitations()] == ["revoked"]
         await taken[0].aclose()
         invite = await mesh.invite()
         assert (await mesh.join(invite.url)).role == "member"
+
+
+async def test_a_taken_port_is_said_before_anybody_is_invited(data_dir: Path) -> None:
+    taken = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = taken[0].socket.getsockname()[1]
+    async with open_mesh(data_dir, port=port, limits=ListenerLimits(recheck_s=0.05)) as mesh:
+        with trio.fail_after(5):
+            while not mesh.notices.texts():  # noqa: ASYNC110 -- nobody but a test waits for this
+                await trio.sleep(0.01)
+        (said,) = mesh.notices.texts()
+        assert str(port) in said
+        assert [record for record in mesh.log.records if "cannot be opened" in record]
+        await taken[0].aclose()
+        with trio.fail_after(5):
+            while mesh.notices.texts():  # noqa: ASYNC110 -- as above
+                await trio.sleep(0.01)
 
 
 async def test_a_machine_without_an_address_cannot_invite(data_dir: Path) -> None:

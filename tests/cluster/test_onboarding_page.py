@@ -7,6 +7,7 @@ import pytest
 import trio
 import trio.testing
 
+from meshnode.cluster.service.onboarding.certificates import joiner_context
 from meshnode.cluster.service.onboarding.listener import ListenerLimits
 from meshnode.cluster.service.onboarding.pages import HttpRequest, parse_request
 from meshnode.cluster.service.onboarding.rates import Places, Rate, SourceRates, source_of
@@ -152,6 +153,52 @@ async def test_a_stalled_connection_is_closed(data_dir: Path, begin: bytes) -> N
                     assert await stream.receive_some() == b""
                 except trio.BrokenResourceError:
                     return
+
+
+async def test_an_idle_handshake_and_an_idle_request_end(data_dir: Path) -> None:
+    limits = ListenerLimits(first_byte_s=60, handshake_s=0.2, request_s=0.2, http_s=60, join_s=60)
+    async with open_mesh(data_dir, limits=limits) as mesh:
+        await mesh.invite()
+        async with await trio.open_tcp_stream("127.0.0.1", mesh.port) as idle:
+            await idle.send_all(b"\x16\x03\x01")
+            with trio.fail_after(3):
+                assert await ended(idle)
+        socket = await trio.open_tcp_stream("127.0.0.1", mesh.port)
+        async with trio.SSLStream(socket, joiner_context()) as greeted:
+            await greeted.do_handshake()
+            with trio.fail_after(3):
+                await greeted.receive_some()  # the Offer; nothing is said to it
+                assert await ended(greeted)
+
+
+async def ended(stream: trio.abc.ReceiveStream) -> bool:
+    try:
+        return await stream.receive_some() == b""
+    except trio.BrokenResourceError:
+        return True
+
+
+def test_no_stranger_may_be_idle_for_longer_than_ten_seconds() -> None:
+    limits = ListenerLimits()
+    assert max(limits.first_byte_s, limits.handshake_s, limits.request_s, limits.http_s, limits.waiting_s) <= 10
+
+
+async def test_a_crowd_of_one_source_leaves_room_for_another(data_dir: Path) -> None:
+    """As many connections as a source may open, all of them idle: another machine is served at once."""
+    async with open_mesh(data_dir, host="0.0.0.0") as mesh:
+        invite = await mesh.invite()
+        crowd = [
+            await trio.open_tcp_stream("127.0.0.1", mesh.port, local_address=f"127.0.0.{source}")
+            for source in (2, 3, 4)
+            for _ in range(160)
+        ]
+        stream = await trio.open_tcp_stream("127.0.0.1", mesh.port, local_address="127.0.0.9")
+        async with stream:
+            await stream.send_all(f"GET /join/{invite.invitation.token} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+            with trio.fail_after(3):
+                assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
+        for one in crowd:
+            await trio.aclose_forcefully(one)
 
 
 async def test_stalled_connections_do_not_shut_out_another_source(data_dir: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -186,7 +187,13 @@ def test_leaving_takes_everything_of_the_mesh_away_and_keeps_it(tmp_path: Path) 
     with pytest.raises(MeshError) as caught:
         stage_departure(tmp_path, former="gone")
     assert caught.value.code is ErrorCode.CONFLICT, "one change at a time"
-    assert finish(tmp_path) == tmp_path / "former" / "gone"
+    mask = os.umask(0o022)
+    try:
+        assert finish(tmp_path) == tmp_path / "former" / "gone"
+    finally:
+        os.umask(mask)
+    for folder in (tmp_path / "former", tmp_path / "former" / "gone"):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700, "it holds keys"
     assert tree(tmp_path) == {
         "api-token": b"stays",
         **{f"former/gone/{name}": b"old " + name.encode() for name in FILES},

@@ -140,10 +140,10 @@ def own_link_messages() -> list[Any]:
     node = node_id_bytes(node_id_of(public_key("a")))
     return [
         frames.Hello(1, 1, ["bulk"], node, BOOTS["a"], 4, "meshnode/0.1.0", 1, filler("grant", 16), "chunk"),
-        frames.HelloOk(1, ["bulk"], BOOTS["b"], 2, "meshnode/0.1.0"),
+        frames.HelloOk(1, ["bulk"], BOOTS["b"], 2, "meshnode/0.1.0", 1_800_000_000_123),
         frames.Refused("evicted", "This machine was evicted.", False, 1, 1),
         frames.Ping(8),
-        frames.Pong(8),
+        frames.Pong(8, 1_800_000_000_123),
         frames.IdleOffer(),
         frames.IdleAgree(),
         frames.IdleDecline(),

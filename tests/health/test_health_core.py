@@ -67,8 +67,9 @@ def test_the_clock(wall: float, offsets: list[float], expected: Status) -> None:
 
 
 def test_the_clock_says_in_which_direction_it_is_wrong() -> None:
-    assert "behind" in judge_clock(NOW, [10.0]).message
-    assert "ahead of" in judge_clock(NOW, [-10.0]).message
+    assert "this clock is 10.0 s behind the only peer measured" in judge_clock(NOW, [10.0]).message
+    assert judge_clock(NOW, [-9.0, -3.2, -3.2, 4.0]).message == "this clock is 3.2 s ahead of the median of 4 peers"
+    assert judge_clock(NOW, [0.04, -0.03]).message == "this clock agrees with the median of 2 peers"
 
 
 @pytest.mark.parametrize(("lag", "expected"), [(0.0, HEALTHY), (0.5, HEALTHY), (0.6, DEGRADED), (5.1, UNHEALTHY)])
@@ -82,6 +83,13 @@ def test_the_event_loop(lag: float, expected: Status) -> None:
 )
 def test_the_mesh(others: int, up: int, expected: Status) -> None:
     assert judge_mesh(MeshContact(others, up)).status is expected
+
+
+def test_a_node_that_has_just_started_looks_for_the_others() -> None:
+    verdict = judge_mesh(MeshContact(3, 0, is_looking=True))
+    assert (verdict.status, verdict.message) == (Status.UNKNOWN, "just started: looking for the 3 other members")
+    assert judge_mesh(MeshContact(3, 1, is_looking=True)).status is HEALTHY
+    assert judge_mesh(MeshContact(0, 0, is_looking=True)).status is HEALTHY
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,9 @@ async def test_what_is_in_memory_is_judged_at_once(data_dir: Path) -> None:
         }
         world.mesh, world.state = MeshContact(0, 0), State.STARTING
         assert built.readiness().waiting_for == {"services": "starting: gossip"}
+        world.mesh, world.state = MeshContact(2, 0, is_looking=True), State.RUNNING
+        assert built.service.report().status is Status.UNKNOWN
+        assert built.readiness().ready, "it serves this machine while it looks for the others"
         world.state = State.FAILED
         assert built.service.report().status is Status.UNHEALTHY
 

@@ -138,6 +138,8 @@ def role_breaches(source: Source) -> Iterator[str]:
 
 
 def _role_may_import(subsystem: str, allowance: Allowance, imported: Imported) -> bool:
+    if imported.top == "apsw" and allowance is not ROLES["store"]:
+        return False  # the store has the only SQL
     if imported.within("protocol"):
         return any(imported.within(module) for module in allowance.protocol)
     if imported.is_stdlib:

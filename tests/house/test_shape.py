@@ -98,6 +98,7 @@ def test_every_tier_is_held(lower: str, higher: str) -> None:
         ("service", "from meshnode.cluster import routes\n"),
         ("service", "from meshnode.cluster.peers import Peers\n"),
         ("service", "from meshnode.api.server import Server\n"),
+        ("service", "import apsw\n"),
         ("service", "from meshnode.storage.service import StorageService\n"),
         ("service", "from meshnode import cluster\n"),
         ("peers", "from meshnode.cluster.store import Store\n"),

@@ -1,5 +1,6 @@
 """The peers' UDP socket: both families on one port, words for a port that is taken, losses counted and never raised."""
 
+import os
 import socket
 from contextlib import closing
 from pathlib import Path
@@ -76,6 +77,8 @@ def test_a_port_that_is_taken() -> None:
     assert caught.value.code is ErrorCode.PORT_IN_USE
     assert str(first.port) in caught.value.message
     assert "--peer-port" in caught.value.message
+    assert f"UDP port {first.port}" in caught.value.message
+    assert f"(process {os.getpid()})" in caught.value.message
     # All addresses: the IPv6 half that could be bound is given back.
     with pytest.raises(MeshError):
         open_datagrams("", first.port)
@@ -91,7 +94,9 @@ def test_a_port_whose_tcp_side_is_taken_is_of_no_use() -> None:
         port = holder.getsockname()[1]
         with pytest.raises(MeshError, match=str(port)) as caught:
             open_datagrams("127.0.0.1", port)
+        assert f"(process {os.getpid()})" in caught.value.message
     assert caught.value.code is ErrorCode.PORT_IN_USE
+    assert f"TCP port {port}" in caught.value.message
 
 
 def test_an_address_of_another_machine_cannot_be_bound() -> None:

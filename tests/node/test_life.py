@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from meshnode.cluster.service.switch import DATABASE_FILE
-from tests.node.loopback import LOOPBACK, Agents, agents
+from tests.node.loopback import LOOPBACK, Agents, agents, until
 
 
 @pytest.fixture
@@ -69,6 +69,24 @@ def test_a_port_that_is_taken_is_named(house: Agents, which: str, kind: socket.S
     assert said["code"] == "port_in_use"
     assert str(port) in said["message"]
     assert agent.start().get("/api/status")["node_count"] == 1, "it starts once the port is free"
+
+
+def test_an_onboarding_port_that_is_taken_is_said_at_once(house: Agents) -> None:
+    agent = house.make("a")
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
+        holder.bind((LOOPBACK, agent.onboarding_port))
+        holder.listen()
+        agent.start()
+        until(lambda: agent.get("/api/status")["warnings"], "the warning")
+        (warning,) = agent.get("/api/status")["warnings"]
+        assert f"TCP port {agent.onboarding_port}" in warning
+        assert f"(process {os.getpid()})" in warning
+        assert "onboarding port cannot be opened" in agent.log()
+        error = agent.error("POST", "/api/cluster/join-token", {})
+        assert error["code"] == "port_in_use"
+        assert f"(process {os.getpid()})" in error["error"]
+    assert agent.invite()
+    until(lambda: not agent.get("/api/status")["warnings"], "the warning to go")
 
 
 def test_a_corrupt_database_is_refused_and_nothing_is_moved(house: Agents) -> None:

@@ -1,11 +1,13 @@
 """A mesh of real agents on loopback: founded, joined both ways, the same answer everywhere, left, evicted, promoted."""
 
+import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.node.loopback import Agents, agents, agree, until
+from tests.node.loopback import Agent, Agents, agents, agree, until
 
 
 @pytest.fixture
@@ -67,6 +69,64 @@ def test_three_say_the_same_and_survive_a_restart_of_all(house: Agents) -> None:
     for agent in whole:
         agent.ready()
     agree(whole, within_s=30)
+
+
+def test_a_node_is_renamed_by_itself_and_everywhere(house: Agents) -> None:
+    a, b = house.mesh("a", "b")
+    path = f"/api/nodes/{b.node_id}"
+    assert b.ok("PATCH", path, {"name": "attic"})["name"] == "attic"
+    until(lambda: set(a.statuses()) == {"a", "attic"}, "the new name to arrive")
+    assert a.get("/api/nodes/attic")["id"] == b.node_id
+    assert a.error("PATCH", path, {"name": "mine"})["code"] == "forbidden", "not even by an admin"
+    for bad in ("", "  ", " x", "a\nb", "x" * 64, "a\u202eb"):
+        assert b.error("PATCH", path, {"name": bad})["code"] == "bad_request"
+    # The setting says something else, and is told of; a start with it renames again.
+    assert any("node.name" in warning for warning in b.get("/api/status")["warnings"])
+    b.stop()
+    b.name = "loft"
+    b.start()
+    agree([a, b], within_s=30)
+    until(lambda: set(a.statuses()) == {"a", "loft"}, "the name of the later start to arrive")
+    assert b.get("/api/status")["name"] == "loft"
+    # A name that is free again is a label like any other: it inherits nothing, and two may have it.
+    assert a.ok("PATCH", f"/api/nodes/{a.node_id}", {"name": "loft"})["role"] == "admin"
+    until(lambda: [n["name"] for n in b.get("/api/nodes")] == ["loft", "loft"], "both to have one name")
+    assert b.get("/api/status")["role"] == "member"
+    assert a.error("DELETE", "/api/nodes/loft")["code"] == "conflict"
+
+
+def test_of_two_copies_the_later_counts_and_the_other_comes_back_when_it_is_gone(house: Agents) -> None:
+    one, two, original = whole = house.mesh("one", "two", "original")
+    original.stop()
+    copy = house.make("copy")
+    shutil.copytree(original.folder, copy.folder)
+    original.start()
+    agree(whole, within_s=30)
+    copy.start()
+
+    def warned(agent: Agent, text: str) -> bool:
+        return any("copy of this node's key" in said and text in said for said in agent.get("/api/status")["warnings"])
+
+    until(lambda: warned(original, "127.0.0.1"), "the original to be told where its copy is")
+    until(lambda: warned(copy, "127.0.0.1"), "the copy to be told where the original is", 60.0)
+    assert "two machines run with this node's key" in original.log()
+    assert "two machines run with this node's key" in copy.log()
+
+    def seen() -> list[tuple[str, int]]:
+        infos = [agent.get(f"/api/nodes/{copy.node_id}") for agent in (one, two)]
+        return [(info["status"], info["boot"]) for info in infos]
+
+    boot = copy.get(f"/api/nodes/{copy.node_id}")["boot"]
+    until(lambda: seen() == [("online", boot)] * 2, "the witnesses to see the copy")
+    for _ in range(20):
+        assert seen() == [("online", boot)] * 2, "while both live, they do not take turns"
+        time.sleep(0.5)
+    process = original.process
+    copy.kill()
+    until(lambda: all(status == "online" and back > boot for status, back in seen()), "the original to be back", 90.0)
+    agree(whole)
+    assert original.process is process, "in the same process"
+    until(lambda: not original.get("/api/status")["warnings"], "the warning to go")
 
 
 def test_an_evicted_node_is_out_everywhere_and_stays_out(house: Agents) -> None:

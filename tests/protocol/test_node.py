@@ -87,6 +87,7 @@ class Hubs:
             collections=[
                 Collection(TRUST_COLLECTION, validate=rules.validate, order=rules.order),
                 Collection("nodes", may_write=only_owner),
+                Collection("names", may_write=only_owner),
             ],
             record_store=MemoryStore(), addresses=(address_of(index),),
             contacts={self.mesh.id(0): address_of(0)} if index else {}, **changes,

@@ -24,6 +24,7 @@ from meshnode.kernel.metrics import Metrics
 from meshnode.kernel.redaction import SecretSet
 
 TOKEN = "mnt_test-token-0123456789-0123456789-0123456789"
+DATA_DIR = "/nowhere/meshnode"
 
 
 class Pinged(msgspec.Struct, frozen=True):
@@ -230,6 +231,7 @@ async def running_api(
             bind_loopback(0),
             [Mount(trial.routes()), *mounts],
             token=TOKEN,
+            data_dir=DATA_DIR,
             access=access or Access(),
             limits=limits or ApiLimits(),
             metrics=trial.metrics,

@@ -15,11 +15,14 @@ from typing import Any
 import trio
 from nacl.signing import SigningKey
 
+from meshnode.cluster.service.notices import Notices
 from meshnode.cluster.service.onboarding.invitations import Invitations
 from meshnode.cluster.service.onboarding.issuer import Admitted, IssuerIdentity
 from meshnode.cluster.service.onboarding.joiner import Joiner, JoinGrant, JoinTimes, read_join_url
 from meshnode.cluster.service.onboarding.listener import ListenerLimits
 from meshnode.cluster.service.onboarding.onboarding import Invite, Onboarding, OnboardingSetup
+from meshnode.cluster.service.onboarding.pages import LandingPages
+from meshnode.cluster.store.invitations import InvitationStore
 from meshnode.kernel.database import Database, kernel_migrations, open_database, read_migrations
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import (
@@ -154,6 +157,7 @@ class MeshOfOne:
     hidden: SecretSet
     database: Database
     onboarding: Onboarding
+    notices: Notices
     invitations: Invitations
     _machines: int = 0
     urls: list[str] = field(default_factory=list)
@@ -191,7 +195,7 @@ def issuer_identity(identity: NodeIdentity, root: RootKey, leaf: bytes, name: st
     return IssuerIdentity(
         node_id=identity.node_id,
         public_key=identity.public_key,
-        name=name,
+        name=lambda: name,
         leaf=leaf,
         root_certificate=root_certificate(root),
         root_public_key=root.public_key,
@@ -216,25 +220,27 @@ async def open_mesh(
     root, clock = root or found_root(), clock or SteppedClock()
     identity = load_or_make_identity(folder / "founder")
     leaf, admin = issue_leaf(root, identity.public_key), RootAtHand(root, identity)
-    log, hidden = RecordingLog(), SecretSet()
+    log, hidden, notices = RecordingLog(), SecretSet(), Notices()
     async with open_database(folder / "meshnode.db", MIGRATIONS, wall=0.0) as database:
+        invitations = Invitations(InvitationStore(database), clock, run=run)
         onboarding = Onboarding(
-            setup=OnboardingSetup(host=host, port=port, ttl_s=600, run=run, limits=limits or ListenerLimits()),
+            setup=OnboardingSetup(host=host, port=port, ttl_s=600, limits=limits or ListenerLimits()),
             identity=identity,
             me=issuer_identity(identity, root, leaf, name),
             addresses=lambda: list(addresses),
-            database=database,
-            clock=clock,
+            invitations=invitations,
+            pages=LandingPages(invitations=invitations, inviter=lambda: name),
             admitter=admin,
             facts=admin,
             hidden=hidden,
             log=log,
+            notices=notices,
             entropy=entropy,
         )
         async with trio.open_nursery() as nursery:
             await nursery.start(lambda task_status: onboarding.run(task_status=task_status))
             yield MeshOfOne(
-                folder, root, identity, leaf, admin, clock, log, hidden, database, onboarding, onboarding.store
+                folder, root, identity, leaf, admin, clock, log, hidden, database, onboarding, notices, invitations
             )
             nursery.cancel_scope.cancel()
     assert log.defects() == []

@@ -10,6 +10,8 @@ from tests.support.gguf_files import GgufFile
 F32, F16, Q4_0, Q8_0, Q4_K = 0, 1, 2, 8, 12
 VOCABULARY = 320
 
+_POOL = 16_381
+_POOL_BLOCKS = 1021
 _LEVELS = [NormalDist().inv_cdf((index + 0.5) / 256) for index in range(256)]
 
 
@@ -58,24 +60,35 @@ class Maker:
         self.file.tensor(name + ".weight", (size,), F32, self._around(size, around, 0.1))
 
     def _around(self, count: int, middle: float, spread: float) -> bytes:
-        table = [struct.pack("<f", middle + spread * level) for level in _LEVELS]
-        return b"".join(map(table.__getitem__, self.rng.randbytes(count)))
+        return self._drawn(count, 4, [struct.pack("<f", middle + spread * level) for level in _LEVELS])
 
     def _values(self, kind: int, count: int, scale: float) -> bytes:
         if kind == F32:
             return self._around(count, 0.0, scale)
         if kind == F16:
-            table = [struct.pack("<e", scale * level) for level in _LEVELS]
-            return b"".join(map(table.__getitem__, self.rng.randbytes(count)))
+            return self._drawn(count, 2, [struct.pack("<e", scale * level) for level in _LEVELS])
         if kind == Q8_0:
-            step = struct.pack("<e", scale / 73)
-            return b"".join(step + self.rng.randbytes(32) for _ in range(count // 32))
+            return self._blocks(count // 32, struct.pack("<e", scale / 73), 32)
         if kind == Q4_0:
-            step = struct.pack("<e", scale / 4.6)
-            return b"".join(step + self.rng.randbytes(16) for _ in range(count // 32))
+            return self._blocks(count // 32, struct.pack("<e", scale / 4.6), 16)
         # Q4_K: a value is d * scale * (0..15) - dmin * minimum, each scale and minimum of 6 random bits.
-        steps = struct.pack("<ee", scale / 150, scale / 20)
-        return b"".join(steps + self.rng.randbytes(12) + self.rng.randbytes(128) for _ in range(count // 256))
+        return self._blocks(count // 256, struct.pack("<ee", scale / 150, scale / 20), 140)
+
+    def _drawn(self, count: int, size: int, table: list[bytes]) -> bytes:
+        pool = b"".join(map(table.__getitem__, self.rng.randbytes(min(count, _POOL))))
+        return self._repeated(pool, count * size, size)
+
+    def _blocks(self, count: int, head: bytes, body: int) -> bytes:
+        pool = b"".join(head + self.rng.randbytes(body) for _ in range(min(count, _POOL_BLOCKS)))
+        size = len(head) + body
+        return self._repeated(pool, count * size, size)
+
+    def _repeated(self, pool: bytes, length: int, unit: int) -> bytes:
+        """Large matrices repeat a pool whose length no row length divides: no two rows are alike, and it is quick."""
+        if length <= len(pool):
+            return pool[:length]
+        start = self.rng.randrange(len(pool) // unit) * unit
+        return (pool * (length // len(pool) + 2))[start : start + length]
 
     def vocabulary(self) -> None:
         tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]

@@ -8,7 +8,7 @@ history.replaceState(null, "", location.pathname);
 
 async function logIn() {
   if (!code) {
-    message.textContent = "This link has no code. Run `meshnode dashboard` for a new one.";
+    message.textContent = "This link has no code. POST /api/session/link makes a new one.";
     return;
   }
   const answer = await fetch("/api/session", {

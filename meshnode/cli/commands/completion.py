@@ -31,7 +31,7 @@ def completion(ctx: click.Context, session: Session, shell: str | None) -> None:
     chosen = shell or PurePath(os.environ.get("SHELL", "")).name
     source = get_completion_class(chosen) if chosen in _SHELLS else None
     if source is None:
-        raise click.UsageError(f"Which shell? {', '.join(_SHELLS)} are known.", ctx)
+        raise click.UsageError(f"Which shell? Name one of {', '.join(_SHELLS)}", ctx)
     script = source(ctx.find_root().command, {}, "meshnode", VARIABLE).source()
     if session.as_json:
         say_json({"shell": chosen, "script": script})

@@ -104,7 +104,14 @@ def _locked_database(session: Session) -> Iterator[Path]:
         raise MeshError(
             ErrorCode.NOT_FOUND, f"There is no data folder {session.data_dir}. Name another with --data-dir."
         )
-    with open_data_folder(session.data_dir) as folder:
+    try:
+        opened = open_data_folder(session.data_dir)
+    except MeshError as error:
+        if error.code is not ErrorCode.DATA_IN_USE:
+            raise
+        message = f"{error.message.partition('. ')[0]}: stop that first, then do this again."
+        raise MeshError(error.code, message, detail=error.detail) from error
+    with opened as folder:
         try:
             yield folder.database_path
         except MeshError as error:

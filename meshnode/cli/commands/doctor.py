@@ -1,19 +1,21 @@
 """`meshnode doctor`: prints what the checks of `cli.doctor` found, and the commands that mend it."""
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from meshnode.cli.screen import Progress, coloured, say, say_json
-from meshnode.cli.session import Session, example, running_ports, with_session
-from meshnode.kernel.errors import EXIT_DONE, EXIT_FAILED
+from meshnode.cli.session import DEFAULT_API_PORT, Session, example, running_ports, with_session
+from meshnode.kernel.errors import EXIT_DONE, EXIT_FAILED, MeshError
 from meshnode.kernel.redaction import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from meshnode.cli.doctor import Finding
+    from meshnode.cli.doctor import Finding, Told
+
+HEALTH_TIMEOUT_S: Final = 2.0
 
 
 @click.command(epilog=example("meshnode doctor", "meshnode doctor --json"))
@@ -28,17 +30,25 @@ def doctor(session: Session) -> int:
     from meshnode.cli.doctor import Patient, Result, examine
     from meshnode.cli.doctor.system import this_system
 
-    settings, running = session.resolved.settings, running_ports(session.data_dir)
+    settings = session.resolved.settings
+    try:
+        data_dir, told = session.data_dir, _told(session)
+    except MeshError:
+        # That no agent answers, or something else on its port, is for the checks to say.
+        data_dir, told = session.usual_data_dir, {}
+    running = running_ports(data_dir)
+    api_port = session.api_port or running.get("api_port") or settings.api.port or DEFAULT_API_PORT
     patient = Patient(
-        data_dir=session.data_dir,
+        data_dir=data_dir,
         system=this_system(),
         environment=dict(os.environ),
         peer_host=settings.peers.host,
-        api_port=session.port,
+        api_port=api_port,
         peer_port=running.get("peer_port", settings.peers.port),
         onboarding_port=running.get("onboarding_port", settings.onboarding.port),
         discovery_port=settings.discovery.port,
         multicast_group=settings.discovery.group,
+        told=told,
     )
     with Progress("examining this machine", quiet=session.as_json):
         findings = trio.run(examine, patient)
@@ -57,6 +67,16 @@ def doctor(session: Session) -> int:
     else:
         say(findings_text(findings))
     return EXIT_FAILED if failed else EXIT_DONE
+
+
+def _told(session: Session) -> "dict[str, Told]":
+    """What the agent, if one runs, knows of its own health."""
+    from meshnode.cli.doctor import Told
+
+    with session.agent() as agent:
+        report = agent.get_any_status("/api/health", timeout_s=HEALTH_TIMEOUT_S)
+    checks = report.get("checks", {}) if isinstance(report, dict) else {}
+    return {name: Told(str(check["status"]), str(check["message"])) for name, check in checks.items()}
 
 
 def findings_text(findings: "Sequence[Finding]") -> str:

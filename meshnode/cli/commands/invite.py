@@ -1,6 +1,5 @@
 """`meshnode invite`: one-time URLs for machines that are to join."""
 
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any, Final
@@ -11,9 +10,10 @@ import click
 from meshnode.cli.client import AgentClient
 from meshnode.cli.frames import ServerEvent
 from meshnode.cli.render import invitations_text
-from meshnode.cli.screen import Progress, note, say, say_json, width_of
+from meshnode.cli.screen import Progress, note, say, say_json, terminal_columns, width_of
 from meshnode.cli.session import Session, example, with_session
 from meshnode.cli.units import duration_text, parse_duration_s, unix_seconds
+from meshnode.cluster.model import INVITATION_TTL_S_MAX, INVITATION_TTL_S_MIN
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.redaction import printable
 
@@ -22,10 +22,16 @@ _USED: Final = "invitation_used"
 
 
 def _seconds(ctx: click.Context, param: click.Parameter, text: str | None) -> float | None:
+    if text is None:
+        return None
     try:
-        return None if text is None else parse_duration_s(text)
+        seconds = parse_duration_s(text)
     except ValueError as error:
         raise click.BadParameter(str(error), ctx, param) from error
+    if not INVITATION_TTL_S_MIN <= seconds <= INVITATION_TTL_S_MAX:
+        limits = f"{duration_text(INVITATION_TTL_S_MIN)} to {duration_text(INVITATION_TTL_S_MAX)}"
+        raise click.BadParameter(f"an invitation is valid for {limits}, not for {text}", ctx, param)
+    return seconds
 
 
 @click.command(
@@ -56,7 +62,7 @@ def invite(session: Session, role: str, ttl: float | None, wait: bool, listing: 
             if session.as_json:
                 say_json(lines)
             else:
-                say(invitations_text(lines, time.time()))
+                say(invitations_text(lines, time.time(), terminal_columns()))
         elif revoke is not None:
             agent.delete(f"/api/cluster/invitations/{quote(revoke, safe='')}")
             if session.as_json:
@@ -106,14 +112,13 @@ def invitation_text(made: Any, wall: float) -> str:
 
 def _show_code(url: str) -> None:
     """The URL as a QR code, for a phone or a camera; only where somebody looks at a screen that is wide enough."""
-    if not sys.stdout.isatty():
+    columns = terminal_columns()
+    if columns is None:
         return
-    import shutil
-
     from meshnode.cluster.service.onboarding.invite_text import qr_terminal
 
     code = qr_terminal(url)
-    if max(map(width_of, code.splitlines())) <= shutil.get_terminal_size().columns:
+    if max(map(width_of, code.splitlines())) <= columns:
         say("\n" + code)
 
 

@@ -1,13 +1,14 @@
-"""`status`, `nodes`, `node`, `promote`, `evict` and `leave`: seeing the mesh, and changing who is in it."""
+"""`status`, `nodes`, `node`, `rename`, `promote`, `evict` and `leave`: seeing the mesh, and changing who is in it."""
 
 import time
 from typing import Any
 
 import click
 
+from meshnode.cli.arrival import await_mesh
 from meshnode.cli.nodes import complete_node, find_node, node_path
 from meshnode.cli.render import node_text, nodes_text, status_text
-from meshnode.cli.screen import Progress, confirm, say, say_json
+from meshnode.cli.screen import Progress, confirm, say, say_json, terminal_columns
 from meshnode.cli.session import Session, example, with_session
 from meshnode.kernel.redaction import printable
 
@@ -25,7 +26,7 @@ def status(session: Session) -> None:
     if session.as_json:
         say_json(summary)
     else:
-        say(status_text(summary))
+        say(status_text(summary, terminal_columns()))
 
 
 @click.command(epilog=example("meshnode nodes", "meshnode nodes --json"))
@@ -37,7 +38,7 @@ def nodes(session: Session) -> None:
     if session.as_json:
         say_json(found)
     else:
-        say(nodes_text(found, time.time()))
+        say(nodes_text(found, time.time(), terminal_columns()))
 
 
 @click.command(epilog=example("meshnode node attic", "meshnode node 3kq7 --json", "meshnode node"))
@@ -54,6 +55,23 @@ def node(session: Session, name: str | None) -> None:
         say_json(found)
     else:
         say(node_text(found, time.time()))
+
+
+@click.command(epilog=example("meshnode rename attic", "meshnode rename 'Big machine'"))
+@click.argument("name")
+@with_session
+def rename(session: Session, name: str) -> None:
+    """Give this node another name.
+
+    All nodes show it from then on. Names are labels: two nodes may have the same.
+    """
+    with session.agent() as agent:
+        own = find_node(agent, agent.get("/api/status")["node_id"])
+        found = agent.patch(node_path(own), {"name": name})
+    if session.as_json:
+        say_json(found)
+    else:
+        say(f"This node was {printable(own['name'])} and is {printable(found['name'])} now.")
 
 
 @click.command(epilog=example("meshnode promote attic"))
@@ -110,7 +128,11 @@ def leave(session: Session, force: bool, yes: bool) -> None:
         confirm(question, assume_yes=yes or session.as_json)
         with Progress("leaving", quiet=session.as_json):
             done: Any = agent.post("/api/cluster/leave", {"force": force}, timeout_s=CHANGE_TIMEOUT_S)
+        with Progress("founding a mesh of its own", quiet=session.as_json):
+            former = summary["mesh_id"]
+            now = await_mesh(agent, former.__ne__, done=f"This machine left the mesh {former}", with_others=False)
     if session.as_json:
-        say_json(done)
+        say_json({**done, "mesh_id": now["mesh_id"], "node_id": now["node_id"]})
     else:
-        say(printable(done["message"]))
+        say(f"left the mesh {former}; {printable(now['name'])} is alone in the new mesh {now['mesh_id']} now")
+        say(f"what it had is kept in {printable(done['former'])}")

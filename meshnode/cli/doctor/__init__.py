@@ -6,6 +6,6 @@ changes anything.
 """
 
 from meshnode.cli.doctor.examine import CHECKS, examine
-from meshnode.cli.doctor.finding import Check, Finding, Patient, Result
+from meshnode.cli.doctor.finding import Check, Finding, Patient, Result, Told
 
-__all__ = ["CHECKS", "Check", "Finding", "Patient", "Result", "examine"]
+__all__ = ["CHECKS", "Check", "Finding", "Patient", "Result", "Told", "examine"]

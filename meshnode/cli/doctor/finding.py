@@ -26,8 +26,17 @@ class Finding(msgspec.Struct, frozen=True, omit_defaults=True):
     mend: str = ""
 
 
+class Told(msgspec.Struct, frozen=True):
+    """One check that the running agent made of itself: `healthy`, `degraded`, `unhealthy` or `unknown`, and why."""
+
+    status: str
+    message: str
+
+
 class Patient(msgspec.Struct, frozen=True):
-    """The machine and the settings that are looked at. `root` is where the system's files are read."""
+    """The machine and the settings that are looked at. `root` is where the system's files are read; `told` is what
+    the running agent says of itself, by check.
+    """
 
     data_dir: Path
     system: System
@@ -39,6 +48,7 @@ class Patient(msgspec.Struct, frozen=True):
     discovery_port: int = 4895
     multicast_group: str = "239.255.48.93"
     root: Path = Path("/")
+    told: Mapping[str, Told] = {}
 
 
 Check = Callable[[Patient], Finding]

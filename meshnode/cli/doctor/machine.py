@@ -86,6 +86,18 @@ def check_agent(patient: Patient) -> Finding:
     return Finding("agent", Result.OK, f"the agent runs with process id {holder}")
 
 
+def check_health(patient: Patient) -> Finding:
+    """What the running agent says of itself; its clock is told with this machine's."""
+    told = {name: one for name, one in patient.told.items() if name != "clock"}
+    if not told:
+        return Finding("health", Result.OK, "no agent answers here that could tell how it is")
+    troubled = {name: one for name, one in told.items() if one.status in ("degraded", "unhealthy")}
+    if not troubled:
+        return Finding("health", Result.OK, f"the agent's own {len(told)} checks find nothing")
+    worst = Result.FAIL if any(one.status == "unhealthy" for one in troubled.values()) else Result.WARN
+    return Finding("health", worst, "; ".join(f"{name}: {one.message}" for name, one in troubled.items()))
+
+
 def lock_holder(data_dir: Path) -> int | None:
     """The process whose agent has this data folder open; None when there is none."""
     try:
@@ -103,7 +115,20 @@ def lock_holder(data_dir: Path) -> int | None:
 
 
 def check_clock(patient: Patient) -> Finding:
-    """Something keeps the clock right. A wrong one makes this node's records lose, or wait for the others."""
+    """Something keeps the clock right, and it agrees with the peers' as far as a running agent has measured that.
+
+    A wrong one makes this node's records lose, or wait for the others.
+    """
+    kept = _check_kept(patient)
+    told = patient.told.get("clock")
+    if told is None:
+        return kept
+    result = {"degraded": Result.WARN, "unhealthy": Result.FAIL}.get(told.status, kept.result)
+    mend = kept.mend if result is kept.result else patient.system.sudo("timedatectl set-ntp true")
+    return Finding("clock", result, f"{kept.found}; {told.message}", mend)
+
+
+def _check_kept(patient: Patient) -> Finding:
     state = _kernel_clock_state() if sys.platform == "linux" else None
     if state is None:
         return Finding("clock", Result.OK, "this system does not tell whether its clock is kept right")

@@ -7,13 +7,12 @@ import socket
 import sys
 from typing import Any, Final
 
-import psutil
-
 from meshnode.cli.doctor.finding import Finding, Patient, Result
 from meshnode.cli.doctor.machine import lock_holder
 from meshnode.cli.doctor.system import run_program
 from meshnode.kernel.addresses import advertised, read_interfaces
 from meshnode.kernel.discovery import multicast_interfaces
+from meshnode.kernel.ports import holder_of, transport_of
 
 _TCP: Final = socket.SOCK_STREAM
 _UDP: Final = socket.SOCK_DGRAM
@@ -34,11 +33,11 @@ def check_ports(patient: Patient) -> Finding:
         error = _bind_error(host, port, kind)
         if error is None or (host == "::1" and error in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)):
             continue  # without IPv6 the agent does without ::1
-        protocol = "TCP" if kind == _TCP else "UDP"
+        protocol = transport_of(kind)
         if error in (errno.EACCES, errno.EPERM):
             troubles.append((f"{protocol} {port} is reserved for root", flag, port))
         elif error == errno.EADDRINUSE:
-            owner = _owner_of(port, kind)
+            owner = holder_of(port, transport_of(kind))
             if ours is None or owner is None or owner[0] != ours:
                 troubles.append((f"{protocol} {port} is taken by {_named(owner)}", flag, port))
         else:
@@ -70,22 +69,6 @@ def _bind_error(host: str, port: int, kind: int) -> int | None:
                 probe.listen(1)
         except OSError as error:
             return error.errno or errno.EIO
-    return None
-
-
-def _owner_of(port: int, kind: int) -> tuple[int, str] | None:
-    """Process id and name of who has the port; None when the system does not tell us."""
-    try:
-        connections = psutil.net_connections("tcp" if kind == _TCP else "udp")
-    except (psutil.Error, OSError):
-        return None
-    for connection in connections:
-        listens = kind == _UDP or connection.status == psutil.CONN_LISTEN
-        if connection.laddr and connection.laddr.port == port and listens and connection.pid:
-            try:
-                return connection.pid, psutil.Process(connection.pid).name()
-            except psutil.Error:
-                return connection.pid, "a process that just ended"
     return None
 
 

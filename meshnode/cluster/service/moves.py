@@ -6,7 +6,7 @@ from pathlib import Path
 
 from meshnode.cluster.model import Joining
 from meshnode.cluster.service.onboarding.joiner import Joiner, read_join_url
-from meshnode.cluster.service.switch import prepare_identity, stage_departure, stage_join
+from meshnode.cluster.service.switch import FORMER, prepare_identity, stage_departure, stage_join
 from meshnode.cluster.service.trust import Trust
 from meshnode.kernel.database import Migration
 from meshnode.kernel.errors import ErrorCode, MeshError
@@ -23,7 +23,7 @@ class Moves:
         data_dir: Path,
         hub: Node,
         trust: Trust,
-        name: str,
+        name: Callable[[], str],
         migrations: Sequence[Migration],
         wall: Callable[[], float],
         restart: Callable[[], None],
@@ -53,7 +53,7 @@ class Moves:
             )
         with self._alone():
             identity = prepare_identity(self._data_dir, keep=others == 0 and self._hub.me in self._hub.roster)
-            grant = await Joiner(identity=identity).join(parsed, self._name)
+            grant = await Joiner(identity=identity).join(parsed, self._name())
             # Written down before the old mesh is told: a full disk must not leave this machine in no mesh at all.
             await stage_join(
                 self._data_dir,
@@ -73,12 +73,17 @@ class Moves:
             node_id=grant.node_id,
         )
 
-    async def leave(self, *, force: bool) -> None:
-        """Leave the mesh; the agent then founds one of its own, with a new identity. Raises as Trust.leave."""
+    async def leave(self, *, force: bool) -> Path:
+        """Leave the mesh; the agent then founds one of its own, with a new identity. Raises as Trust.leave.
+
+        Returns the folder where the former files will be.
+        """
         with self._alone():
             await self._trust.leave(force=force)
-            stage_departure(self._data_dir, former=former_name(self._hub.mesh_id, self._wall()))
+            former = former_name(self._hub.mesh_id, self._wall())
+            stage_departure(self._data_dir, former=former)
             self._restart()
+        return self._data_dir / FORMER / former
 
     def _alone(self) -> "_Alone":
         if self._moving:

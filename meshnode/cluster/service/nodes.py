@@ -23,6 +23,8 @@ from meshnode.cluster.model import (
     Summary,
 )
 from meshnode.cluster.service.clocks import Clocks
+from meshnode.cluster.service.names import NAMES_COLLECTION, name_of
+from meshnode.cluster.service.notices import Notices
 from meshnode.kernel.bus import EventBus
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.metrics import Metrics
@@ -31,9 +33,9 @@ from meshnode.kernel.times import rfc3339
 from protocol.effects import LinkLost, LinkOpened
 from protocol.election.events import CoordinatorChanged, QuorumChanged
 from protocol.heartbeats.events import HeartbeatHeard
-from protocol.ids import NodeId
+from protocol.ids import Address, NodeId
 from protocol.membership.events import (
-    IdentityInUse,
+    DatagramsPass,
     PeerCleared,
     PeerDown,
     PeerLeft,
@@ -44,7 +46,7 @@ from protocol.membership.events import (
 )
 from protocol.membership.view import alive_of
 from protocol.node import Node
-from protocol.records.events import ClockContradicted, RecordChanged, RecordHeld
+from protocol.records.events import ClockAgrees, ClockContradicted, RecordChanged, RecordHeld
 from protocol.trust.events import RosterChanged
 
 PROFILE_COLLECTION: Final = "nodes"
@@ -68,7 +70,7 @@ class Facts(Protocol):
 class Nodes:
     """Reads of the mesh, and the translator of protocol events."""
 
-    def __init__(self, *, hub: Node, facts: Facts, bus: EventBus, metrics: Metrics) -> None:
+    def __init__(self, *, hub: Node, facts: Facts, bus: EventBus, metrics: Metrics, notices: Notices) -> None:
         self._hub = hub
         self._facts = facts
         self._bus = bus
@@ -76,10 +78,11 @@ class Nodes:
         self._rtt_s: dict[NodeId, float] = {}
         self._tunnelled: set[NodeId] = set()
         self._last_seen: dict[NodeId, float] = {}
+        self._names: dict[NodeId, str] = {}
         self._profiles: dict[NodeId, Profile] = {}
         self._quorum: QuorumChanged | None = None
         self._followed_quorate = False  # as the coordinator said, if that is another node
-        self._warnings: dict[str, str] = {}
+        self._notices = notices
         self._clocks = Clocks()
         self._no_version_in_common: set[NodeId] = set()  # as the last attempt to open a link showed
         self._summary: tuple[float, Summary] | None = None
@@ -95,8 +98,14 @@ class Nodes:
 
     def name_of(self, node: NodeId) -> str:
         """A member's name; its id if the roster has none."""
-        admission = self._hub.roster.admission(node)
-        return admission.name if admission is not None else node
+        known = self._names.get(node)
+        if known is None:
+            known = self._names[node] = name_of(self._hub, node)
+        return known
+
+    def addresses(self, node: NodeId) -> list[Address]:
+        """Where a member can be reached, the best first."""
+        return list(self._hub.membership.addresses(node))
 
     def find(self, wanted: str, *, also_evicted: bool = False) -> NodeId:
         """The member (or, by its id, an evicted one) that a person means. MeshError NOT_FOUND or CONFLICT."""
@@ -189,7 +198,7 @@ class Nodes:
             gpu_node_count=len(with_gpu),
             mesh_id=self._hub.mesh_id,
             node_id=me,
-            name=self._facts.name,
+            name=self.name_of(me),
             role=core.role_of(self._hub.roster.role(me)),
             version=self._facts.version,
             uptime_seconds=int(self._facts.uptime_s()),
@@ -201,11 +210,11 @@ class Nodes:
     @property
     def is_shut_out(self) -> bool:
         """Whether this node was evicted: by its own roster, or as the others say."""
-        return self._hub.me not in self._hub.roster or "evicted" in self._warnings
+        return self._hub.me not in self._hub.roster or "evicted" in self._notices
 
     def warnings(self) -> Sequence[str]:
         """What the person should know and do something about."""
-        found = list(self._warnings.values())
+        found = self._notices.texts()
         found += filter(None, [self._clocks.warning(self.name_of)])
         odd = [self.name_of(member) for member in self._hub.roster.members() if self._incompatible(member)]
         if odd:
@@ -295,6 +304,11 @@ class Nodes:
                 before = self._rtt_s.get(peer)
                 self._rtt_s[peer] = rtt_s if before is None else before + RTT_WEIGHT * (rtt_s - before)
                 (self._tunnelled.add if tunnelled else self._tunnelled.discard)(peer)
+            case DatagramsPass(peer):
+                if peer in self._tunnelled:
+                    self._tunnelled.discard(peer)
+                    self._changed()
+                    self._bus.publish(NodeUpdated(self._info(peer)))
             case PeerUp(peer):
                 self._changed()
                 self._bus.publish(NodeJoined(self._info(peer)))
@@ -318,9 +332,12 @@ class Nodes:
     def _observe_others(self, event: object) -> None:
         match event:
             case RosterChanged(removed=removed):
+                self._names.clear()
                 self._changed()
                 for node in removed:
-                    self._metrics.count("fabric_node_evictions_total")
+                    stone = self._hub.roster.evicted(node)
+                    left = stone is not None and stone.by == node
+                    self._metrics.count("meshnode_nodes_left_total" if left else "fabric_node_evictions_total")
                     self._bus.publish(NodeEvicted(node, self.name_of(node)))
                     self._profiles.pop(node, None)
                     self._no_version_in_common.discard(node)
@@ -335,22 +352,19 @@ class Nodes:
             case RecordChanged(collection, key, record):
                 if record.author is not None and self._clocks.agreed(record.author):
                     self._changed()
+                if collection == NAMES_COLLECTION:
+                    self._renamed(NodeId(key.decode("ascii", "replace")))
                 if collection == PROFILE_COLLECTION:
                     self._profiles.pop(NodeId(key.decode("ascii", "replace")), None)
                     self._changed()
             case RecordHeld(author=author, ahead_s=ahead_s):
                 self._clocks.held(author, ahead_s)
                 self._changed()
-            case IdentityInUse() | LinkLost(code=ErrorCode.CONFLICT):
-                # The second: a peer holds a newer link under this very key.
-                self._warnings["identity"] = (
-                    "another machine runs with a copy of this node's key: stop one of the two; "
-                    "on the copy run `meshnode leave --force` to give it an identity of its own"
-                )
             case LinkLost(peer=peer, code=ErrorCode.EVICTED):
-                self._warnings["evicted"] = (
+                self._notices.put(
+                    "evicted",
                     f"{self.name_of(peer)} says that this node was evicted from the mesh. If that is meant, "
-                    "`meshnode leave --force` starts afresh; then join with a new invitation"
+                    "`meshnode leave --force` starts afresh; then join with a new invitation",
                 )
                 self._changed()
             case LinkLost(peer=peer, code=ErrorCode.INCOMPATIBLE_VERSION):
@@ -360,15 +374,26 @@ class Nodes:
                     self._bus.publish(NodeUpdated(self._info(peer)))
             case LinkOpened(peer):
                 self._no_version_in_common.discard(peer)
-                if self._warnings.pop("evicted", None):
+                if self._notices.clear("evicted"):
                     self._changed()
             case ClockContradicted(_, ahead_s):
-                self._warnings["clock"] = (
+                self._notices.put(
+                    "clock",
                     f"this machine's clock is {ahead_s:.0f} s behind what other nodes wrote; set it (for example: "
-                    "`timedatectl set-ntp true`)"
+                    "`timedatectl set-ntp true`)",
                 )
+                self._changed()
+            case ClockAgrees():
+                if self._notices.clear("clock"):
+                    self._changed()
             case Stalled():
                 self._changed()
+
+    def _renamed(self, node: NodeId) -> None:
+        self._names.pop(node, None)
+        self._changed()
+        if node in self._hub.roster:
+            self._bus.publish(NodeUpdated(self._info(node)))
 
     def _gone(self, peer: NodeId) -> None:
         self._changed()

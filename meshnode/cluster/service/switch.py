@@ -108,7 +108,10 @@ def finish(data_dir: Path) -> Path | None:
         return None
     former = data_dir / FORMER / marker.former
     try:
-        former.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # One after the other: a parent that mkdir makes on the way gets the mode of the umask instead.
+        for folder in (former.parent, former):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        former.parent.chmod(0o700)
         for name in FILES:
             if name in marker.staged and not (staging / name).exists():
                 continue  # went over before a crash

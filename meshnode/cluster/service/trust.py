@@ -35,10 +35,12 @@ from protocol.trust.statements import (
     Admission,
     TrustStatement,
     admission,
+    decode,
     eviction,
     record_key,
     seal,
     succeeding_time,
+    withdrawal,
 )
 from protocol.wire.crypto import SodiumSuite, usable_identity
 
@@ -136,7 +138,10 @@ class Trust:
         """A member asks this admin. Raises MeshError FORBIDDEN if the mesh does not let it, or NOT_ADMIN."""
         root = self._require_root()
         if not self._members_may_invite and self._driver.node.roster.role(peer) != "admin":
-            raise MeshError(ErrorCode.FORBIDDEN, "In this mesh only admins may invite (mesh.members_may_invite).")
+            raise MeshError(
+                ErrorCode.FORBIDDEN,
+                "In this mesh only admins may invite: do this on an admin.",
+            )
         if request.role == "admin" and self._driver.node.roster.role(peer) != "admin":
             raise MeshError(ErrorCode.FORBIDDEN, "Only an admin may invite an admin. Invite a member, then promote it.")
         public_key = public_key_of_csr(request.csr)
@@ -156,6 +161,7 @@ class Trust:
             )
         known = roster.admission(node_id_of(public_key))
         statement_known = roster.statement(node_id_of(public_key))
+        withdrawn = None if statement_known is None else decode(statement_known)
         if known is not None and statement_known is not None:
             # A member may send any certificate request it once saw: signing a newer admission for it would let it
             # change the role of somebody who is in already. Whoever comes again gets what was signed before.
@@ -165,7 +171,7 @@ class Trust:
             public_key=public_key,
             name=name,
             role=role,
-            admitted_at=self._wall_ms(),
+            admitted_at=succeeding_time(withdrawn, self._wall_ms()),
             by=by,
             invitation=invitation,
         )
@@ -197,6 +203,14 @@ class Trust:
         if lost:
             await self._forget(node)
 
+    async def withdraw(self, node: NodeId) -> None:
+        """Take back the admission of a machine that never came. Its key may be admitted again. MeshError NOT_ADMIN."""
+        root = self._require_root()
+        known = self._driver.node.roster.admission(node)
+        if known is not None:
+            at = succeeding_time(known, self._wall_ms())
+            await self._publish(root, withdrawal(node_id=node, withdrawn_at=at, by=self._nodes.me))
+
     async def _forget(self, node: NodeId) -> None:
         """Have the coordinator count without this voter. It takes that only while it lacks a majority."""
         coordinator = self._driver.node.election.coordinator
@@ -208,7 +222,7 @@ class Trust:
     async def forget_for(self, peer: NodeId, lost: LostVoter) -> Done:
         """An admin asks this coordinator. Raises MeshError FORBIDDEN if it is none."""
         if self._driver.node.roster.role(peer) != "admin":
-            raise MeshError(ErrorCode.FORBIDDEN, "Only an admin may say that a machine is gone for good.")
+            raise MeshError(ErrorCode.FORBIDDEN, "Only an admin may say that a machine is gone: do this on an admin.")
         await self._forget_here(NodeId(lost.node))
         return Done()
 
@@ -265,7 +279,7 @@ class Trust:
             except MeshError as error:
                 if error.code is ErrorCode.EVICTED:
                     return
-                failures.append(f"{self._nodes.name_of(node)}: {error.message}")
+                failures.append(f"{self._nodes.name_of(node)}: {error.message.rstrip('.')}")
             else:
                 return
         if not force:
@@ -393,7 +407,7 @@ class Trust:
             except MeshError as error:
                 if error.code not in ASK_ANOTHER:
                     raise
-                failures.append(f"{self._nodes.name_of(admin)}: {error.message}")
+                failures.append(f"{self._nodes.name_of(admin)}: {error.message.rstrip('.')}")
         raise MeshError(
             ErrorCode.UNAVAILABLE,
             f"Only an admin can {what}, and none answers ({'; '.join(failures) or 'none is known'}). "

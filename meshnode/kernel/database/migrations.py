@@ -72,7 +72,8 @@ def apply_migrations(
     """Bring the schema up to date and return how many steps were applied. All of them are stored, or none.
 
     `wall` is unix seconds, for the history. Raises MeshError(DATABASE_NEWER) when the database has a step that we do
-    not know or that differs from ours; nothing is changed then. Raises ValueError on a gap in a sequence and apsw.Error
+    not know or that differs from ours, MeshError(DATABASE_CORRUPT) when it has lost the record of its steps; nothing is
+    changed then. Raises ValueError on a gap in a sequence and apsw.Error
     on faulty SQL, after taking everything back.
     """
     known = _by_key(migrations)
@@ -93,11 +94,26 @@ def apply_migrations(
                 (migration.subsystem, migration.number, migration.checksum, version, wall),
             )
         connection.execute("COMMIT")
+    except apsw.SQLError as error:
+        if "already exists" not in str(error):
+            raise
+        raise _history_lost(path, str(error)) from error
     finally:
         # After an error the transaction is still open, unless SQLite has taken it back itself (a full disk).
         if connection.in_transaction:
             connection.execute("ROLLBACK")
     return len(missing)
+
+
+def _history_lost(path: Path, reason: str) -> MeshError:
+    """A repair kept the tables and lost the record of which steps made them: whether they are whole, nobody knows."""
+    return MeshError(
+        ErrorCode.DATABASE_CORRUPT,
+        f"The database {path} can be read but no longer says which steps made it ({reason}): that was lost with the "
+        f"damage. It was left as it is. Put the file back from a back-up; without one, move the folder {path.parent} "
+        "away, start the agent and join with a new invitation: it will be a new node.",
+        detail={"path": str(path), "reason": reason},
+    )
 
 
 def _by_key(migrations: Iterable[Migration]) -> dict[tuple[str, int], Migration]:

@@ -5,6 +5,7 @@ order, hands rpc frames on, answers and sends the link's own messages, and hangs
 that no frame is in flight when it closes. Which connection of two survives, and what is queued, is the pool's business.
 """
 
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Final, Protocol
 
 import trio
 
+from meshnode.kernel.links.clocks import PeerClocks
 from meshnode.kernel.links.contracts import LinkEvent
 from meshnode.kernel.links.outbox import Outbox
 from meshnode.kernel.links.settings import LinkSettings
@@ -88,6 +90,7 @@ class Connection:
         outbox: Outbox,
         settings: LinkSettings,
         owner: ConnectionOwner,
+        clocks: PeerClocks,
         events: trio.MemorySendChannel[LinkEvent],
         first: LinkMessage | None,
         predecessor: "Connection | None",
@@ -98,6 +101,8 @@ class Connection:
         self._outbox = outbox
         self._settings = settings
         self._owner = owner
+        self._clocks = clocks
+        self._asked = (0, -math.inf)  # the number of the latest Ping, and when it was sent
         self._events = events
         self._predecessor = predecessor
         self._urgent: deque[LinkMessage] = deque() if first is None else deque([first])
@@ -220,8 +225,9 @@ class Connection:
             case Ping(number):
                 self._pong = number
                 self.poke()
-            case Pong():
-                return
+            case Pong(number, wall_ms):
+                if number and number == self._asked[0]:
+                    self._clocks.answered(self.facts.peer, wall_ms, self._asked[1])
             case Farewell(reason):
                 raise StreamBroken(f"it said goodbye: {reason[:200]}")
             case IdleOffer():
@@ -279,10 +285,13 @@ class Connection:
         while True:
             self._wake = trio.Event()
             if self._pong is not None:
-                self._urgent.append(Pong(self._pong))
+                self._urgent.append(Pong(self._pong, self._clocks.wall_ms()))
                 self._pong = None
             if self._urgent:
-                await self._stream.send_all(encode_link_message(self._urgent.popleft()))
+                message = self._urgent.popleft()
+                if isinstance(message, Ping):
+                    self._asked = (message.number, self._clocks.now())
+                await self._stream.send_all(encode_link_message(message))
             elif self._outbox and self._offer is None and not self._agreed:
                 batch = self._outbox.take(CONTROL_CHUNK_BYTES)
                 self._long_write = len(batch) > CONTROL_CHUNK_BYTES
@@ -294,7 +303,7 @@ class Connection:
                 await self._wake.wait()
 
     async def _watch(self) -> None:
-        """Probe a silent peer, and offer to hang up when nobody needs the link.
+        """Probe a silent peer, ask now and then what time it is, and offer to hang up when nobody needs the link.
 
         Silence is counted in rounds, not in seconds: after this machine was suspended for an hour, one round has
         passed, and what the peer sent meanwhile is still read before it is judged.
@@ -313,6 +322,8 @@ class Connection:
                 missed += 1
                 if missed > settings.missed_pings_max:
                     raise StreamBroken(f"it was silent for {missed * settings.ping_interval_s:g} s")
+            if missed or self._clocks.now() - self._asked[1] >= settings.clock_interval_s:
+                # A link in use would never be pinged, and nobody would know the peer's clock.
                 number += 1
                 self._owe(Ping(number))
             idle_s = trio.current_time() - self._used_at

@@ -10,8 +10,19 @@ from protocol.ids import Address, NodeId
 
 P = TypeVar("P")
 
-LinkEvent = LinkOpened | LinkLost | FrameReceived
-"""What the driver receives. Per peer: opened, frames in order, lost. A dial that failed is a LinkLost alone."""
+
+@dataclass(frozen=True, slots=True)
+class LinkContested:
+    """A connection under a member's key came with an older boot than one before it: two machines have the key."""
+
+    peer: NodeId
+    boot: int
+    address: Address
+
+
+LinkEvent = LinkOpened | LinkLost | FrameReceived | LinkContested
+"""What the driver receives. Per peer: opened, frames in order, lost. A dial that failed is a LinkLost alone.
+LinkContested is not for the machines."""
 
 
 class Gate(Protocol):

@@ -14,6 +14,7 @@ import trio
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links.bulk import BulkGrant, BulkStream, Grants
 from meshnode.kernel.links.calls import Calls
+from meshnode.kernel.links.clocks import PeerClocks
 from meshnode.kernel.links.connection import LinkFacts
 from meshnode.kernel.links.contracts import AddressBook, Gate, LinkEvent, PeerMethod
 from meshnode.kernel.links.dial import Dialler, Reached
@@ -52,6 +53,7 @@ class Links:
         events: trio.MemorySendChannel[LinkEvent],
         settings: LinkSettings,
         logger: Logger,
+        clocks: PeerClocks | None = None,
         random_bytes: Callable[[int], bytes] = secrets.token_bytes,
     ) -> None:
         self._me = me
@@ -60,6 +62,7 @@ class Links:
         self._settings = settings
         self._events = events
         self._log = logger
+        self._clocks = PeerClocks() if clocks is None else clocks
         self._nursery: trio.Nursery | None = None
         self._port: int | None = None
         self._dialler = Dialler(context=contexts.client, gate=gate, book=book, settings=settings)
@@ -79,6 +82,7 @@ class Links:
             make_hello=self._hello,
             spawn=self.spawn,
             logger=logger,
+            clocks=self._clocks,
         )
         self._grants = Grants(settings.grants_max, random_bytes)
         self._bulk: dict[NodeId, set[BulkStream]] = {}
@@ -256,9 +260,17 @@ class Links:
 
     async def receive(self, node_id: NodeId, stream: TlsStream, address: Address, hello: Hello, version: int) -> bool:
         """A member's connection, greeted: make it the control link, or a bulk stream."""
-        welcome = HelloOk(version=version, features=[], boot=self._boot, attempt=self._pool.attempt, agent=self._agent)
+        welcome = HelloOk(
+            version=version,
+            features=[],
+            boot=self._boot,
+            attempt=self._pool.attempt,
+            agent=self._agent,
+            wall_ms=self._clocks.wall_ms(),
+        )
         if hello.kind == KIND_BULK:
             return await self._receive_bulk(node_id, stream, hello, welcome)
+        self._pool.contested(node_id, hello.boot, address)
         verdict = self._pool.judge(node_id, hello)
         if verdict is Verdict.ACCEPT:
             standing = Standing(hello.boot, hello.attempt)
@@ -266,11 +278,9 @@ class Links:
             self._pool.establish(node_id, reached, standing, version, hello.agent, first=welcome)
             return True
         if verdict is Verdict.OBSOLETE:
-            raise MeshError(
-                ErrorCode.CONFLICT,
-                "A newer link with that node stands. If two agents run with one node's key, stop one of them.",
-                retryable=True,
-            )
+            other = self._pool.address_of(node_id)
+            where = f" with {other.host}" if other is not None else ""
+            raise MeshError(ErrorCode.CONFLICT, f"A newer link under that key stands{where}.", retryable=True)
         message = "This node's own connection to yours survives; wait for it."
         await stream.send_all(encode_link_message(Refused(DUPLICATE, message, True)))
         return False

@@ -17,6 +17,7 @@ from meshnode.kernel.links.greeting import read_hello, refusal
 from meshnode.kernel.links.settings import LinkSettings
 from meshnode.kernel.links.tls import StreamBroken, TlsStream
 from meshnode.kernel.logs import Logger
+from meshnode.kernel.ports import port_taken
 from protocol.ids import Address, NodeId, node_id_bytes
 from protocol.wire.frames import (
     Hello,
@@ -54,15 +55,12 @@ async def open_listeners(settings: LinkSettings) -> list[trio.SocketListener]:
         # Several address families may fail for several reasons, which trio wraps into one error.
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         if cause.errno == errno.EADDRINUSE:
-            raise MeshError(
-                ErrorCode.PORT_IN_USE,
-                f"TCP port {settings.port} is taken by another program on this machine. Stop it, or choose another "
-                "peer port in the settings.",
-                detail={"port": settings.port},
-            ) from error
+            host = settings.host or ""
+            raise port_taken(host, settings.port, "TCP", purpose="other nodes", option="--peer-port") from error
         raise MeshError(
             ErrorCode.BAD_SETTING,
-            f"Cannot listen for peers on {where}: {cause.strerror or cause}. Check the peer address in the settings.",
+            f"Cannot listen for peers on {where}: {cause.strerror or cause}. Choose an address of this machine "
+            "with --peer-host, or leave it out to use all.",
             detail={"port": settings.port},
         ) from error
 

@@ -6,20 +6,22 @@ call machine's business.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.links.clocks import PeerClocks
 from meshnode.kernel.links.connection import IDLE, Connection, LinkFacts
-from meshnode.kernel.links.contracts import LinkEvent
+from meshnode.kernel.links.contracts import LinkContested, LinkEvent
 from meshnode.kernel.links.dial import Dialler, Reached, unreachable
 from meshnode.kernel.links.greeting import refused_by
 from meshnode.kernel.links.outbox import Outbox
 from meshnode.kernel.links.settings import LinkSettings
 from meshnode.kernel.logs import Logger
 from protocol.effects import LinkLost
-from protocol.ids import NodeId, node_id_bytes
+from protocol.ids import Address, NodeId, node_id_bytes
 from protocol.wire.frames import (
     DUPLICATE,
     Channel,
@@ -93,6 +95,7 @@ class Pool:
         make_hello: HelloWriter,
         spawn: Callable[..., None],
         logger: Logger,
+        clocks: PeerClocks,
     ) -> None:
         self._me = me
         self._dialler = dialler
@@ -102,6 +105,7 @@ class Pool:
         self._make_hello = make_hello
         self._spawn = spawn
         self._log = logger
+        self._clocks = clocks
         self._peers: dict[NodeId, PeerState] = {}
         self.attempt = 0
         """The number of this process's latest dial."""
@@ -238,10 +242,11 @@ class Pool:
         refused: Refused | None = None
         for _ in range(2):
             reached = await self._dialler.reach(peer.node_id)
-            dial.greeting = True
+            dial.greeting, asked_at = True, self._clocks.now()
             answer = await self._dialler.introduce(peer.node_id, reached, self._make_hello(self.next_attempt()))
             dial.greeting = False
             if isinstance(answer, HelloOk):
+                self._clocks.answered(peer.node_id, answer.wall_ms, asked_at)
                 if peer.dial is not dial:
                     reached.stream.cut("another connection survived")
                     return
@@ -268,6 +273,18 @@ class Pool:
             greeting=peer.dial is not None and peer.dial.greeting,
             standing=None if peer.connection is None else peer.connection.facts.standing,
         )
+
+    def address_of(self, node_id: NodeId) -> Address | None:
+        """Where the link that stands comes from or goes to, if one stands."""
+        peer = self._peers.get(node_id)
+        return None if peer is None or peer.connection is None else peer.connection.facts.address
+
+    def contested(self, node_id: NodeId, boot: int, address: Address) -> None:
+        """Tell of a dial from an earlier boot than that of the latest link, unless events are waiting already."""
+        latest = self._peer(node_id).latest
+        if latest is not None and boot < latest.facts.standing.boot:
+            with suppress(trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+                self._events.send_nowait(LinkContested(node_id, boot, address))
 
     def establish(
         self,
@@ -301,6 +318,7 @@ class Pool:
             outbox=peer.outbox,
             settings=self._settings,
             owner=self,
+            clocks=self._clocks,
             events=self._events,
             first=first,
             predecessor=predecessor,

@@ -23,6 +23,7 @@ class LinkSettings:
     write_stall_s: float = 15.0
     ping_interval_s: float = 5.0
     missed_pings_max: int = 2
+    clock_interval_s: float = 300.0
     link_idle_s: float = 120.0
     close_s: float = 1.0
 

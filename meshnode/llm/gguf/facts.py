@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from meshnode.llm.gguf.header import Array
-from meshnode.llm.gguf.rules import Rule, cut_period, rule_of, never, window_layers
+from meshnode.llm.gguf.rules import Rule, cut_period, cuts_of, never, rule_of, window_layers
 from meshnode.llm.gguf.slicing import EVERYWHERE, INPUT
 from meshnode.llm.gguf.tensor_types import TENSOR_TYPES
 from meshnode.llm.gguf.weights import VOCABULARY_MAX, Placed, Weights
@@ -80,7 +80,8 @@ def shape_of(weights: Weights, *, digest: str = "", name: str = "") -> ModelShap
     embedding = sum(_bytes(placed) for name, placed in weights.shared.items() if name in INPUT)
     everywhere = sum(_bytes(placed) for name, placed in weights.shared.items() if name in EVERYWHERE)
     rest = sum(map(_bytes, weights.shared.values())) - embedding - everywhere
-    tied = "output.weight" not in weights.shared
+    head = weights.shared.get("token_embd.weight")
+    tied = _bytes(head) if head is not None and "output.weight" not in weights.shared else 0
     windows = window_tokens(weights, rule)
     return ModelShape(
         digest=digest,
@@ -93,12 +94,12 @@ def shape_of(weights: Weights, *, digest: str = "", name: str = "") -> ModelShap
         layer_bytes=tuple(sum(map(_bytes, block.values())) for block in weights.blocks),
         kv_bytes_per_token=_kv_bytes(weights, width, windows),
         embed_bytes=embedding,
-        output_bytes=rest + (_bytes(weights.shared["token_embd.weight"]) if tied and embedding else 0),
+        output_bytes=rest + tied,
         cuts=cuts,
         uncut_reason=reason,
         state_bytes=_state_bytes(weights),
         shared_bytes=everywhere,
-        tied=tied,
+        tied_bytes=tied,
         window_tokens=windows,
         layer_input=isinstance(rule, Rule) and rule.layer_input,
         parameters=sum(_elements(placed) for home in (weights.shared, *weights.blocks) for placed in home.values()),
@@ -137,8 +138,8 @@ def _cuts(weights: Weights, rule: Rule | str) -> tuple[tuple[int, ...], str]:
     refusal = never(weights, rule)
     if refusal is not None:
         return (), refusal
+    cuts = cuts_of(weights, rule)
     period = cut_period(weights, rule)
-    cuts = tuple(range(period, weights.layers, period))
     return cuts, "" if cuts else f"its {weights.layers} layers repeat with a period of {period} and cannot be cut"
 
 

@@ -71,6 +71,17 @@ class VirtualFile:
             if isinstance(piece, Copy):
                 yield Needed(end - piece.length, piece.part, piece.offset, piece.length)
 
+    def held(self, part: int, offset: int) -> tuple[int, int] | None:
+        """Where byte `offset` of the model's file `part` lies in this one, and how many of its followers come with it.
+
+        So a node that holds a slice can give others bytes of the model. None when it does not hold that byte.
+        """
+        for need in self.needed():
+            if need.part == part and need.offset <= offset < need.offset + need.length:
+                skip = offset - need.offset
+                return need.at + skip, need.length - skip
+        return None
+
     def bytes_needed(self) -> int:
         """How many bytes must come from the model's files."""
         return sum(need.length for need in self.needed())

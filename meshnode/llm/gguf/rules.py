@@ -144,6 +144,19 @@ def never(weights: Weights, rule: Rule) -> str | None:
     return f"{weights.architecture} of {weights.layers} layers computes with a constant that follows from their number"
 
 
+def cuts_of(weights: Weights, rule: Rule) -> tuple[int, ...]:
+    """Where the model may be cut, so that whichever of the cuts are chosen no stage is refused."""
+    if never(weights, rule) is not None:
+        return ()
+    period = cut_period(weights, rule)
+    cuts = range(period, weights.layers, period)
+    windows = window_layers(weights, rule.window) if rule.window is not None else ()
+    if not any(windows):
+        return tuple(cuts)
+    # Every stage begins with a layer that has a window, or is the first and goes on until there is one.
+    return tuple(cut for cut in cuts if windows[cut] and any(windows[:cut]))
+
+
 def why_not(weights: Weights, rule: Rule, first: int, last: int) -> str | None:
     """Why layers `first` up to, not including, `last` cannot be a stage; None when they can."""
     whole = weights.layers
@@ -155,4 +168,9 @@ def why_not(weights: Weights, rule: Rule, first: int, last: int) -> str | None:
     for edge in (first, last):
         if edge % period and edge != whole:
             return f"{weights.architecture} can be cut at multiples of {period} layers only, not at {edge}"
+    windows = window_layers(weights, rule.window) if rule.window is not None else ()
+    if any(windows) and not any(windows[first:last]):
+        return (
+            f"layers {first} to {last} all see the whole context: llama.cpp wants a layer with a window in every stage"
+        )
     return never(weights, rule)

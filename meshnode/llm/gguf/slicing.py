@@ -40,11 +40,15 @@ NOT_PER_LAYER: Final = frozenset({"rope.dimension_sections"})
 
 
 class Slice(msgspec.Struct, frozen=True):
-    """Layers `first` up to, not including, `last`, as a file. `tail`: whether a block of zeros follows them."""
+    """Layers `first` up to, not including, `last`, as a file. `tail`: whether a block of zeros follows them.
+
+    The first `head_bytes` are the new header: whoever has the model's header can read them, without asking anybody.
+    """
 
     first: int
     last: int
     tail: bool
+    head_bytes: int
     file: VirtualFile
 
 
@@ -71,11 +75,13 @@ def slice_layers(weights: Weights, first: int, last: int, *, tail: bool = False)
         raise GgufError(refusal)
     fields = list(_fields(weights, rule, first, last, tail))
     entries = [*_shared(weights, rule, first, last), *_blocks(weights, first, last, tail)]
-    return Slice(first, last, tail, VirtualFile(list(_laid_out(weights, fields, entries))))
-
-
-def _laid_out(weights: Weights, fields: list[Copy | Literal], entries: list[_Entry]) -> Iterator[Piece]:
     alignment = weights.headers[0].alignment
+    head = list(_head_of(fields, entries, alignment))
+    body = [piece for entry in entries for piece in (entry.body, Zeros(-entry.body.length % alignment))]
+    return Slice(first, last, tail, sum(piece.length for piece in head), VirtualFile([*head, *body]))
+
+
+def _head_of(fields: list[Copy | Literal], entries: list[_Entry], alignment: int) -> Iterator[Piece]:
     infos, offset = [], 0
     for entry in entries:
         infos.append(
@@ -86,9 +92,6 @@ def _laid_out(weights: Weights, fields: list[Copy | Literal], entries: list[_Ent
     head.append(Literal(b"".join(infos)))
     yield from head
     yield Zeros(-sum(piece.length for piece in head) % alignment)
-    for entry in entries:
-        yield entry.body
-        yield Zeros(-entry.body.length % alignment)
 
 
 def _fields(weights: Weights, rule: Rule, first: int, last: int, tail: bool) -> Iterator[Copy | Literal]:

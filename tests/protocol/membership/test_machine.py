@@ -12,7 +12,9 @@ from protocol.membership.events import (
     AddressesChanged,
     ContactFound,
     Depart,
+    IdentityFreed,
     IdentityInUse,
+    IdentityUncontested,
     PeerDown,
     PeerLeft,
     PeerUp,
@@ -20,8 +22,10 @@ from protocol.membership.events import (
 )
 from protocol.membership.machine import CONTACT_RETRY_MAX_S
 from protocol.membership.parameters import LAN
+from protocol.membership.state import TUNNEL
+from protocol.membership.twins import UNCONTESTED_S
 from protocol.membership.view import addresses_of
-from protocol.wire.messages import Alive, Gossip, Leaving, Ping, ViewOffer, ViewReply
+from protocol.wire.messages import Ack, Alive, Gossip, Leaving, Ping, ViewOffer, ViewReply
 from tests.protocol.membership.parts import STEADY, Subject
 from tests.support.hub import BOOT, Mesh, address_of, events, evicted, links, of_kind, sends
 
@@ -196,8 +200,54 @@ def test_a_node_that_learns_of_its_own_eviction_goes_on_without_harm() -> None:
 
 def test_somebody_with_this_nodes_key_is_reported() -> None:
     subject = Subject(3)
-    assert events(subject.told(subject.mesh.alive(0, boot=BOOT + 5)), IdentityInUse) == [IdentityInUse(BOOT + 5)]
+    told = events(subject.told(subject.mesh.alive(0, boot=BOOT + 5)), IdentityInUse)
+    assert told == [IdentityInUse(BOOT + 5, (address_of(0),))]
     assert subject.told(subject.mesh.alive(0, boot=BOOT - 5)) == []
+
+
+def test_the_key_is_free_when_nobody_has_the_twin_two_rounds_in_a_row() -> None:
+    subject = Subject(3)
+    subject.know(1, 2)
+    newer, mine = subject.mesh.alive(0, boot=BOOT + 5).blob, bytes(subject.mesh.roster.short(subject.mesh.id(0)))
+    subject.told(subject.mesh.alive(0, boot=BOOT + 5))
+    subject.fire("twin")
+    asked = links(subject.fire("twin"), ViewOffer)
+    assert {subject.mesh.number(to) for to, _ in asked} == {1, 2}
+    # One has nobody under this key, the other still has the twin: it lives.
+    for _ in range(4):
+        subject.linked(1, ViewReply([], [mine]))
+        subject.linked(2, ViewReply([newer], [mine]))
+        assert events(subject.fire("twin"), IdentityFreed) == []
+    # Nobody answers: that says nothing.
+    for _ in range(4):
+        assert events(subject.fire("twin"), IdentityFreed) == []
+    subject.linked(1, ViewReply([], [mine]))
+    assert events(subject.fire("twin"), IdentityFreed) == []
+    subject.linked(2, ViewReply([], [mine]))
+    assert events(subject.fire("twin"), IdentityFreed) == [IdentityFreed(BOOT + 5)]
+    assert ("membership", "twin") not in subject.timers
+
+
+def test_this_node_does_not_answer_for_its_twin() -> None:
+    """A member whose datagrams to the twin stay unanswered tries the link, and that leads here."""
+    subject = Subject(3)
+    subject.know(1, 2)
+    assert sends(subject.packet(1, Ping(1, 0), source=TUNNEL), Ack) != []
+    subject.told(subject.mesh.alive(0, boot=BOOT + 5))
+    assert sends(subject.packet(1, Ping(2, 0), source=TUNNEL), Ack) == []
+
+
+def test_a_refused_link_counts_as_a_twin_until_members_answer_this_boot() -> None:
+    subject = Subject(3)
+    subject.know(1, 2)
+    subject.give(LinkLost(subject.mesh.id(1), "refused", "conflict"))
+    assert ("membership", "twin") in subject.timers
+    effects = subject.run(UNCONTESTED_S / 2)
+    ping = next(message for _, message, _ in sends(effects, Ping))
+    assert events(subject.packet(1, Ack(ping.probe, 0)), IdentityUncontested) == []
+    subject.run(UNCONTESTED_S)
+    assert events(subject.packet(1, Ack(ping.probe, 0)), IdentityUncontested) == [IdentityUncontested()]
+    assert ("membership", "twin") not in subject.timers
 
 
 def test_an_isolated_node_takes_the_others_for_gone_and_tells_nobody() -> None:

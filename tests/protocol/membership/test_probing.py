@@ -6,9 +6,9 @@ import pytest
 
 from protocol.effects import TimerFired
 from protocol.ids import Address
-from protocol.membership.events import PeerDown, PeerMeasured, PeerSuspected, Stalled
+from protocol.membership.events import DatagramsPass, PeerDown, PeerMeasured, PeerSuspected, Stalled
 from protocol.membership.parameters import LAN, parameters
-from protocol.membership.probing import LATE_S, RELAYS_MAX, UDP_RETRY_S
+from protocol.membership.probing import LATE_S, RELAYS_MAX, UDP_RETRY_MIN_S, UDP_RETRY_S
 from protocol.membership.state import TUNNEL
 from protocol.wire.messages import Accusation, Ack, Gossip, Nack, Ping, PingRequest, Relayed
 from tests.protocol.membership.parts import STEADY, Subject
@@ -323,7 +323,30 @@ def test_an_answer_over_the_link_makes_a_tunnel_and_one_by_udp_ends_it() -> None
     subject.now += UDP_RETRY_S
     number, effects = subject.start_probe(1)
     assert {address for to, _, address in sends(effects, Ping) if to == peer} == {None, address_of(1)}
-    subject.packet(1, Ack(number, subject.digest))
+    effects = subject.packet(1, Ack(number, subject.digest))
+    assert events(effects, DatagramsPass) == [DatagramsPass(peer)]
+    assert subject.machine.route(peer) == address_of(1)
+
+
+def test_udp_is_tried_at_once_when_the_peers_datagrams_arrive_again() -> None:
+    subject = Subject(3)
+    subject.know(1, 2)
+    peer = subject.mesh.id(1)
+    number, _ = subject.start_probe(1)
+    subject.fire("stage", number)
+    subject.fire("stage", number)
+    subject.packet(1, Ack(number, subject.digest), source=TUNNEL)
+    assert subject.machine.route(peer) == TUNNEL
+    # Not at every datagram: where only one direction is blocked, they go on to arrive.
+    assert sends(subject.packet(1, Nack(7)), Ping) == []
+    subject.now += UDP_RETRY_MIN_S
+    sent = sends(subject.packet(1, Nack(7)), Ping)
+    tried = [ping for to, ping, address in sent if (to, address) == (peer, address_of(1))]
+    assert tried
+    subject.now += UDP_RETRY_MIN_S / 2
+    assert sends(subject.packet(1, Nack(7)), Ping) == []
+    effects = subject.packet(1, Ack(tried[0].probe, subject.digest))
+    assert events(effects, DatagramsPass) == [DatagramsPass(peer)]
     assert subject.machine.route(peer) == address_of(1)
 
 

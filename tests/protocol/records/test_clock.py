@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from protocol.effects import LinkReceived, SendLink
 from protocol.records.clock import HybridClock, hlc_at, wall_of
 from protocol.records.collection import Collection
-from protocol.records.events import ClockContradicted, DeleteRecord, RecordChanged, RecordHeld, RecordsParams
+from protocol.records.events import (
+    ClockAgrees,
+    ClockContradicted,
+    DeleteRecord,
+    RecordChanged,
+    RecordHeld,
+    RecordsParams,
+)
 from protocol.records.messages import RecordGrant, RecordPush, RecordTransfer
 from protocol.records.record import Record, key_hasher, pack_hash
 from tests.protocol.records.test_judge import record
@@ -117,8 +124,10 @@ def test_a_clock_that_jumps_to_2040_does_not_win() -> None:
     assert contradicted.ahead_s == pytest.approx(YEARS, abs=100)
     # Its own unseen write is still there for its readers, and the next write replaces it everywhere.
     assert value(wrong, b"other") == b"also from 2040"
+    assert not wrong.events(ClockAgrees)
     world.put(wrong, b"other", b"now")
     world.run(5)
+    assert len(wrong.events(ClockAgrees)) == 1, "nothing here is from the future any more"
     assert [value(machine, b"other") for machine in world.machines.values()] == [b"now"] * 3
     assert world.agree()
 
@@ -201,3 +210,21 @@ def test_what_a_wrong_clock_wrote_is_not_handed_out_even_when_asked_for() -> Non
     )
     (grant,) = [effect.message for effect in effects if isinstance(effect, SendLink)]
     assert grant == RecordGrant(1, [], 1, 0)
+
+
+def test_a_clock_that_was_behind_and_is_set_agrees_again() -> None:
+    """It took records, then lost years at a restart without a battery: the records look to it as from the future."""
+    world = World([Collection("things")], count=2)
+    world.start()
+    world.put(world[0], b"k", b"v")
+    world.run(5)
+    world[0].offset = -YEARS
+    world.run(5)
+    assert world[0].events(ClockContradicted)
+    assert not world[0].events(ClockAgrees)
+    world[0].offset = 0.0
+    world.run(15)
+    assert len(world[0].events(ClockAgrees)) == 1
+    contradicted = len(world[0].events(ClockContradicted))
+    world.run(30)
+    assert len(world[0].events(ClockContradicted)) == contradicted

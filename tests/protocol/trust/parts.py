@@ -5,7 +5,7 @@ import hashlib
 from nacl.signing import SigningKey
 
 from protocol.ids import MeshId, NodeId, mesh_id_bytes, mesh_id_of, node_id_of
-from protocol.trust.statements import admission, eviction, seal
+from protocol.trust.statements import admission, eviction, seal, withdrawal
 from protocol.trust.view import Role
 from protocol.wire.crypto import SodiumSuite
 
@@ -43,6 +43,10 @@ class Root:
             public_key=public_key(label), name=name or label, role=role, admitted_at=at, by=node("founder")
         )
         return seal(made, self)
+
+    def withdraw(self, label: str, *, at: int = 1_500) -> bytes:
+        """A sealed withdrawal."""
+        return seal(withdrawal(node_id=node(label), withdrawn_at=at, by=node("founder")), self)
 
     def evict(self, label: str, *, at: int = 2_000, reason: str = "lost") -> bytes:
         """A sealed eviction."""

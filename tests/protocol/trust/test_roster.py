@@ -1,5 +1,6 @@
 """The roster: the same from any order of statements; evictions win for good; names are labels."""
 
+import itertools
 import random
 from itertools import permutations
 
@@ -85,6 +86,21 @@ def test_members_are_the_same_object_until_the_roster_changes() -> None:
     assert roster.members() is before
     roster.apply(ROOT.admit("b"))
     assert roster.members() is not before
+
+
+def test_a_withdrawn_admission_may_be_given_again() -> None:
+    admitted, withdrawn, again = ROOT.admit("a", at=1), ROOT.withdraw("a", at=2), ROOT.admit("a", at=3)
+    for order in itertools.permutations([admitted, withdrawn]):
+        roster = make(*order)
+        assert node("a") not in roster
+        assert roster.standing(public_key("a")) == "stranger"
+        assert roster.refusal(public_key("a")) is None
+        assert roster.evictions() == []
+    for order in itertools.permutations([admitted, withdrawn, again]):
+        assert node("a") in make(*order)
+    # Nothing brings an evicted one back.
+    roster = make(ROOT.evict("a", at=1), withdrawn, again)
+    assert roster.standing(public_key("a")) == "evicted"
 
 
 def test_an_eviction_is_for_good() -> None:

@@ -62,7 +62,8 @@ def join_failed(failures: Sequence[Failure]) -> MeshError:
         reasons = f"{failures[0].address}: {failures[0].reason}"
     else:
         reasons = "No machine let this one in. " + "; ".join(f"{one.address}: {one.reason}" for one in failures)
-    message = f"{reasons.rstrip('.')}. {_ADVICE.get(code, '')}".strip()
+    ended = reasons if reasons.endswith("?") else reasons.rstrip(".") + "."
+    message = f"{ended} {_ADVICE.get(code, '')}".strip()
     return MeshError(
         code,
         message,

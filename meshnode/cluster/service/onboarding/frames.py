@@ -1,7 +1,9 @@
 """Join frames on a trio stream: a 4-byte length, then that many bytes; refused by the length, before buffering.
 
-What is inside is protocol.trust.join's business; deadlines are the caller's.
+What is inside is protocol.trust.join's business; other deadlines than that of one frame are the caller's.
 """
+
+import math
 
 import trio
 
@@ -23,8 +25,10 @@ class JoinStreamError(MeshError):
 class JoinFrames:
     """Reads and writes whole frames. A stream that ends or breaks raises JoinStreamError."""
 
-    def __init__(self, stream: trio.abc.Stream, *, frame_bytes_max: int) -> None:
+    def __init__(self, stream: trio.abc.Stream, *, frame_bytes_max: int, receive_s: float = math.inf) -> None:
+        """`receive_s`: how long a whole frame may take; then it counts as a stream that broke."""
         self._stream = stream
+        self._receive_s = receive_s
         self._frame_bytes_max = frame_bytes_max
         self._buffer = bytearray()
 
@@ -37,6 +41,11 @@ class JoinFrames:
 
     async def receive(self) -> bytes:
         """The body of the next frame. Raises MeshError(FRAME_TOO_LARGE) by its length alone."""
+        with trio.move_on_after(self._receive_s):
+            return await self._frame()
+        raise JoinStreamError
+
+    async def _frame(self) -> bytes:
         header = await self._exactly(JOIN_FRAME_HEADER_BYTES)
         size = int.from_bytes(header, "big")
         if size > self._frame_bytes_max:

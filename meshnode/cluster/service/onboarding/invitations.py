@@ -1,7 +1,7 @@
 """The invitations this node gave out: made, listed, revoked, and redeemed exactly once.
 
-Whether an invitation counts is decided in SQL, in the one UPDATE that redeems it: however many joiners come at once,
-the database lets one through. It leaves the handshake to `issuer` and the port to `listener`.
+Whether an invitation counts is decided in the store, by the one UPDATE that redeems it: however many joiners come at
+once, the database lets one through. It leaves the handshake to `issuer` and the port to `listener`.
 
 Expiry trusts no clock alone. Within one run of the agent the monotonic clock decides, so setting the wall clock back
 revives nothing; the wall clock may end an invitation early, never prolong it (it counts the hours of a suspended
@@ -10,24 +10,22 @@ than it is now.
 """
 
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol, cast
+from typing import Literal, Protocol
 
-import apsw
 import trio
 
-from meshnode.kernel.database import Database
+from meshnode.cluster.model import INVITATION_TTL_S_MAX, INVITATION_TTL_S_MIN
+from meshnode.cluster.store.invitations import (
+    INVITATIONS_OPEN_MAX,
+    WRONG_PROOFS_MAX,
+    InvitationStore,
+    Moment,
+    StoredInvitation,
+)
 from meshnode.kernel.errors import ErrorCode, MeshError
 from protocol.ids import NodeId
 from protocol.trust.join_url import token_text
 from protocol.trust.view import Role
-
-WRONG_PROOFS_MAX: Final = 5
-INVITATIONS_OPEN_MAX: Final = 64
-TTL_S_MIN: Final = 1.0
-TTL_S_MAX: Final = 7 * 86_400.0
-KEPT_AFTER_END_S: Final = 7 * 86_400.0
-CLOCK_SLACK_S: Final = 5.0
-"""So far may the wall clock be set back by ordinary time keeping without counting as set back."""
 
 InvitationState = Literal["open", "redeemed", "expired", "revoked", "burnt"]
 
@@ -66,130 +64,64 @@ class Invitation:
         return token_text(self.token_id)
 
 
-# What must hold for an invitation to count, in the order in which a refusal names it. The parameters are those of
-# `_times`. A redeemed one still counts for the machine that redeemed it: its answer may have been lost on the way.
-_NOT_EXPIRED: Final = """
-    expires_wall > :wall AND CASE WHEN run = :run THEN expires_monotonic > :now
-    ELSE created_wall <= :wall + :slack
-        AND (SELECT highest_wall FROM cluster_invitation_clock) <= :wall + :slack END
-"""
-_COUNTS: Final = f"revoked_wall IS NULL AND wrong_proofs < :wrong_max AND {_NOT_EXPIRED}"
-
-_COLUMNS: Final = f"""
-    token_id, role, created_by, created_wall, expires_wall, wrong_proofs, revoked_wall, redeemed_by, redeemed_name,
-    verifier, ({_NOT_EXPIRED}) AS valid,
-    CASE WHEN run = :run THEN min(expires_monotonic - :now, expires_wall - :wall) ELSE expires_wall - :wall END AS rest
-"""
-
-
 class Invitations:
-    """The table cluster_invitations, and the news that it changed."""
+    """This node's invitations, and the news that they changed."""
 
-    def __init__(self, database: Database, clock: Clock, *, run: str) -> None:
+    def __init__(self, store: InvitationStore, clock: Clock, *, run: str) -> None:
         """`run` names this run of the agent (its boot epoch will do): monotonic times hold within it only."""
-        self._database = database
+        self._store = store
         self._clock = clock
         self._run = run
         self._changed = trio.Event()
 
     async def create(self, *, token_id: bytes, verifier: bytes, role: Role, by: NodeId, ttl_s: float) -> Invitation:
         """Store a new invitation. Raises MeshError: BAD_REQUEST for a ttl out of bounds, CONFLICT if too many exist."""
-        if not TTL_S_MIN <= ttl_s <= TTL_S_MAX:
-            raise MeshError(
-                ErrorCode.BAD_REQUEST,
-                f"An invitation is valid for {TTL_S_MIN:.0f} s to {TTL_S_MAX / 86_400:.0f} days. Ask for such a time.",
-            )
-        times = self._times()
-
-        def insert(connection: apsw.Connection) -> bool:
-            _note_wall(connection, times)
-            connection.execute(
-                "DELETE FROM cluster_invitations WHERE expires_wall < :wall - :kept",
-                {"wall": times["wall"], "kept": KEPT_AFTER_END_S},
-            )
-            open_now = f"SELECT count(*) FROM cluster_invitations WHERE redeemed_by IS NULL AND {_COUNTS}"
-            if connection.execute(open_now, times).get >= INVITATIONS_OPEN_MAX:
-                return False
-            connection.execute(
-                "INSERT INTO cluster_invitations (token_id, verifier, role, created_by, created_wall, expires_wall,"
-                " run, expires_monotonic) "
-                "VALUES (:token, :verifier, :role, :by, :wall, :wall + :ttl, :run, :now + :ttl)",
-                {**times, "token": token_id, "verifier": verifier, "role": role, "by": by, "ttl": ttl_s},
-            )
-            return True
-
-        if not await self._database.write(insert):
+        check_ttl(ttl_s)
+        made = await self._store.insert(
+            self._now(), token_id=token_id, verifier=verifier, role=role, by=by, ttl_s=ttl_s
+        )
+        if not made:
             raise MeshError(
                 ErrorCode.CONFLICT,
                 f"{INVITATIONS_OPEN_MAX} invitations are open already. Revoke some, or wait until they expire.",
             )
         self._announce()
-        return self._require(token_id)
+        found = self.find(token_id)
+        assert found is not None, "an invitation that was stored is gone"
+        return found
 
     async def redeem(self, token_id: bytes, node_id: NodeId, name: str) -> Role:
         """Use the invitation up for this machine and return the role it gives; again for the same machine: the same.
 
         Raises MeshError TOKEN_INVALID (unknown, revoked or burnt), TOKEN_USED or TOKEN_EXPIRED; nothing changed then.
         """
-        times = self._times()
-
-        def update(connection: apsw.Connection) -> str | None:
-            _note_wall(connection, times)
-            statement = f"""
-                UPDATE cluster_invitations
-                SET redeemed_by = :node, redeemed_name = :name, redeemed_wall = coalesce(redeemed_wall, :wall)
-                WHERE token_id = :token AND (redeemed_by IS NULL OR redeemed_by = :node) AND {_COUNTS}
-                RETURNING role
-            """
-            values = {**times, "token": token_id, "node": node_id, "name": name}
-            return cast("str | None", connection.execute(statement, values).get)
-
-        role = await self._database.write(update)
+        role = await self._store.redeem(self._now(), token_id, node_id, name)
         if role is None:
             raise self.refusal(token_id, node_id)
         self._announce()
-        return cast(Role, role)
+        return role
 
     async def count_wrong_proof(self, token_id: bytes) -> int:
         """Somebody knew the token id and not the secret. Returns how often so far; at WRONG_PROOFS_MAX it is burnt."""
-        times = self._times()
-
-        def update(connection: apsw.Connection) -> int:
-            _note_wall(connection, times)
-            statement = """
-                UPDATE cluster_invitations SET wrong_proofs = wrong_proofs + 1 WHERE token_id = ?
-                RETURNING wrong_proofs
-            """
-            return cast(int, connection.execute(statement, (token_id,)).get or 0)
-
-        count = await self._database.write(update)
+        count = await self._store.count_wrong_proof(self._now(), token_id)
         self._announce()
         return count
 
     async def revoke(self, token_id: bytes) -> bool:
         """End an invitation; what it let in stays in. False: there is none with this id that still counts."""
-        times = self._times()
-
-        def update(connection: apsw.Connection) -> bool:
-            statement = f"""
-                UPDATE cluster_invitations SET revoked_wall = :wall
-                WHERE token_id = :token AND redeemed_by IS NULL AND {_COUNTS} RETURNING 1
-            """
-            return connection.execute(statement, {**times, "token": token_id}).get is not None
-
-        revoked = await self._database.write(update)
+        revoked = await self._store.revoke(self._now(), token_id)
         if revoked:
             self._announce()
         return revoked
 
     def find(self, token_id: bytes) -> Invitation | None:
         """The invitation with this id, in whatever state, or None."""
-        found = self._select("WHERE token_id = :token", token=token_id)
-        return found[0] if found else None
+        found = self._store.find(self._now(), token_id)
+        return None if found is None else _invitation(found)
 
     def list_all(self) -> list[Invitation]:
         """All that are remembered, the newest first."""
-        return self._select("ORDER BY created_wall DESC, token_id")
+        return [_invitation(one) for one in self._store.list_all(self._now())]
 
     def refusal(self, token_id: bytes, node_id: NodeId | None = None) -> MeshError:
         """Why this invitation does not count for this machine (None: for any), as the error to tell it."""
@@ -231,57 +163,41 @@ class Invitations:
         self._changed.set()
         self._changed = trio.Event()
 
-    def _require(self, token_id: bytes) -> Invitation:
-        found = self.find(token_id)
-        assert found is not None, "an invitation that was stored is gone"
-        return found
-
-    def _times(self) -> dict[str, str | float]:
-        return {
-            "now": self._clock.now(),
-            "wall": self._clock.wall(),
-            "run": self._run,
-            "slack": CLOCK_SLACK_S,
-            "wrong_max": WRONG_PROOFS_MAX,
-        }
-
-    def _select(self, tail: str, **values: bytes) -> list[Invitation]:
-        parameters = {**self._times(), **values}
-
-        def select(connection: apsw.Connection) -> list[Invitation]:
-            rows = connection.execute(f"SELECT {_COLUMNS} FROM cluster_invitations {tail}", parameters).fetchall()
-            return [_invitation(row) for row in rows]
-
-        return self._database.read(select)
+    def _now(self) -> Moment:
+        return Moment(self._clock.now(), self._clock.wall(), self._run)
 
 
-def _note_wall(connection: apsw.Connection, times: dict[str, str | float]) -> None:
-    connection.execute(
-        "UPDATE cluster_invitation_clock SET highest_wall = :wall WHERE highest_wall < :wall", {"wall": times["wall"]}
-    )
+def check_ttl(ttl_s: float) -> None:
+    """Raises MeshError BAD_REQUEST unless an invitation may be valid for so many seconds (not for NaN either)."""
+    if not INVITATION_TTL_S_MIN <= ttl_s <= INVITATION_TTL_S_MAX:
+        raise MeshError(
+            ErrorCode.BAD_REQUEST,
+            f"An invitation is valid for {INVITATION_TTL_S_MIN:.0f} seconds to {INVITATION_TTL_S_MAX / 86_400:.0f} "
+            f"days, not for {ttl_s:g} s. Ask for such a time.",
+            detail={"ttl_s_min": INVITATION_TTL_S_MIN, "ttl_s_max": INVITATION_TTL_S_MAX},
+        )
 
 
-def _invitation(row: tuple[object, ...]) -> Invitation:
-    token, role, by, created, expires, wrong, revoked, redeemed_by, redeemed_name, verifier, valid, rest = row
+def _invitation(stored: StoredInvitation) -> Invitation:
     state: InvitationState
-    if revoked is not None:
+    if stored.is_revoked:
         state = "revoked"
-    elif cast(int, wrong) >= WRONG_PROOFS_MAX:
+    elif stored.wrong_proofs >= WRONG_PROOFS_MAX:
         state = "burnt"
-    elif redeemed_by is not None:
+    elif stored.redeemed_by is not None:
         state = "redeemed"
     else:
-        state = "open" if valid else "expired"
+        state = "open" if stored.is_valid else "expired"
     return Invitation(
-        token_id=cast(bytes, token),
-        role=cast(Role, role),
-        created_by=NodeId(cast(str, by)),
-        created_at=cast(float, created),
-        expires_at=cast(float, expires),
+        token_id=stored.token_id,
+        role=stored.role,
+        created_by=stored.created_by,
+        created_at=stored.created_at,
+        expires_at=stored.expires_at,
         state=state,
-        wrong_proofs=cast(int, wrong),
-        redeemed_by=None if redeemed_by is None else NodeId(cast(str, redeemed_by)),
-        redeemed_name=cast("str | None", redeemed_name),
-        verifier=cast(bytes, verifier),
-        remaining_s=cast(float, rest) if valid and revoked is None else 0.0,
+        wrong_proofs=stored.wrong_proofs,
+        redeemed_by=stored.redeemed_by,
+        redeemed_name=stored.redeemed_name,
+        verifier=stored.verifier,
+        remaining_s=stored.rest_s if stored.is_valid and not stored.is_revoked else 0.0,
     )

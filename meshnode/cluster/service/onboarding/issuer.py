@@ -92,7 +92,7 @@ class IssuerIdentity:
 
     node_id: NodeId
     public_key: bytes
-    name: str
+    name: Callable[[], str]
     leaf: bytes
     root_certificate: bytes
     root_public_key: bytes
@@ -161,7 +161,7 @@ class Issuer:
         )
         proof = transcript.issuer_proof(invitation.verifier)
         await frames.send(
-            Terms(ROLE_CODES[invitation.role], transcript.issuer_nonce, proof, self._me.name),
+            Terms(ROLE_CODES[invitation.role], transcript.issuer_nonce, proof, self._me.name()),
         )
         claim = await _expect(frames, Claim)
         await self._check_claim(claim, transcript, invitation)

@@ -4,6 +4,7 @@ The first byte says which: 0x16 begins a TLS handshake, anything else is HTTP. H
 the limits; what is said is the business of `issuer` and `pages`.
 """
 
+import errno
 import math
 import ssl
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Final
 
 import trio
 
+from meshnode.cluster.service.notices import Notices
 from meshnode.cluster.service.onboarding.frames import JoinFrames
 from meshnode.cluster.service.onboarding.invitations import Invitations
 from meshnode.cluster.service.onboarding.issuer import Issuer
@@ -22,9 +24,11 @@ from meshnode.cluster.service.onboarding.pages import REQUEST_BYTES_MAX, Landing
 from meshnode.cluster.service.onboarding.rates import Places, Rate, SourceRates, source_of
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.logs import Logger
+from meshnode.kernel.ports import port_taken
 from protocol.trust.join import JOIN_REQUEST_BYTES_MAX
 
 _TLS_HANDSHAKE: Final = 0x16
+NOTICE: Final = "onboarding"
 
 # What somebody who guesses meets. Coming late with a good URL is no offence, however many do.
 _SUSPICIOUS: Final = frozenset(
@@ -37,15 +41,19 @@ class ListenerLimits:
     """What a stranger on the network can make this node hold and do. Times in seconds."""
 
     connections_max: int = 32
-    connections_per_source_max: int = 24
-    connections_waiting_max: int = 160  # those that have a place included
+    connections_per_source_max: int = 8
+    connections_waiting_max: int = 512  # those that have a place included
+    connections_waiting_per_source_max: int = 128
     waiting_s: float = 10.0
     first_byte_s: float = 5.0
+    handshake_s: float = 5.0
+    request_s: float = 5.0  # for each of the two things that a joiner says
     http_s: float = 10.0
-    join_s: float = 30.0
+    join_s: float = 30.0  # the whole of it: an admin may have to be asked
     connection_rate: Rate = field(default=Rate(burst=160, per_s=32))
     refusal_rate: Rate = field(default=Rate(burst=20, per_s=1 / 3))
     retry_open_s: float = 2.0
+    recheck_s: float = 10.0  # while the port is taken and nobody is invited
 
 
 class OnboardingListener:
@@ -62,9 +70,11 @@ class OnboardingListener:
         invitations: Invitations,
         log: Logger,
         limits: ListenerLimits | None = None,
+        notices: Notices,
         now: Callable[[], float] = trio.current_time,
     ) -> None:
         """`host` empty: all addresses of this machine; `port` 0: any free one. Binds nothing yet."""
+        self._notices = notices
         self._host = host
         self._port = port
         self._context = context
@@ -75,7 +85,12 @@ class OnboardingListener:
         self._limits = limits or ListenerLimits()
         self._connections = SourceRates(now, self._limits.connection_rate)
         self._refusals = SourceRates(now, self._limits.refusal_rate)
-        self._places = Places(self._limits.connections_max, self._limits.connections_per_source_max)
+        self._places = Places(
+            self._limits.connections_max,
+            self._limits.connections_per_source_max,
+            asking_max=self._limits.connections_waiting_max,
+            asking_per_source_max=self._limits.connections_waiting_per_source_max,
+        )
         self._bound_port: int | None = None
         self._failure: MeshError | None = None
         self._news = trio.Event()
@@ -103,20 +118,39 @@ class OnboardingListener:
                 if self._invitations.listening_s() is None:
                     # What went wrong for an earlier invitation says nothing about the next one.
                     self._failure = None
-                    await changed.wait()
+                    with trio.move_on_after(math.inf if await self._could_open() else self._limits.recheck_s):
+                        await changed.wait()
                 else:
                     await self._listen_while_invited(handlers)
+
+    async def _could_open(self) -> bool:
+        """Whether the port is free, found out before anybody is invited: a person at `up` can still do something."""
+        try:
+            for listener in await self._open():
+                await listener.aclose()
+        except OSError as error:
+            self._complain(_cannot_open(self._host, self._port, error))
+            return False
+        self._notices.clear(NOTICE)
+        return True
+
+    def _complain(self, failure: MeshError) -> None:
+        if self._notices.put(NOTICE, f"nobody can be invited here: {failure.message}"):
+            self._log.warning("the onboarding port cannot be opened", port=self._port, why=failure.message)
 
     async def _listen_while_invited(self, handlers: trio.Nursery) -> None:
         try:
             listeners = await self._open()
         except OSError as error:
-            self._tell(None, _cannot_open(self._host, self._port, error))
+            failure = _cannot_open(self._host, self._port, error)
+            self._complain(failure)
+            self._tell(None, failure)
             with trio.move_on_after(self._limits.retry_open_s):
                 await self._invitations.changed().wait()
             return
         port = int(listeners[0].socket.getsockname()[1])
         self._tell(port, None)
+        self._notices.clear(NOTICE)
         self._log.info("the onboarding port is open", port=port)
         try:
             async with trio.open_nursery() as accepting:
@@ -160,7 +194,7 @@ class OnboardingListener:
         try:
             peer = stream.socket.getpeername()
             source = source_of(str(peer[0]))
-            if not self._connections.take(source) or self._places.asked >= self._limits.connections_waiting_max:
+            if not self._connections.take(source) or not self._places.has_room_for(source):
                 return
             with trio.move_on_after(self._limits.waiting_s) as waiting:
                 async with self._places.taken(source):
@@ -189,7 +223,11 @@ class OnboardingListener:
         refusal: ErrorCode | None = None
         with trio.move_on_after(self._limits.join_s):
             tls = trio.SSLStream(stream, self._context, server_side=True, https_compatible=True)
-            frames = JoinFrames(tls, frame_bytes_max=JOIN_REQUEST_BYTES_MAX)
+            with trio.move_on_after(self._limits.handshake_s) as handshake:
+                await tls.do_handshake()
+            if handshake.cancelled_caught:
+                return
+            frames = JoinFrames(tls, frame_bytes_max=JOIN_REQUEST_BYTES_MAX, receive_s=self._limits.request_s)
             refusal = await self._issuer.serve(frames, source=source, limited=limited)
             # Told to the other side, so that it can read what was sent last before the socket closes.
             await tls.aclose()
@@ -218,12 +256,14 @@ class OnboardingListener:
 
 
 def _cannot_open(host: str, port: int, error: OSError) -> MeshError:
-    cause = error.__cause__ or error
-    text = error.strerror or str(cause)
+    # Several address families may fail for several reasons, which trio wraps into one error.
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    if cause.errno == errno.EADDRINUSE:
+        return port_taken(host, port, "TCP", purpose="machines that join", option="--onboarding-port")
     return MeshError(
-        ErrorCode.PORT_IN_USE,
-        f"The onboarding port {port} cannot be opened on {host or 'this machine'} ({text}). Stop what uses it, or "
-        "choose another: --onboarding-port, or onboarding.port in the settings.",
+        ErrorCode.UNAVAILABLE,
+        f"The onboarding port {port} cannot be opened on {host or 'this machine'} ({cause.strerror or cause}). Choose "
+        "another with --onboarding-port, or another address with onboarding.host in the settings.",
         retryable=True,
         detail={"port": port},
     )

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 import trio
 
+from meshnode.cluster.service.notices import Notices
 from meshnode.cluster.service.onboarding.certificates import issuer_context
-from meshnode.cluster.service.onboarding.invitations import Clock, Invitation, Invitations
+from meshnode.cluster.service.onboarding.invitations import Invitation, Invitations
 from meshnode.cluster.service.onboarding.invite_text import join_command
 from meshnode.cluster.service.onboarding.issuer import Admitter, Issuer, IssuerIdentity, MeshFacts
 from meshnode.cluster.service.onboarding.listener import ListenerLimits, OnboardingListener
 from meshnode.cluster.service.onboarding.pages import LandingPages
-from meshnode.kernel.database import Database
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import NodeIdentity
 from meshnode.kernel.logs import Logger
@@ -33,8 +33,6 @@ from protocol.trust.join_url import (
     parse_token,
 )
 from protocol.trust.view import Role
-
-INSTALL_COMMAND = "pipx install meshnode"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +55,6 @@ class OnboardingSetup:
     host: str
     port: int
     ttl_s: float
-    run: str  # names this run of the agent; see Invitations
-    install_command: str = INSTALL_COMMAND
     limits: ListenerLimits = field(default_factory=ListenerLimits)
 
 
@@ -72,12 +68,13 @@ class Onboarding:
         identity: NodeIdentity,
         me: IssuerIdentity,
         addresses: Callable[[], Sequence[str]],
-        database: Database,
-        clock: Clock,
+        invitations: Invitations,
+        pages: LandingPages,
         admitter: Admitter,
         facts: MeshFacts,
         hidden: SecretSet,
         log: Logger,
+        notices: Notices,
         entropy: Callable[[int], bytes] = secrets.token_bytes,
     ) -> None:
         """`addresses`: the IP addresses at which others may reach this machine, the best first; asked at each invite.
@@ -89,17 +86,18 @@ class Onboarding:
         self._addresses = addresses
         self._hidden = hidden
         self._entropy = entropy
-        self._invitations = Invitations(database, clock, run=setup.run)
-        issuer = Issuer(me=me, invitations=self._invitations, admitter=admitter, facts=facts, log=log, entropy=entropy)
+        self._invitations = invitations
+        issuer = Issuer(me=me, invitations=invitations, admitter=admitter, facts=facts, log=log, entropy=entropy)
         self._listener = OnboardingListener(
             host=setup.host,
             port=setup.port,
             context=issuer_context(identity, me.leaf),
             issuer=issuer,
-            pages=LandingPages(invitations=self._invitations, inviter=me.name, install_command=setup.install_command),
-            invitations=self._invitations,
+            pages=pages,
+            invitations=invitations,
             log=log,
             limits=setup.limits,
+            notices=notices,
         )
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -110,11 +108,6 @@ class Onboarding:
     def port(self) -> int | None:
         """The onboarding port if it is open now."""
         return self._listener.port
-
-    @property
-    def store(self) -> Invitations:
-        """The invitations of this node."""
-        return self._invitations
 
     async def invite(self, *, role: Role = "member", ttl_s: float | None = None, by: NodeId | None = None) -> Invite:
         """Make an invitation and wait until the port is open for it. `by`: who asked, if not this node.
@@ -164,11 +157,17 @@ class Onboarding:
         try:
             token_id = parse_token(token)
         except JoinUrlError as error:
-            raise MeshError(ErrorCode.BAD_REQUEST, f"{token!r} is not the token of an invitation.") from error
+            raise MeshError(
+                ErrorCode.BAD_REQUEST,
+                f"{token!r} is no invitation's token; `meshnode invite --list` shows them",
+            ) from error
         revoked = await self._invitations.revoke(token_id)
         found = self._invitations.find(token_id)
         if found is None:
-            raise MeshError(ErrorCode.NOT_FOUND, f"No invitation {token} was made on this machine.")
+            raise MeshError(
+                ErrorCode.NOT_FOUND,
+                f"No invitation {token} was made on this machine. `meshnode invite --list` shows those that were.",
+            )
         if not revoked:
             raise MeshError(ErrorCode.CONFLICT, f"The invitation {token} counts no more: it is {found.state} already.")
         return found

@@ -6,7 +6,7 @@ the address behind `#`, which no request contains. Sockets, deadlines and rates 
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Final
@@ -22,6 +22,8 @@ _REQUEST_LINE: Final = re.compile(rb"([A-Z]{1,16}) (/[\x21-\x7e]{0,511}) HTTP/1\
 _HEADER: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}):[ \t]*([\x20-\x7e\x80-\xff\t]*)")
 _PLACE: Final = re.compile(r"\{\{ (\w+) \}\}")
 
+_TEXT: Final = "text/plain; charset=utf-8"
+_HTML: Final = "text/html; charset=utf-8"
 _ASSETS: Final[Mapping[str, tuple[str, str]]] = {
     "/join/assets/landing.js": ("landing.js", "text/javascript; charset=utf-8"),
     "/join/assets/landing.css": ("landing.css", "text/css; charset=utf-8"),
@@ -35,9 +37,13 @@ _REASONS: Final[Mapping[int, str]] = {
     429: "Too Many Requests",
     431: "Request Header Fields Too Large",
 }
+INSTALL_COMMAND: Final = "pipx install meshnode"
+CONTENT_SECURITY_POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
 _SECURITY_HEADERS: Final = (
-    "Content-Security-Policy: default-src 'none'; script-src 'self'; style-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'",
+    f"Content-Security-Policy: {CONTENT_SECURITY_POLICY}",
     "Referrer-Policy: no-referrer",
     "X-Content-Type-Options: nosniff",
     "X-Frame-Options: DENY",
@@ -78,11 +84,22 @@ def parse_request(head: bytes) -> HttpRequest | int:
     return HttpRequest(match[1].decode("ascii"), match[2].decode("ascii").partition("?")[0])
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What is shown for an address, without the words of any protocol."""
+
+    status: int
+    media_type: str
+    body: bytes
+
+
 class LandingPages:
     """Answers requests. Reads its files once, when it is made."""
 
-    def __init__(self, *, invitations: Invitations, inviter: str, install_command: str) -> None:
-        """`inviter` is this node's name; `install_command` is what installs meshnode on a machine that has pipx."""
+    def __init__(
+        self, *, invitations: Invitations, inviter: Callable[[], str], install_command: str = INSTALL_COMMAND
+    ) -> None:
+        """`inviter` tells this node's name; `install_command` is what installs meshnode on a machine that has pipx."""
         static = resources.files("meshnode.cluster.service.onboarding").joinpath("static")
         self._page = static.joinpath("landing.html").read_text(encoding="utf-8")
         self._gone = static.joinpath("gone.html").read_text(encoding="utf-8")
@@ -100,15 +117,17 @@ class LandingPages:
             return _plain(request, "This port answers only the address that 'meshnode invite' printed.")
         if request.method not in ("GET", "HEAD"):
             return _plain(405, "Only GET is answered here.", "Allow: GET, HEAD")
-        response = self._get(request.path)
+        page = self.page(request.path)
+        response = _response(page.status, page.body, page.media_type)
         return response if request.method == "GET" else response[: response.index(b"\r\n\r\n") + 4]
 
-    def _get(self, path: str) -> bytes:
+    def page(self, path: str) -> Page:
+        """What a GET of this path shows, on this port and on the local API alike."""
         asset = self._assets.get(path)
         if asset is not None:
-            return _response(200, asset[0], asset[1])
+            return Page(200, asset[1], asset[0])
         if not path.startswith("/join/"):
-            return _plain(404, "There is nothing here. Open the whole address that 'meshnode invite' printed.")
+            return Page(404, _TEXT, b"There is nothing here. Open the whole address that 'meshnode invite' printed.\n")
         try:
             invitation = self._invitations.find(parse_token(path.removeprefix("/join/")))
         except JoinUrlError:
@@ -118,23 +137,23 @@ class LandingPages:
         minutes = max(1, round(invitation.remaining_s / 60))
         page = _fill(
             self._page,
-            inviter=self._inviter,
+            inviter=self._inviter(),
             token=invitation.token,
             minutes=f"{minutes} minute{'s' if minutes != 1 else ''}",
             role="an administrator" if invitation.role == "admin" else "a member",
             install=self._install_command,
         )
-        return _response(200, page.encode("utf-8"), "text/html; charset=utf-8")
+        return Page(200, _HTML, page.encode("utf-8"))
 
-    def _refuse(self, invitation: Invitation | None) -> bytes:
+    def _refuse(self, invitation: Invitation | None) -> Page:
         if invitation is None:
             why = "This address has a typing error, or the invitation was never made by this machine."
         else:
             error = self._invitations.refusal(invitation.token_id)
             # Who used it is told to whoever speaks the join protocol, not to every reader of the page.
             why = "This invitation was used already." if error.code is ErrorCode.TOKEN_USED else error.message
-        page = _fill(self._gone, why=why, inviter=self._inviter)
-        return _response(410, page.encode("utf-8"), "text/html; charset=utf-8")
+        page = _fill(self._gone, why=why, inviter=self._inviter())
+        return Page(410, _HTML, page.encode("utf-8"))
 
 
 def refuse_large() -> bytes:
@@ -147,7 +166,7 @@ def _fill(page: str, **values: str) -> str:
 
 
 def _plain(status: int, text: str, *headers: str) -> bytes:
-    return _response(status, (text + "\n").encode("utf-8"), "text/plain; charset=utf-8", *headers)
+    return _response(status, (text + "\n").encode("utf-8"), _TEXT, *headers)
 
 
 def _response(status: int, body: bytes, kind: str, *headers: str) -> bytes:

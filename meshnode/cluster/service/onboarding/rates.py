@@ -54,7 +54,12 @@ class SourceRates:
 class Places:
     """So many are served at once, and so many of them from one source, so that a stalled one cannot shut out others."""
 
-    def __init__(self, places_max: int, places_per_source_max: int) -> None:
+    def __init__(
+        self, places_max: int, places_per_source_max: int, *, asking_max: int = 512, asking_per_source_max: int = 128
+    ) -> None:
+        """`asking_*`: how many may have a place or wait for one, in all and from one source."""
+        self._asking_max = asking_max
+        self._asking_per_source_max = asking_per_source_max
         self._all = trio.Semaphore(places_max)
         self._per_source_max = places_per_source_max
         self._sources: dict[str, trio.Semaphore] = {}
@@ -64,6 +69,10 @@ class Places:
     def asked(self) -> int:
         """How many have a place or wait for one."""
         return self._asking.total()
+
+    def has_room_for(self, source: str) -> bool:
+        """Whether one more of this source may wait. One source alone never fills what is there for all."""
+        return self.asked < self._asking_max and self._asking[source] < self._asking_per_source_max
 
     @asynccontextmanager
     async def taken(self, source: str) -> AsyncGenerator[None, None]:

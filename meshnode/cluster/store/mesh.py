@@ -1,4 +1,4 @@
-"""The cluster's tables: which mesh this node belongs to, and the trust statements it started with."""
+"""Which mesh this node belongs to, and the trust statements it started with."""
 
 from collections.abc import Sequence
 
@@ -72,3 +72,11 @@ class MeshStore:
             )
 
         await self._database.write(insert)
+
+    async def rename(self, name: str) -> None:
+        """Keep the name under which the node runs now. MeshError as Database.write."""
+
+        def update(connection: apsw.Connection) -> None:
+            connection.execute("UPDATE cluster_mesh SET name = ?", (name,))
+
+        await self._database.write(update)
