@@ -17,6 +17,7 @@ import trio
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.offload import Offload
 from meshnode.llm.service.pull.pieces import Given, Hole, Piece, Progress, Range, Source, WrongBytesError
+from meshnode.llm.service.pull.stopping import until_stopped
 
 WRITE_BYTES: Final = 4 * 1024 * 1024
 SYNC_BYTES: Final = 64 * 1024 * 1024
@@ -97,7 +98,7 @@ class Fetch:
 
         DISK_FULL before anything is asked for when it cannot fit; UNREACHABLE when no source gives a piece.
         """
-        await self._offload(self._resume)
+        await until_stopped(self._offload, self._resume)
         self._refuse_full_disk()
         file = await self._offload(self._open)
         try:
@@ -202,7 +203,7 @@ class Fetch:
 
     # ---- on disk, in a thread ------------------------------------------------------------
 
-    def _resume(self) -> None:
+    def _resume(self, stopped: Callable[[], bool]) -> None:
         """How much is safely here; the hashes then stand behind it."""
         self._now = Progress(self.pieces)
         try:
@@ -213,15 +214,15 @@ class Fetch:
         if journal.plan != self._plan or not 0 < journal.done <= min(size, self.size):
             return
         try:
-            self._read_again(journal.done)
+            self._read_again(journal.done, stopped)
         except WrongBytesError:
             # Some hash became known, or the disk is at fault: everything before that piece is right.
             self._now.take_back()
 
-    def _read_again(self, length: int) -> None:
+    def _read_again(self, length: int, stopped: Callable[[], bool]) -> None:
         now = self._now
         with self._part.open("rb") as file:
-            while now.at < length:
+            while now.at < length and not stopped():
                 data = file.read(min(length - now.at, WRITE_BYTES, now.room()))
                 if not data:
                     return

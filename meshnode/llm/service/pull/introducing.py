@@ -94,14 +94,21 @@ class Adopted(msgspec.Struct, frozen=True):
 
 
 def read_files(
-    paths: Sequence[Path], described: Described, *, created: float, progress: Callable[[int, int], None]
+    paths: Sequence[Path],
+    described: Described,
+    *,
+    created: float,
+    progress: Callable[[int, int], None],
+    stopped: Callable[[], bool],
 ) -> Adopted:
     """Read all of a model's files once. Blocks for as long as the disk needs; `progress(bytes done, bytes)`.
 
-    Raises MeshError NOT_FOUND, BAD_REQUEST for what is no model or changed meanwhile.
+    Raises MeshError NOT_FOUND, BAD_REQUEST for what is no model, CONFLICT for what changed meanwhile, UNAVAILABLE when
+    `stopped`.
     """
     sources: list[FileSource] = []
     try:
+        before = [_stamp(path) for path in paths]
         for path in paths:
             sources.append(FileSource(path))
         weights = open_weights(sources)
@@ -122,9 +129,15 @@ def read_files(
                     at += len(data)
                     done += len(data)
                     progress(done, total)
+                    if stopped():
+                        raise MeshError(ErrorCode.UNAVAILABLE, "Reading the model was stopped. Pull it again.")
                 if unit.group:
                     found[number, unit.offset] = hasher.digest()
             sha256s.append(digest.hexdigest())
+        if [_stamp(path) for path in paths] != before:
+            raise MeshError(
+                ErrorCode.CONFLICT, f"{paths[0]} changed while it was read. Pull it again when it is complete."
+            )
         manifest = make_manifest(
             weights,
             headers,
@@ -148,3 +161,8 @@ def read_files(
         group: tuple(found[unit.part, unit.offset] for unit in its_units) for group, its_units in units.groups.items()
     }
     return Adopted(manifest, headers, groups)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns

@@ -20,6 +20,7 @@ from meshnode.kernel.service import Policy
 from meshnode.llm.model import PullProgress, RemovedReport
 from meshnode.llm.service.pull.introducing import Described, read_files, read_origin
 from meshnode.llm.service.pull.refs import LocalRef, NamedRef, Ref, RemoteRef, parse_ref
+from meshnode.llm.service.pull.stopping import until_stopped
 from meshnode.llm.service.weights.contracts import DropAnswer, DropRequest, Network, WantAnswer, WantRequest
 from meshnode.llm.service.weights.manifest import Manifest
 from meshnode.llm.service.weights.weights import Weights
@@ -266,13 +267,15 @@ class Pulls:
             return _joined(manifest, known)
         assert isinstance(ref, LocalRef)
         words = f"reading {ref.paths[0]}"
-        adopted = await self._offload(
-            lambda: read_files(
+        adopted = await until_stopped(
+            self._offload,
+            lambda stopped: read_files(
                 ref.paths,
                 described,
                 created=self._wall(),
                 progress=lambda done, total: _from_thread(pull, words, done, total),
-            )
+                stopped=stopped,
+            ),
         )
         manifest = _joined(adopted.manifest, weights.manifest(adopted.manifest.digest))
         await weights.records.put_manifest(manifest)
