@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 async def until_stopped(offload: Offload, work: Callable[[Callable[[], bool]], T]) -> T:
-    """Run `work(stopped)` in a thread. It looks at `stopped()` often, and when true returns anything or raises MeshError.
+    """Run `work(stopped)` in a thread; it looks at `stopped()` often and ends when that is true, with any result.
 
-    What it returns then is lost: the caller's cancellation goes on. Raises what the work raises.
+    What it returns then is lost: the caller's cancellation goes on. Raises the MeshError that the work raises.
     """
     flag = threading.Event()
     results: list[T] = []
