@@ -278,6 +278,16 @@ class PullProgress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     source: str = ""
 
 
+class RemovedReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a removal did: on which nodes, how many bytes it freed, and what stays and why."""
+
+    model: str
+    digest: str
+    nodes: tuple[NodeId, ...]
+    bytes_freed: int
+    kept: tuple[str, ...] = ()
+
+
 # ---- chats ------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,8 @@ from functools import partial
 import h11
 import trio
 
+PIECE_BYTES = 65_536
+
 
 @dataclass
 class OriginServer:
@@ -23,9 +25,15 @@ class OriginServer:
     statuses: list[int] = field(default_factory=list)  # of each coming answer
     corrupt_at: int | None = None
     asked: list[tuple[str, str, str]] = field(default_factory=list)
+    sent: int = 0  # bytes of bodies
+    pause_s: float = 0.0  # between pieces of PIECE_BYTES
+    gone_after: int | None = None  # bytes sent: from then on connections break and answers are 503
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"
+
+    def _is_gone(self) -> bool:
+        return self.gone_after is not None and self.sent >= self.gone_after
 
     async def serve(self, stream: trio.SocketStream) -> None:
         connection = h11.Connection(h11.SERVER)
@@ -53,6 +61,8 @@ class OriginServer:
         wanted = headers.get("range", "")
         self.asked.append((path, wanted, headers.get("authorization", "")))
         body = self.files.get(path)
+        if self._is_gone():
+            self.statuses.append(503)
         status = self.statuses.pop(0) if self.statuses else 200 if body is not None else 404
         told: list[tuple[str, str]] = []
         if body is not None:
@@ -75,12 +85,19 @@ class OriginServer:
         told.append(("content-length", str(len(body))))
         await stream.send_all(connection.send(h11.Response(status_code=status, headers=told)) or b"")
         if self.cut_after and status in (200, 206) and len(body) > 1:
-            await stream.send_all(connection.send(h11.Data(data=body[: self.cut_after.pop(0)])) or b"")
+            body = body[: self.cut_after.pop(0)]
+            await stream.send_all(connection.send(h11.Data(data=body)) or b"")
+            self.sent += len(body)
             await stream.aclose()
             raise trio.ClosedResourceError("cut on purpose")
-        await stream.send_all(
-            (connection.send(h11.Data(data=body)) or b"") + (connection.send(h11.EndOfMessage()) or b"")
-        )
+        for at in range(0, len(body), PIECE_BYTES):
+            piece = body[at : at + PIECE_BYTES]
+            await stream.send_all(connection.send(h11.Data(data=piece)) or b"")
+            self.sent += len(piece)
+            if self._is_gone() and status != 503:
+                raise trio.ClosedResourceError("gone on purpose")
+            await trio.sleep(self.pause_s)
+        await stream.send_all(connection.send(h11.EndOfMessage()) or b"")
 
 
 @asynccontextmanager

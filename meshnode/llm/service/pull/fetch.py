@@ -1,64 +1,30 @@
-"""Makes one file out of pieces that lie elsewhere, so that an interruption costs nothing and a wrong byte is found.
+"""Makes one file out of pieces that lie elsewhere, so that an interruption costs little and a wrong byte is found.
 
 The file is written from its beginning to its end; a journal beside it says up to where it is safely on disk. Pieces
-come from the first source that gives them; one that breaks off or gives wrong bytes is followed by the next. It knows
-nothing of models: what the pieces are is the caller's plan.
+that lie in a row at a source come in one request. Each comes from the first source that gives it; one that breaks off
+or gives wrong bytes is followed by the next. It knows nothing of models: what the pieces are is the caller's plan.
 """
 
-import hashlib
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
 import trio
-from blake3 import blake3
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.offload import Offload
+from meshnode.llm.service.pull.pieces import Given, Hole, Piece, Progress, Range, Source, WrongBytesError
+from meshnode.llm.service.pull.stopping import until_stopped
 
 WRITE_BYTES: Final = 4 * 1024 * 1024
 SYNC_BYTES: Final = 64 * 1024 * 1024
-TRIES_MAX: Final = 8  # of one piece, over all its sources, without a byte of progress
+TRIES_MAX: Final = 8  # in a row, over all sources, without a byte of progress
 BACKOFF_FIRST_S: Final = 0.5
 BACKOFF_MAX_S: Final = 30.0
 FREE_BYTES_MIN: Final = 512 * 1024 * 1024  # what a download leaves free on the disk
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """Bytes that are known already: a header."""
-
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Bytes of the original file: its part, offset and length. `hash`: their BLAKE3, where it is known."""
-
-    part: int
-    offset: int
-    length: int
-    hash: bytes | None = None
-
-
-Piece = Given | Range
-
-
-class Source(Protocol):
-    """Somewhere that the original file, or a part of it, can be read from."""
-
-    @property
-    def name(self) -> str:
-        """What to call it in messages."""
-        ...
-
-    def read(self, part: int, offset: int, length: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """Exactly these bytes in pieces; raises MeshError, retryable if trying the same again makes sense."""
-        ...
 
 
 class _Journal(msgspec.Struct, frozen=True):
@@ -70,13 +36,21 @@ class _Journal(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A finished file, its hashes in hexadecimal, and how many bytes came over the network now."""
+    """A finished file. Hashes of the whole in hexadecimal; `hashes`: of each Range, by (part, offset).
+
+    `received`: how many bytes the sources gave now, by their name.
+    """
 
     path: Path
     size: int
     blake3: str
     sha256: str
-    received: int
+    hashes: dict[tuple[int, int], bytes]
+    received: dict[str, int]
+
+
+class _DiskError(MeshError):
+    """This machine's disk, not a source, failed."""
 
 
 class Fetch:
@@ -98,131 +72,167 @@ class Fetch:
         self._part = target.with_name(target.name + ".part")
         self._journal = target.with_name(target.name + ".journal")
         self._plan = plan
-        self._pieces = pieces
+        self.pieces = [piece for piece in pieces if piece.length]
         self._sources = sources
         self._offload = offload
         self._progress = progress
         self._free_bytes = free_bytes
-        self._size = sum(_length(piece) for piece in pieces)
-        self._sha, self._blake = hashlib.sha256(), blake3()
-        self._received = 0
-        self._written = 0
+        self.size = sum(piece.length for piece in self.pieces)
+        self._now = Progress(self.pieces)
+        self._received: dict[str, int] = {}
         self._synced = 0
+        self._is_finished = False
+
+    @property
+    def settled(self) -> int:
+        """So many bytes from the beginning are in `path` and stay as they are."""
+        return self._now.settled
+
+    @property
+    def path(self) -> Path:
+        """The file that grows, or is finished."""
+        return self._target if self._is_finished else self._part
 
     async def run(self) -> Fetched:
         """Fetch what is missing, and put the file in its place. Raises MeshError; what arrived stays for the next run.
 
         DISK_FULL before anything is asked for when it cannot fit; UNREACHABLE when no source gives a piece.
         """
-        done = await self._offload(self._resume)
-        self._refuse_full_disk(done)
-        file = await self._offload(self._open, done)
+        await until_stopped(self._offload, self._resume)
+        self._refuse_full_disk()
+        file = await self._offload(self._open)
         try:
-            await self._fill(file, done)
-            await self._offload(self._sync, file)
+            try:
+                while self._now.index < len(self.pieces):
+                    await self._next(file)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._offload(self._sync, file)
         finally:
             file.close()
         await self._offload(self._finish)
-        return Fetched(self._target, self._size, self._blake.hexdigest(), self._sha.hexdigest(), self._received)
+        now = self._now
+        return Fetched(
+            self._target, self.size, now.blake.hexdigest(), now.sha.hexdigest(), now.hashes, dict(self._received)
+        )
 
     def discard(self) -> None:
         """Throw away what arrived. Blocks."""
         self._part.unlink(missing_ok=True)
         self._journal.unlink(missing_ok=True)
 
-    async def _fill(self, file: "_File", done: int) -> None:
-        at = 0
-        for piece in self._pieces:
-            length = _length(piece)
-            if at + length > done:
-                await self._piece(file, piece, at, max(0, done - at))
-            at += length
+    async def _next(self, file: "_File") -> None:
+        piece = self.pieces[self._now.index]
+        if isinstance(piece, Range):
+            end = self._now.index + 1
+            while end < len(self.pieces) and _follows(self.pieces[end], self.pieces[end - 1]):
+                end += 1
+            await self._run(file, end)
+        else:
+            await self._offload(self._fill, file, piece)
+            self._progress(self._now.at, "this node")
 
-    async def _piece(self, file: "_File", piece: Piece, at: int, skip: int) -> None:
-        if isinstance(piece, Given):
-            await self._write(file, [piece.data[skip:]], "this node")
-            return
-        if piece.hash is not None and skip:
-            # Its hash is over all of it, so what is half here is read again.
-            skip = 0
-            await self._offload(self._rewind, file, at)
-        tries, source_index = 0, 0
-        reasons: dict[str, str] = {}
-        while skip < piece.length:
-            source = self._sources[source_index % len(self._sources)]
-            before = skip
+    async def _run(self, file: "_File", end: int) -> None:
+        """The pieces before index `end`, which lie in a row in the original."""
+        failed: dict[str, int] = {}
+        reasons: dict[str, MeshError] = {}
+        useless: set[str] = set()
+        tries, last = 0, ""
+        while self._now.index < end:
+            piece = self.pieces[self._now.index]
+            assert isinstance(piece, Range)
+            at = piece.offset + self._now.within
+            able = [one for one in self._sources if one.name not in useless and one.reach(piece.part, at) > 0]
+            if not able or tries >= TRIES_MAX:
+                raise self._nobody(piece, reasons)
+            source = min(able, key=lambda one: failed.get(one.name, 0))
+            if source.name != last and piece.hash is not None and self._now.within:
+                # Whoever turns out to be wrong must be the one who gave all of it.
+                await self._offload(self._take_back, file)
+                at = piece.offset
+            before, last = self._now.settled, source.name
             try:
-                skip = await self._read(file, source, piece, skip)
-                if piece.hash is not None and not await self._offload(self._is_right, file, at, piece):
-                    raise self._wrong(source, piece)
-            except MeshError as error:
-                reasons[source.name] = error.message
-                skip = self._written - at
-                if error.code is ErrorCode.CONFLICT:
-                    skip = 0
-                    await self._offload(self._rewind, file, at)
-                tries = 0 if skip > before and error.retryable else tries + 1
-                if tries >= TRIES_MAX or (tries >= len(self._sources) and not error.retryable):
-                    raise self._nobody(piece, reasons, error) from error
-                source_index += 1
-                await trio.sleep(min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2**tries) if tries >= len(self._sources) else 0)
+                await self._read(file, source, piece.part, at, self._end_of(end) - at)
+            except _DiskError:
+                raise
+            except (MeshError, WrongBytesError) as error:
+                told = self._wrong(source, piece_at=self._now.index) if isinstance(error, WrongBytesError) else error
+                reasons[source.name] = told
+                failed[source.name] = failed.get(source.name, 0) + 1
+                if not told.retryable:
+                    useless.add(source.name)
+                if self._now.settled > before:
+                    tries, failed[source.name] = 0, 0
+                else:
+                    tries += 1
+                if all(failed.get(one.name, 0) for one in able if one.name not in useless):
+                    await trio.sleep(min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2**tries))
 
-    async def _read(self, file: "_File", source: Source, piece: Range, skip: int) -> int:
+    def _end_of(self, end: int) -> int:
+        last = self.pieces[end - 1]
+        assert isinstance(last, Range)
+        return last.offset + last.length
+
+    async def _read(self, file: "_File", source: Source, part: int, at: int, length: int) -> None:
+        """Read on from one source as far as it goes."""
+        length = min(length, source.reach(part, at))
         waiting: list[bytes] = []
-        size = 0
+        size, left = 0, length
         try:
-            async with source.read(piece.part, piece.offset + skip, piece.length - skip) as stream:
+            async with source.read(part, at, length) as stream:
                 async for data in stream:
+                    left -= len(data)
+                    if left < 0:
+                        raise self._wrong(source, piece_at=self._now.index)
+                    self._received[source.name] = self._received.get(source.name, 0) + len(data)
                     waiting.append(data)
                     size += len(data)
-                    self._received += len(data)
-                    if size > piece.length - skip:
-                        raise self._wrong(source, piece)
                     if size >= WRITE_BYTES:
-                        skip += await self._write(file, waiting, source.name)
-                        waiting, size = [], 0
+                        ready, waiting, size = waiting, [], 0
+                        await self._write(file, ready, source.name)
         finally:
-            if waiting and size <= piece.length - skip:
+            if waiting:
                 with trio.CancelScope(shield=True):
-                    skip += await self._write(file, waiting, source.name)
-        if skip < piece.length:
-            raise MeshError(
-                ErrorCode.UNREACHABLE, f"{source.name} ended {piece.length - skip} bytes early.", retryable=True
-            )
-        return skip
+                    await self._write(file, waiting, source.name)
+        if left:
+            raise MeshError(ErrorCode.UNREACHABLE, f"{source.name} ended {left} bytes early.", retryable=True)
 
-    async def _write(self, file: "_File", data: Sequence[bytes], source: str) -> int:
-        count = await self._offload(self._write_now, file, b"".join(data))
-        self._progress(self._written, source)
-        return count
+    async def _write(self, file: "_File", data: Sequence[bytes], source: str) -> None:
+        await self._offload(self._write_now, file, b"".join(data))
+        self._progress(self._now.at, source)
 
     # ---- on disk, in a thread ------------------------------------------------------------
 
-    def _resume(self) -> int:
+    def _resume(self, stopped: Callable[[], bool]) -> None:
         """How much is safely here; the hashes then stand behind it."""
+        self._now = Progress(self.pieces)
         try:
             journal = msgspec.json.decode(self._journal.read_bytes(), type=_Journal)
             size = self._part.stat().st_size
         except (OSError, msgspec.DecodeError, msgspec.ValidationError):
-            return 0
-        if journal.plan != self._plan or not 0 < journal.done <= min(size, self._size):
-            return 0
-        self._hash_prefix(journal.done)
-        return journal.done
+            return
+        if journal.plan != self._plan or not 0 < journal.done <= min(size, self.size):
+            return
+        try:
+            self._read_again(journal.done, stopped)
+        except WrongBytesError:
+            # Some hash became known, or the disk is at fault: everything before that piece is right.
+            self._now.take_back()
 
-    def _hash_prefix(self, length: int) -> None:
-        self._sha, self._blake = hashlib.sha256(), blake3()
-        left = length
+    def _read_again(self, length: int, stopped: Callable[[], bool]) -> None:
+        now = self._now
         with self._part.open("rb") as file:
-            while left:
-                data = file.read(min(left, WRITE_BYTES))
+            while now.at < length and not stopped():
+                data = file.read(min(length - now.at, WRITE_BYTES, now.room()))
                 if not data:
-                    raise self._disk_error(OSError("the file is shorter than its journal says"))
-                self._sha.update(data)
-                self._blake.update(data)
-                left -= len(data)
+                    return
+                now.add(memoryview(data))
+        piece = self.pieces[now.index] if now.index < len(self.pieces) else None
+        if isinstance(piece, Range) and piece.hash is not None and now.within:
+            now.take_back()
 
-    def _open(self, done: int) -> "_File":
+    def _open(self) -> "_File":
+        done = self._now.at
         try:
             self._part.parent.mkdir(parents=True, exist_ok=True)
             file = self._part.open("r+b" if done else "w+b", buffering=0)
@@ -230,57 +240,67 @@ class Fetch:
             file.seek(done)
         except OSError as error:
             raise self._disk_error(error) from error
-        self._written = self._synced = done
+        self._synced = done
         return file
 
-    def _write_now(self, file: "_File", data: bytes) -> int:
+    def _fill(self, file: "_File", piece: Given | Hole) -> None:
+        if isinstance(piece, Given):
+            self._write_now(file, piece.data[self._now.within :])
+            return
         try:
-            view = memoryview(data)
-            while view:
-                view = view[file.write(view) :]
+            file.truncate(self._now.at + self._now.room())
+            file.seek(self._now.at + self._now.room())
         except OSError as error:
             raise self._disk_error(error) from error
-        self._sha.update(data)
-        self._blake.update(data)
-        self._written += len(data)
-        if self._written - self._synced >= SYNC_BYTES:
+        zeros = memoryview(bytes(min(WRITE_BYTES, self._now.room())))
+        index = self._now.index
+        while self._now.index == index:
+            self._now.add(zeros[: self._now.room()])
+
+    def _write_now(self, file: "_File", data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            now, view = view[: self._now.room()], view[self._now.room() :]
+            try:
+                rest = now
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError as error:
+                # What was not counted must not stand in the file.
+                file.seek(self._now.at)
+                raise self._disk_error(error) from error
+            try:
+                self._now.add(now)
+            except WrongBytesError:
+                self._take_back(file)
+                raise
+        if self._now.at - self._synced >= SYNC_BYTES:
             self._sync(file)
-        return len(data)
 
     def _sync(self, file: "_File") -> None:
         """First the bytes, then the journal that vouches for them."""
+        if self._now.at == self._synced:
+            return
         try:
             os.fsync(file.fileno())
             fresh = self._journal.with_name(self._journal.name + ".new")
-            fresh.write_bytes(msgspec.json.encode(_Journal(self._plan, self._written)))
+            fresh.write_bytes(msgspec.json.encode(_Journal(self._plan, self._now.at)))
             fresh.replace(self._journal)
         except OSError as error:
             raise self._disk_error(error) from error
-        self._synced = self._written
+        self._synced = self._now.at
 
-    def _rewind(self, file: "_File", to: int) -> None:
-        """Forget what was written behind `to`."""
+    def _take_back(self, file: "_File") -> None:
+        """Forget the started piece."""
+        self._now.take_back()
         try:
-            file.truncate(to)
-            file.seek(to)
-            self._hash_prefix(to)
-            self._written = to
-            self._synced = min(self._synced, to)
-            self._sync(file)
+            file.truncate(self._now.at)
+            file.seek(self._now.at)
         except OSError as error:
             raise self._disk_error(error) from error
-
-    def _is_right(self, file: "_File", at: int, piece: Range) -> bool:
-        hasher = blake3()
-        left = piece.length
-        file.seek(at)
-        while left:
-            data = file.read(min(left, WRITE_BYTES))
-            if not data:
-                return False
-            hasher.update(data)
-            left -= len(data)
-        return bool(hasher.digest() == piece.hash)
+        if self._synced > self._now.at:
+            self._synced = -1
+            self._sync(file)
 
     def _finish(self) -> None:
         try:
@@ -292,12 +312,13 @@ class Fetch:
                 os.close(folder)
         except OSError as error:
             raise self._disk_error(error) from error
+        self._is_finished = True
         self._journal.unlink(missing_ok=True)
 
     # ---- what may go wrong ------------------------------------------------------------
 
-    def _refuse_full_disk(self, done: int) -> None:
-        missing = self._size - done
+    def _refuse_full_disk(self) -> None:
+        missing = sum(piece.length for piece in self.pieces if not isinstance(piece, Hole)) - self._now.at
         free = self._free_bytes(self._target.parent)
         if missing + FREE_BYTES_MIN > free:
             keep, folder = FREE_BYTES_MIN / 1e9, self._target.parent
@@ -312,28 +333,33 @@ class Fetch:
 
     def _disk_error(self, error: OSError) -> MeshError:
         full = error.errno in (28, 122)  # ENOSPC, EDQUOT
-        return MeshError(
+        return _DiskError(
             ErrorCode.DISK_FULL if full else ErrorCode.STORAGE_FAILED,
             f"{self._target.name} could not be written to {self._target.parent}: {error.strerror or error}. What "
             "arrived is kept; make room (`meshnode rm-model`, or another llm.models_dir) and pull again.",
             retryable=True,
         )
 
-    def _wrong(self, source: Source, piece: Range) -> MeshError:
+    def _wrong(self, source: Source, *, piece_at: int) -> MeshError:
+        piece = self.pieces[piece_at]
+        assert isinstance(piece, Range)
         return MeshError(
             ErrorCode.CONFLICT,
             f"{source.name} gave wrong bytes for {piece.offset} to {piece.offset + piece.length - 1} of part "
             f"{piece.part + 1}.",
         )
 
-    def _nobody(self, piece: Range, reasons: dict[str, str], error: MeshError) -> MeshError:
+    def _nobody(self, piece: Range, reasons: dict[str, MeshError]) -> MeshError:
         if len(reasons) == 1:
-            return error
-        told = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+            return next(iter(reasons.values()))
+        told = (
+            " ".join(dict.fromkeys(error.message for error in reasons.values()))
+            or "no member that is up holds them, and there is no origin"
+        )
         return MeshError(
             ErrorCode.UNREACHABLE,
-            f"Bytes {piece.offset} to {piece.offset + piece.length - 1} of part {piece.part + 1} came from nowhere: "
-            f"{told}",
+            f"{self._target.name} is not complete: bytes {piece.offset} to {piece.offset + piece.length - 1} of part "
+            f"{piece.part + 1} could not be had. {told}",
             retryable=True,
         )
 
@@ -342,12 +368,16 @@ class _File(Protocol):
     """What is used of an unbuffered file."""
 
     def write(self, data: memoryview, /) -> int: ...
-    def read(self, size: int, /) -> bytes: ...
     def seek(self, offset: int, /) -> int: ...
     def truncate(self, size: int, /) -> int: ...
     def fileno(self) -> int: ...
     def close(self) -> None: ...
 
 
-def _length(piece: Piece) -> int:
-    return len(piece.data) if isinstance(piece, Given) else piece.length
+def _follows(piece: Piece, before: Piece) -> bool:
+    return (
+        isinstance(piece, Range)
+        and isinstance(before, Range)
+        and piece.part == before.part
+        and piece.offset == before.offset + before.length
+    )

@@ -1,0 +1,1 @@
+"""What the llm subsystem answers to peers."""
