@@ -243,5 +243,5 @@ def _decoded(record: Record, wanted: type[Wanted]) -> Wanted | None:
     """A value that another version or a lying member wrote otherwise is passed over."""
     try:
         return msgspec.msgpack.decode(record.value, type=wanted)
-    except (msgspec.DecodeError, msgspec.ValidationError):
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None

@@ -49,7 +49,7 @@ class Alone:
     def said(self, chat: ChatSession) -> list[tuple[str, str]]:
         return said(self.chats, chat)
 
-    def keys(self) -> list[bytes]:
+    def stored(self) -> list[bytes]:
         return [record.key for record in self.hub.records.scan(CHATS, limit=1000).records]
 
 
@@ -140,11 +140,11 @@ async def test_a_mebibyte_is_a_message_and_a_byte_more_is_none(one: Alone) -> No
     chat = await one.chats.create("demo")
     await one.chats.append(chat.id, "user", "x" * MESSAGE_BYTES_MAX)
     assert one.said(chat) == [("user", "x" * MESSAGE_BYTES_MAX)]
-    before = one.keys()
+    before = one.stored()
     for too_long in ("x" * (MESSAGE_BYTES_MAX + 1), "\u00e9" * (MESSAGE_BYTES_MAX // 2) + "x"):
         async with refused(ErrorCode.TOO_LARGE):
             await one.chats.append(chat.id, "user", too_long)
-    assert one.keys() == before
+    assert one.stored() == before
 
 
 async def test_text_that_is_none_is_refused(one: Alone) -> None:
@@ -175,7 +175,7 @@ async def test_a_deleted_chat_is_gone_with_everything(one: Alone) -> None:
     await one.chats.rename(chat.id, "mine")
     await one.chats.delete(chat.id)
     await one.chats.delete(chat.id)
-    assert [key.decode() for key in one.keys()] == [other.id]
+    assert [key.decode() for key in one.stored()] == [other.id]
     assert [left.id for left in one.chats.list()] == [other.id]
     for ask in (one.chats.append(chat.id, "user", "x"), one.chats.rename(chat.id, "x")):
         async with refused(ErrorCode.NOT_FOUND):
