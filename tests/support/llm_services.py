@@ -1,4 +1,4 @@
-"""The native llm paths over real HTTP, and services that answer by a script. What they answer is the tests' business."""
+"""The native llm paths over real HTTP, and services that answer by a script. What they say is the tests' business."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,6 +1,6 @@
 """Members that share records: hubs, drivers, sockets and databases are the agent's own, the links are short wires.
 
-Its job is to show what a subsystem's records do on several nodes, together and apart. Real links have tests of their own.
+Its job is to show what a subsystem's records do on several nodes, together and apart. Links have tests of their own.
 """
 
 import random

@@ -1,8 +1,8 @@
 """Stored conversations: records of the mesh, so that every member has them and none is lost with a machine.
 
-A chat is a head record, one for the title that a person gave it, and one for each message; a long message is several, and
-is there for readers once all of them are. Two nodes that write to one chat at the same time lose nothing: messages have
-names of their own, and the head only repeats what can be made up from them.
+A chat is a head record, one for the title that a person gave it, and one for each message; a long message is several,
+and is there for readers once all of them are. Two nodes that write to one chat at the same time lose nothing: messages
+have names of their own, and the head only repeats what can be made up from them.
 """
 
 import math
