@@ -50,6 +50,11 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
+    def say(self, line: str) -> None:
+        """Type at the prompt: what is typed before it stands may be lost."""
+        self.wait(">>> ")
+        self.type(line)
+
     def wait(self, words: str) -> str:
         """Everything up to and including `words`, which then counts as read."""
         deadline = time.monotonic() + WAIT_S
@@ -118,33 +123,31 @@ def test_a_conversation(talking: FakeAgent, tmp_path: Path) -> None:
     ]))  # fmt: skip
     with terminal(talking, "chat", state=tmp_path) as it:
         it.wait("Ctrl-D leaves")
-        it.wait(">>> ")
-        it.type("why?\n")
+        it.say("why?\n")
         answer = it.wait("attic 3-7]")
         assert "hm\nBe\\x1b[2Jcause.\n[31 tok/s, first token after 0.42 s, den 0-2, attic 3-7]" in answer
-        it.type('"""\n')
+        it.say('"""\n')
         it.wait("... ")
         it.type('a\nb\n"""\n')
         it.wait("Two.")
-        it.wait(">>> ")
-        it.type("/sessions\n")
+        it.say("/sessions\n")
         it.wait("sess_1  why")
-        it.type("/model d\n")
+        it.say("/model d\n")
         it.wait("d answers")
-        it.type("/model nobody\n")
+        it.say("/model nobody\n")
         it.wait("knows no model 'nobody'")
-        it.type("/hlep\n")
+        it.say("/hlep\n")
         it.wait("did you mean /help?")
-        it.type("/help\n")
+        it.say("/help\n")
         it.wait("/save FILE")
         saved = tmp_path / "chat.md"
-        it.type(f"/save {saved}\n")
+        it.say(f"/save {saved}\n")
         it.wait("written to")
-        it.type(f"/save {saved}\n")
+        it.say(f"/save {saved}\n")
         it.wait("is there already")
-        it.type("/new\n")
+        it.say("/new\n")
         it.wait("a new conversation")
-        it.type(CTRL_D)
+        it.say(CTRL_D)
         assert it.process.wait(WAIT_S) == 0
     turns = [("user", "why?"), ("assistant", "Be\x1b[2Jcause."), ("user", "a\nb")]
     second = [one.body for one in talking.heard if one.path == "/api/llm/chat"][1]
@@ -158,19 +161,15 @@ def test_a_conversation(talking: FakeAgent, tmp_path: Path) -> None:
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(talking: FakeAgent, tmp_path: Path) -> None:
     talking.on(CHAT, Answer(chunks=(*BEGIN, token("Hel")), hangs=True), told("again"))
     with terminal(talking, "chat", state=tmp_path) as it:
-        it.wait(">>> ")
-        it.type(CTRL_C)
-        it.wait(">>> ")
-        it.type("first\n")
+        it.say(CTRL_C)
+        it.say("first\n")
         it.wait("Hel")
         it.type(CTRL_C)
         it.wait("stopped")
         assert talking.left.wait(WAIT_S), "the agent was told to stop"
-        it.wait(">>> ")
-        it.type("second\n")
+        it.say("second\n")
         it.wait("again")
-        it.wait(">>> ")
-        it.type(CTRL_D)
+        it.say(CTRL_D)
         assert it.process.wait(WAIT_S) == 0
     sent = [one["content"] for one in talking.heard[-1].body["messages"]]
     assert sent == ["first", "Hel", "second"]
@@ -181,11 +180,9 @@ def test_what_fails_is_told_and_can_be_asked_again(talking: FakeAgent, tmp_path:
     talking.on(CHAT, Answer(chunks=(*BEGIN, failed)), told("here"))
     with terminal(talking, "chat", state=tmp_path) as it:
         for words in ("all nodes are gone", "here"):
-            it.wait(">>> ")
-            it.type("question\n")
+            it.say("question\n")
             it.wait(words)
-        it.wait(">>> ")
-        it.type(CTRL_D)
+        it.say(CTRL_D)
         assert it.process.wait(WAIT_S) == 0
     assert [one["content"] for one in talking.heard[-1].body["messages"]] == ["question"]
 
@@ -211,8 +208,7 @@ def test_colours_of_an_answer(
         monkeypatch.setenv("NO_COLOR", "1")
     talking.on(CHAT, told("text", thought="hm"))
     with terminal(talking, "chat", state=tmp_path) as it:
-        it.wait(">>> ")
-        it.type("x\n")
+        it.say("x\n")
         seen = it.raw_until("attic 3-7]")
         assert ("\x1b[2mhm\x1b[0m" in seen) is not no_color
         assert ("\x1b[2m[31 tok/s" in seen) is not no_color
