@@ -133,6 +133,7 @@ class LocalMesh:
 
     def __init__(self, count: int, folder: Path, base_port: int, more: Sequence[str]) -> None:
         self.agents = [Agent(number, folder, base_port) for number in range(count)]
+        self.waiting = False
         self._more = more
         self._started_at = time.monotonic()
 
@@ -194,6 +195,7 @@ class LocalMesh:
 
     def wait(self) -> None:
         """Until a signal; says when an agent ends by itself."""
+        self.waiting = True
         gone: set[int] = set()
         while True:
             for agent in self.agents:

@@ -10,7 +10,7 @@ import http.client
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Final
 
@@ -79,7 +79,7 @@ class AgentClient:
     def pages(self, path: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> list[Any]:
         """A whole list, page by page."""
         found: list[Any] = []
-        following: str | None = f"{path}?limit={PAGE_ITEMS}"
+        following: str | None = f"{path}{'&' if '?' in path else '?'}limit={PAGE_ITEMS}"
         for _ in range(PAGES_MAX):
             if following is None:
                 break
@@ -102,13 +102,20 @@ class AgentClient:
         """Send JSON that changes what is at `path`."""
         return _decoded(*self._ask("PATCH", path, body, timeout_s))
 
-    def delete(self, path: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+    def delete(self, path: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
         """Delete what is at `path`."""
-        self._ask("DELETE", path, None, timeout_s)
+        return _decoded(*self._ask("DELETE", path, None, timeout_s))
 
-    def events(self, path: str) -> Iterator[ServerEvent]:
+    def events(self, path: str) -> Generator[ServerEvent, None, None]:
         """Server-sent events as they come, heartbeats included (name "", no data). Ends when the agent stops."""
-        response = self._send("GET", path, None, STREAM_SILENCE_MAX_S)
+        return self._stream("GET", path, None)
+
+    def post_events(self, path: str, body: Any) -> Generator[ServerEvent, None, None]:
+        """The events that a request is answered with. Closing the generator tells the agent to stop."""
+        return self._stream("POST", path, body)
+
+    def _stream(self, method: str, path: str, body: Any) -> Generator[ServerEvent, None, None]:
+        response = self._send(method, path, body, STREAM_SILENCE_MAX_S)
         if response.status != 200:
             raise _error_of(response, response.read(ANSWER_BYTES_MAX))
         try:

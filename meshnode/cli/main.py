@@ -23,11 +23,12 @@ _SHARED_FLAGS: Final = ("--json", "--api-port", "--data-dir", "--config", "--tok
 COMMANDS: Final[Mapping[str, str]] = {
     "up": "up", "invite": "invite", "join": "join", "status": "mesh", "nodes": "mesh", "node": "mesh", "ping": "ping",
     "rename": "mesh", "promote": "mesh", "evict": "mesh", "leave": "mesh",
+    "ask": "ask", "chat": "chat", "models": "models", "plan": "models", "pull": "pull", "rm-model": "models",
     "doctor": "doctor", "logs": "logs", "metrics": "metrics", "token": "token", "config": "config",
     "version": "version", "completion": "completion",
 }  # fmt: skip
-"""The module of each command in `cli.commands`; it holds the command under the same name."""
-DESTRUCTIVE: Final = frozenset({"evict", "leave"})
+"""The module of each command in `cli.commands`; it holds the command under the same name, `-` as `_`."""
+DESTRUCTIVE: Final = frozenset({"evict", "leave", "rm-model"})
 """Suggested only where a single keystroke was wrong: people run what they are shown."""
 
 
@@ -41,7 +42,7 @@ class _Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"meshnode.cli.commands.{COMMANDS[cmd_name]}")
-        found = getattr(module, cmd_name)
+        found = getattr(module, cmd_name.replace("-", "_"))
         assert isinstance(found, click.Command)
         return found
 

@@ -31,6 +31,7 @@ COLOURS: Final[Mapping[str, str]] = {
     "warn": "yellow",
     "fail": "red",
     "open": "green",
+    "ready": "green",
 }
 
 
@@ -54,6 +55,11 @@ def say_json(value: Any, *, line: bool = False) -> None:
 def _indented(text: str) -> str:
     # Line breaks are the indentation's own: inside strings json.dumps has escaped them.
     return "\n".join(printable_json(line) for line in text.split("\n"))
+
+
+def paragraph(text: str) -> str:
+    """`text` from elsewhere with its line breaks and tabs, and with nothing else that could move a cursor."""
+    return "\n".join("\t".join(printable(part) for part in line.split("\t")) for line in text.split("\n"))
 
 
 def complain(error: MeshError, *, as_json: bool) -> None:
@@ -155,6 +161,10 @@ class Progress:
         self._shown = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._spin, name="progress", daemon=True)
+
+    def tell(self, words: str) -> None:
+        """Go on with other words."""
+        self._words = words
 
     def __enter__(self) -> "Progress":
         if self._shown:

@@ -7,6 +7,8 @@ YEAR_10000_S: Final = 253_402_300_799.0
 
 
 def rfc3339(unix_s: float) -> str:
-    """UTC with milliseconds; years beyond what dates can say are clamped: a clock may be wrong by any amount."""
-    moment = datetime.fromtimestamp(min(max(unix_s, 0.0), YEAR_10000_S), UTC)
+    """UTC with milliseconds; years beyond what dates can say are clamped: a clock may be wrong by any amount.
+    What is no number at all is the year 1970.
+    """
+    moment = datetime.fromtimestamp(min(max(0.0, unix_s), YEAR_10000_S), UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -93,6 +93,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling = Sampling()
     template_kwargs: dict[str, Any] = {}
     engine: EngineKind | None = None  # None: whichever is best
+    stages_min: int = 1  # split over at least so many nodes, though fewer would do: for trials
 
 
 class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -233,6 +234,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     parameters: int = 0
     file_bytes: int = 0
     layers: int = 0
+    heads: int = 0
+    embed_length: int = 0
     context_max: int = 0
     embeds: bool = False
     licence: str = ""
@@ -267,8 +270,19 @@ class PlanReport(msgspec.Struct, frozen=True, kw_only=True):
     plans: tuple[PlanLine, ...]
 
 
+class PullPart(msgspec.Struct, frozen=True, kw_only=True):
+    """What one node fetches: its layers, in bytes."""
+
+    node_id: NodeId
+    node_name: str
+    first: int
+    last: int
+    completed: int
+    total: int
+
+
 class PullProgress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How far a download is."""
+    """How far a download is: all in all, and on each node that takes part."""
 
     model: str
     status: str
@@ -276,6 +290,73 @@ class PullProgress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     total: int = 0
     bytes_per_s: float = 0.0
     source: str = ""
+    parts: tuple[PullPart, ...] = ()
+
+
+class RemovedReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a removal came to; `unreachable`: nodes that hold it and could not be told."""
+
+    model: str
+    nodes: tuple[NodeId, ...]
+    freed_bytes: int
+    unreachable: tuple[NodeId, ...] = ()
+
+
+# ---- what runs ------------------------------------------------------------------------------------------
+
+SessionPhase = Literal["routing", "running", "fallback", "done", "error"]
+
+
+class StageReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What one stage did for the model since it was loaded: busy and idle time, bytes in and out over the network."""
+
+    node_id: NodeId
+    node_name: str
+    first: int
+    last: int
+    bytes: int = 0
+    steps: int = 0
+    rows: int = 0
+    compute_s: float = 0.0
+    wait_s: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+class SessionReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A generation under way. `entry`: the node that was asked; `failed`: the node whose loss was survived last."""
+
+    id: str
+    model: str
+    entry: NodeId
+    phase: SessionPhase
+    started_at: str
+    engine: EngineKind = "local"
+    stages: tuple[StageReport, ...] = ()
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    tokens: int = 0
+    tokens_per_s: float | None = None
+    first_token_s: float | None = None
+    failed: NodeId | None = None
+    error: str = ""
+
+
+class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node lends to models. `models`: those of which it holds layers; `speeds`: tokens a second of those loaded.
+
+    `latencies_s` and `bandwidths` (bytes a second) are to other nodes, as measured.
+    """
+
+    node_id: NodeId
+    node_name: str
+    engine_ready: bool
+    seen_at: str
+    free_bytes: int = 0
+    models: tuple[str, ...] = ()
+    latencies_s: dict[NodeId, float] = {}
+    bandwidths: dict[NodeId, float] = {}
+    speeds: dict[str, float] = {}
 
 
 class RemovedReport(msgspec.Struct, frozen=True, kw_only=True):

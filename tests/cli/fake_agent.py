@@ -22,7 +22,9 @@ class Answer:
     ends: bool = False
     """The connection ends after it, unannounced."""
     chunks: tuple[bytes, ...] = ()
-    """An event stream, which then ends."""
+    """An event stream, which then ends ..."""
+    hangs: bool = False
+    """... or is silent until the client leaves."""
 
 
 @dataclass
@@ -42,6 +44,8 @@ class FakeAgent:
         self.answers: dict[str, list[Answer]] = {"GET /healthz": [Answer({"status": "ok"})]}
         self.heard: list[Heard] = []
         self.port = 0
+        self.left = threading.Event()
+        """Set when a client left a stream that hangs."""
 
     def on(self, what: str, *answers: Answer) -> None:
         """What is answered to e.g. `POST /api/cluster/leave`; the last answer is repeated."""
@@ -86,7 +90,7 @@ def _handler(agent: FakeAgent) -> type[BaseHTTPRequestHandler]:
             for name, value in answer.headers.items():
                 self.send_header(name, value)
             if answer.chunks:
-                self._stream(answer.chunks)
+                self._stream(answer)
                 return
             body = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
             body = b"" if answer.status == 204 else body
@@ -95,11 +99,17 @@ def _handler(agent: FakeAgent) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(body)
             self.close_connection = answer.ends
 
-        def _stream(self, chunks: tuple[bytes, ...]) -> None:
+        def _stream(self, answer: Answer) -> None:
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            for chunk in (*chunks, b""):
+            for chunk in answer.chunks:
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+            if answer.hangs:
+                self.rfile.read(1)
+                agent.left.set()
+                self.close_connection = True
+            else:
+                self.wfile.write(b"0\r\n\r\n")
 
         # The names are those that http.server calls.
         do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _serve  # noqa: N815 -- as http.server demands

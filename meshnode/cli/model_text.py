@@ -1,0 +1,138 @@
+"""What the local API says of models as text for people. Pure; everything of peers escaped. See `render`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from meshnode.cli.screen import coloured, table
+from meshnode.cli.units import duration_text, size_text
+from meshnode.kernel.redaction import printable
+
+Answer = Mapping[str, Any]
+_LABEL_COLUMNS: Final = 13
+
+
+def models_text(models: Sequence[Answer], names: Mapping[str, str], width: int | None = None) -> str:
+    """`meshnode models`: one line for each, those that are ready first. `names` of nodes by id."""
+    headings = ("MODEL", "SIZE", "QUANT", "STATE", "SPEED", "WHERE")
+    rows = [
+        (
+            printable(model["model"]),
+            size_text(model["file_bytes"]) if model.get("file_bytes") else "",
+            printable(model.get("quantization") or ""),
+            coloured(state_of(model)),
+            speed_text(model.get("tokens_per_s")),
+            _where(model, names),
+        )
+        for model in sorted(models, key=lambda model: (not model["ollama_ready"], not model["is_downloaded"]))
+    ]
+    return table(headings, rows, right=("SIZE", "SPEED"), width=width, expendable=("SPEED", "QUANT", "WHERE", "SIZE"))
+
+
+def state_of(model: Answer) -> str:
+    """`ready`, where it fits, or by how much it does not."""
+    if model["ollama_ready"]:
+        return "ready"
+    if model.get("embeds"):
+        return "makes vectors"
+    if model["can_run"]:
+        shards = model.get("shard_plan", {}).get("shards", ())
+        return f"fits on {len(shards)} nodes" if len(shards) > 1 else "fits on one node"
+    missing = model["required_ram"] - model["cluster_ram"]
+    if model["cluster_ram"] and missing > 0:
+        return f"needs {size_text(missing)} more"
+    return "cannot run" if model["is_downloaded"] else "not fetched"
+
+
+def model_text(model: Answer, names: Mapping[str, str]) -> str:
+    """`meshnode models NAME`: everything known of one."""
+    needs = f"{size_text(model['required_ram'])} of memory"
+    free = f", {size_text(model['cluster_ram'])} free in the mesh" if model["cluster_ram"] else ""
+    facts = [
+        ("model", printable(model["model"])),
+        ("aliases", ", ".join(map(printable, model.get("aliases", ())))),
+        ("about", printable(model.get("description") or "")),
+        ("state", coloured(state_of(model))),
+        ("why", printable(model.get("reason") or "")),
+        ("needs", needs + free if model["required_ram"] else ""),
+        ("speed", speed_text(model.get("tokens_per_s"))),
+        ("layers", shards_text(model["shard_plan"]["shards"]) if "shard_plan" in model else ""),
+        ("held by", _where(model, names)),
+        ("file", size_text(model["file_bytes"]) if model.get("file_bytes") else ""),
+        ("kind", " ".join(printable(str(model[key])) for key in ("architecture", "quantization") if model.get(key))),
+        ("context", f"{model['context_max']} tokens" if model.get("context_max") else ""),
+        ("licence", printable(model.get("licence") or "")),
+        ("source", printable(model.get("source") or "")),
+        ("digest", printable(model.get("digest") or "")),
+    ]
+    return "\n".join(f"{label:<{_LABEL_COLUMNS}}{value}" for label, value in facts if value)
+
+
+def plan_text(plan: Answer, width: int | None = None) -> str:
+    """`meshnode plan`: where the layers would go and why; then the ways that were not chosen."""
+    needs = f"{size_text(plan['bytes_needed'])} needed, {size_text(plan['bytes_free'])} free"
+    head = f"{printable(plan['model'])}, context of {plan['context']} tokens: {needs}"
+    ways = plan.get("plans", ())
+    if not plan["fits"] or not ways:
+        return f"{head}\nIt does not fit: {printable(plan['reason'])}"
+    chosen = next((way for way in ways if way.get("chosen")), ways[0])
+    speed = f"{speed_text(chosen['tokens_per_s'])}, first token after {duration_exact(chosen['first_token_s'])}"
+    reasons = dict.fromkeys(filter(None, (plan["reason"], chosen["reason"])))
+    rows = [
+        (
+            printable(stage["node_name"]),
+            f"{stage['first']}-{stage['last'] - 1}",
+            str(stage["last"] - stage["first"]),
+            size_text(stage.get("bytes", 0)),
+            str(stage.get("gpu_layers", 0)),
+        )
+        for stage in chosen["stages"]
+    ]
+    headings = ("NODE", "LAYERS", "COUNT", "MEMORY", "ON GPU")
+    lines = [head, f"{chosen['engine']}: {speed}", *map(printable, reasons)]
+    if rows:
+        shown = table(headings, rows, right=("COUNT", "MEMORY", "ON GPU"), width=width, expendable=("COUNT", "ON GPU"))
+        lines += ["", shown]
+    others = [way for way in ways if way is not chosen]
+    if others:
+        lines += ["", "Not chosen:", *(f"  {_other(way)}" for way in others)]
+    return "\n".join(lines)
+
+
+def answer_text(shards: Iterable[Answer], usage: Answer) -> str:
+    """The line below an answer: how fast it was, and which nodes ran which layers."""
+    first = usage.get("first_token_s")
+    parts = [
+        speed_text(usage.get("tokens_per_s")),
+        f"first token after {duration_exact(first)}" if first is not None else "",
+        shards_text(shards),
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def shards_text(shards: Iterable[Answer]) -> str:
+    """`den 0-10, attic 11-21`: layers of nodes."""
+    return ", ".join(f"{printable(one['node_name'])} {one['layer_start']}-{one['layer_end']}" for one in shards)
+
+
+def speed_text(tokens_per_s: float | None) -> str:
+    """`31 tok/s`; empty when not known."""
+    if tokens_per_s is None:
+        return ""
+    return f"{tokens_per_s:.{0 if tokens_per_s >= 9.95 else 1}f} tok/s"
+
+
+def duration_exact(seconds: float) -> str:
+    """`0.42 s`, `5.1 s`; longer ones in the largest units."""
+    if seconds >= 60:
+        return duration_text(seconds)
+    return f"{seconds:.{2 if seconds < 1 else 1}f} s"
+
+
+def _other(way: Answer) -> str:
+    nodes = ", ".join(printable(stage["node_name"]) for stage in way["stages"])
+    over = f" on {nodes}" if nodes else ""
+    return f"{way['engine']}{over}: {speed_text(way['tokens_per_s'])}; {printable(way['reason'])}"
+
+
+def _where(model: Answer, names: Mapping[str, str]) -> str:
+    return ", ".join(printable(names.get(node, node[:8])) for node in model.get("held_by", ()))

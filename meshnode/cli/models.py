@@ -1,0 +1,72 @@
+"""Which model a person means, and what the command line asks of it."""
+
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote, urlencode
+
+import click
+
+from meshnode.cli.client import AgentClient
+from meshnode.cli.near import nearest
+from meshnode.cli.session import Session
+from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.redaction import printable
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+AUTO: Final = "auto"
+"""The best model that is ready, or the one that the settings name."""
+_MODELS: Final = "/api/llm/models"
+_COMPLETION_TIMEOUT_S: Final = 1.0
+
+
+def list_models(client: AgentClient, *, planned: bool = True) -> list[Any]:
+    """Every model the mesh knows; unless `planned`, without the question whether it fits."""
+    return client.pages(_MODELS if planned else f"{_MODELS}?plan=false")
+
+
+def model_path(name: str, query: dict[str, str]) -> str:
+    """The API's path of a model; names have slashes and colons."""
+    return f"{_MODELS}/{quote(name, safe='')}" + (f"?{urlencode(query)}" if query else "")
+
+
+def choose(models: list[Any], name: str) -> Any:
+    """The model of this name or alias. Raises MeshError NOT_FOUND with the nearest names."""
+    for model in models:
+        if name == model["model"] or name in model.get("aliases", ()):
+            return model
+    known = [model["model"] for model in models]
+    near = [one for one in known if name.casefold() in one.casefold()] or nearest(name, known)
+    hint = f"; did you mean {' or '.join(repr(printable(one)) for one in near[:3])}?" if near else "."
+    raise MeshError(
+        ErrorCode.NOT_FOUND,
+        f"This mesh knows no model {printable(name)!r}{hint} `meshnode models --all` lists them, `meshnode pull` "
+        "fetches more.",
+    )
+
+
+def check_model(client: AgentClient, name: str) -> None:
+    """Raise MeshError NOT_FOUND, before anybody types a question, when there is no such model, or none at all."""
+    models = list_models(client, planned=False)
+    if name != AUTO:
+        choose(models, name)
+    elif not models:
+        raise MeshError(
+            ErrorCode.NOT_FOUND,
+            "This mesh has no model yet. `meshnode models --all` lists what can be had, `meshnode pull` fetches it.",
+        )
+
+
+def complete_model(ctx: click.Context, _param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """For the shell: names that begin so, or nothing when no agent answers at once."""
+    from click.shell_completion import CompletionItem
+
+    told = ctx.params
+    session = Session(api_port=told.get("api_port"), data_dir=told.get("data_dir"), config=told.get("config"))
+    try:
+        with session.agent() as client:
+            models = client.pages(f"{_MODELS}?plan=false", timeout_s=_COMPLETION_TIMEOUT_S)
+    except MeshError:
+        return []
+    names = {name for model in models for name in (model["model"], *model.get("aliases", ()))}
+    return [CompletionItem(name) for name in sorted(names) if name.startswith(incomplete) and printable(name) == name]
