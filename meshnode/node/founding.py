@@ -24,6 +24,7 @@ from meshnode.kernel.identity import (
     store_root,
 )
 from meshnode.kernel.recordstore import SqlRecordStore
+from meshnode.llm.setup import llm_collections
 from meshnode.settings import Settings
 from protocol.effects import Persist
 from protocol.heartbeats.machine import HeartbeatParameters
@@ -103,6 +104,7 @@ def collections_of(mesh: Mesh, suite: SodiumSuite) -> list[Collection]:
         Collection(
             NAMES_COLLECTION, may_write=only_owner, value_bytes_max=limits.NAME_BYTES_MAX, records_max=limits.ROSTER_MAX
         ),
+        *llm_collections(),
     ]
 
 

@@ -5,7 +5,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,11 +44,12 @@ from meshnode.kernel.offload import ThreadOffload
 from meshnode.kernel.recordstore import DurableState, SqlRecordStore, record_migrations
 from meshnode.kernel.redaction import SecretSet
 from meshnode.kernel.resources.amd import AmdSource
-from meshnode.kernel.resources.gpu import AbandoningOffload, GpuMonitor
+from meshnode.kernel.resources.gpu import AbandoningOffload, GpuDevice, GpuMonitor
 from meshnode.kernel.resources.nvidia import NvidiaSource
 from meshnode.kernel.resources.sampler import IdleActivity, ResourceSampler
 from meshnode.kernel.service import Service
 from meshnode.kernel.supervisor import Supervisor, serve_until_signal
+from meshnode.llm.setup import Llm, LlmGround, build_llm
 from meshnode.node.adapters import AgentFacts, Book, Contact, Gate, KeyMinter
 from meshnode.node.figures import FiguresKeeper
 from meshnode.node.founding import (
@@ -72,7 +73,9 @@ from meshnode.node.services import (
     discovery,
 )
 from meshnode.settings import Settings, node_name
+from meshnode.surfaces.openai.routes import openai_mount
 from protocol.election.candidates import capability_class
+from protocol.election.fence import FENCE_MACHINE, Fence
 from protocol.heartbeats.events import Sample, SampleTaken, capability_bits
 from protocol.ids import NodeId, unpack_address
 from protocol.node import Durable, Node
@@ -101,6 +104,7 @@ def all_migrations() -> tuple[Migration, ...]:
         *record_migrations(),
         *read_migrations("cluster", "meshnode.cluster"),
         *read_migrations("health", "meshnode.health"),
+        *read_migrations("llm", "meshnode.llm"),
     )
 
 
@@ -294,6 +298,32 @@ class Runtime:
             restart=self._ask_restart,
         )
 
+    def _build_llm(
+        self, ground: Ground, network: Network, cluster: Cluster, gpus: Callable[[], Sequence[GpuDevice]]
+    ) -> Llm:
+        return build_llm(
+            LlmGround(
+                settings=self._settings.llm,
+                data_dir=self._data_dir,
+                hub=network.hub,
+                driver=network.driver,
+                links=network.links,
+                database=ground.database,
+                key_value=ground.key_value,
+                fence=Fence(ground.key_value.load_all(FENCE_MACHINE)),
+                name_of=cluster.nodes.name_of,
+                find_node=cluster.nodes.find,
+                gpus=gpus,
+                rtts=cluster.nodes.rtts,
+                publish=ground.bus.publish,
+                hidden=self._hidden,
+                offload=ground.offload,
+                now=ground.facts.now,
+                wall=ground.facts.wall,
+                log=self._log,
+            )
+        )
+
     def _build_services(
         self, ground: Ground, network: Network, cluster: Cluster, loopback: LoopbackSockets
     ) -> list[list[Service]]:
@@ -322,9 +352,10 @@ class Runtime:
             offload=ground.offload,
             logger=log("health"),
         )
+        llm = self._build_llm(ground, network, cluster, lambda: sampler.gpus.devices)
         api = build_api(
             loopback,
-            [cluster.mount, health.mount],
+            [cluster.mount, health.mount, llm.mount, openai_mount(llm.desk, ground.facts.wall)],
             token=load_or_create_token(self._data_dir),
             data_dir=str(self._data_dir),
             access=Access(settings.api.require_token, frozenset(settings.api.allowed_origins)),
@@ -345,6 +376,7 @@ class Runtime:
             cluster.twins,
             recovery,
             sampler,
+            llm.service,
             ProfileKeeper(sampler, network.driver, network.hub),
             network.book,
             FiguresKeeper(
@@ -361,10 +393,12 @@ class Runtime:
         if settings.discovery.multicast:
             found_by = (ground.mesh.mesh_id, ground.identity.node_id, network.sockets.port)
             middle.append(discovery(settings, *found_by, network.driver, ground.clock, log("discovery")))
-        links = LinkService(network.links, network.driver, network.link_events, cluster.methods, cluster.observe_link)
+        methods = {**cluster.methods, **llm.methods}
+        links = LinkService(network.links, network.driver, network.link_events, methods, cluster.observe_link)
         minter = KeyMinter(network.driver)
         observers = (
             cluster.nodes.observe, cluster.trust.observe, cluster.twins.observe, recovery.observe, minter.observe,
+            llm.observe,
         )  # fmt: skip
         return [
             [DatabaseWatch(ground.database), links],

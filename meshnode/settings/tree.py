@@ -151,10 +151,13 @@ class LlmSettings(Struct, frozen=True, forbid_unknown_fields=True):
         int, _doc("Memory of graphics devices that models may take. 0: what is free, less a tenth.", "B", ge=0)
     ] = 0
     threads: Annotated[int, _doc("Cores that models may use. 0: all.", ge=0, le=1_024)] = 0
-    slots: Annotated[int, _doc("Generations that one loaded model runs at once; more wait.", ge=1, le=64)] = 8
+    slots: Annotated[int, _doc("Generations that one loaded model runs at once; more wait.", ge=1, le=64)] = 4
     context: Annotated[
-        int, _doc("Tokens of context shared by the slots of a loaded model. 0: by the model, 8,192 at most.", ge=0)
+        int, _doc("Tokens of context of each slot of a loaded model; longer requests load it anew. 0: 4,096.", ge=0)
     ] = 0
+    stages_min: Annotated[
+        int, _doc("As coordinator, split every model over at least so many nodes: for trials.", ge=1, le=64)
+    ] = 1
     keep_alive_s: Annotated[
         float, _doc("A model that was not used for so long is unloaded, unless it is pinned.", "s", ge=0, le=31_536_000)
     ] = 1_800.0

@@ -127,6 +127,7 @@ class Ensure:
     context: int
     without: tuple[NodeId, ...] = ()
     complaint: tuple[bytes, str] | None = None
+    stages_min: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
     slots: int = 1
     prompt_tokens: int = 512
     streams: int = 1
+    stages_min: int = 1  # split over at least so many nodes, in equal parts: for trials, not for speed
 
 
 class Placement(NamedTuple):

@@ -84,6 +84,7 @@ class Load:
     model: str
     context: int
     without: frozenset[NodeId]
+    stages_min: int
     job: int
     planned_at: float
     tries: int = 0
@@ -148,6 +149,8 @@ class LoadingState:
 def suits(held: Held, request: EnsureRequest) -> bool:
     pipeline = held.pipeline
     if pipeline.model != request.model or pipeline.context < request.context:
+        return False
+    if len(pipeline.stages) < request.stages_min:
         return False
     return not set(request.without).intersection(pipeline.nodes)
 

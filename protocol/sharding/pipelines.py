@@ -79,6 +79,7 @@ class EnsureRequest(_Message, frozen=True):
     without: Annotated[tuple[_Node, ...], msgspec.Meta(max_length=WITHOUT_MAX)] = ()
     failed: PipelineId | None = None
     failure: _Words = ""
+    stages_min: Annotated[int, msgspec.Meta(ge=1, le=STAGES_MAX)] = 1  # split it so far, though fewer would do
 
 
 class Ready(_Message, frozen=True, tag=0):
@@ -260,6 +261,7 @@ class PlanWanted:
     freed: dict[NodeId, tuple[int, int]]
     taken: dict[NodeId, tuple[int, int]]
     kept: tuple[Span, ...] = ()
+    stages_min: int = 1
 
 
 @dataclass(frozen=True, slots=True)

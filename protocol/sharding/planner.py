@@ -183,6 +183,10 @@ def _gaps(cuts: Sequence[Cut], layers: int) -> list[tuple[int, int]]:
 def _best(fitting: Fitting, group: list[NodeOffer], links: Links, constants: Constants) -> Found | None:
     """The best pipeline of one group of nodes."""
     candidates: list[Found] = []
+    if fitting.wish.stages_min > 1:
+        asked = proportional(fitting, group, fitting.wish.stages_min)
+        if asked is not None:
+            return Found(asked, _prediction(fitting, asked, links, constants).round_s(), False)
     full = filled(fitting, group)
     fewest = len(full) if full is not None else len(group)
     pool = thinned(fitting, group, links, fewest)
@@ -295,6 +299,8 @@ def _compared(
             others = _names(offer.name for offer, _, _ in split.cuts)
             alternatives.append(Alternative(f"split over {others}: {1 / split.round_s:.0f} tok/s", 1 / split.round_s))
         return [reason], alternatives
+    if count == fitting.wish.stages_min:
+        return [f"split over {names}, because llm.stages_min asks for {count}: {rate:.1f} tok/s"], alternatives
     if fewest < count:
         fewer = search.fastest(fewest)
         if fewer is not None:

@@ -89,6 +89,7 @@ class Session:
         max_tokens: int,
         context: int,
         rng: Rng,
+        stages_min: int = 1,
         params: SessionParameters | None = None,
     ) -> None:
         if len(stem) != STEM_BYTES or max_tokens < 1:
@@ -99,6 +100,7 @@ class Session:
         self._prompt = prompt
         self._max_tokens = max_tokens
         self._context = context
+        self._stages_min = stages_min
         self._rng = rng
         self.state: State = "ensuring"
         self.tokens: list[int] = []
@@ -178,7 +180,7 @@ class Session:
     def _ask_again(self, now: float) -> None:
         self.state = "ensuring"
         self._ask += 1
-        ask = Ensure(self._ask, self._model, self._context, self._without(), self._complaint)
+        ask = Ensure(self._ask, self._model, self._context, self._without(), self._complaint, self._stages_min)
         self._out += [ask, self._timer("answer", now + self._params.answer_s)]
 
     def _without(self) -> tuple[NodeId, ...]:

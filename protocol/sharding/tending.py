@@ -42,7 +42,7 @@ class Tending:
             (ask.request.context for ask in self._s.asks.values() if ask.request.model == request.model),
             default=request.context,
         )
-        load = self._s.loads[request.model] = Load(request.model, context, without, 0, now)
+        load = self._s.loads[request.model] = Load(request.model, context, without, request.stages_min, 0, now)
         self._plan(load, now)
 
     def _plan(self, load: Load, now: float) -> None:
@@ -61,7 +61,9 @@ class Tending:
             kept = tuple(
                 span for span in old.pipeline.stages if stands(old, NodeId(span.node)) and span.node not in avoided
             )
-        wanted = PlanWanted(load.job, load.model, load.context, avoided, sizes(freed), sizes(taken), kept)
+        wanted = PlanWanted(
+            load.job, load.model, load.context, avoided, sizes(freed), sizes(taken), kept, load.stages_min
+        )
         self._s.out.append(wanted)
 
     def planned(self, event: Planned, now: float) -> None:
@@ -255,7 +257,7 @@ class Tending:
         held = Held(report.pipeline, "loading", now, now, now, dict(stray.nodes), dict.fromkeys(nodes, now))
         self._s.held[report.pipeline.id] = held
         if "loading" in states:
-            load = Load(model, report.pipeline.context, frozenset(), 0, now, pipeline=report.pipeline.id)
+            load = Load(model, report.pipeline.context, frozenset(), 1, 0, now, pipeline=report.pipeline.id)
             self._s.loads[model] = load
         else:
             self._probe_it(held, self._s.params.probe_s, now)
@@ -297,7 +299,7 @@ class Tending:
         mine = load is not None and load.pipeline == held.pipeline.id
         if load is None and was_ready and guilty is not None:
             # Sessions are on it, and ask for another in a moment: begin while the survivors' engines still stand.
-            load = Load(held.pipeline.model, held.pipeline.context, frozenset(), 0, now)
+            load = Load(held.pipeline.model, held.pipeline.context, frozenset(), 1, 0, now)
             self._s.loads[load.model] = load
             mine = True
         if load is not None and mine:

@@ -4,7 +4,7 @@ Everything is answered from this node's own copy, so it is the same from every m
 decides nothing about membership; it watches what the protocol publishes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -109,6 +109,10 @@ class Nodes:
     def addresses(self, node: NodeId) -> list[Address]:
         """Where a member can be reached, the best first."""
         return list(self._hub.membership.addresses(node))
+
+    def rtts(self) -> Mapping[NodeId, float]:
+        """Round trips to peers that were measured, in seconds."""
+        return self._rtt_s
 
     def find(self, wanted: str, *, also_evicted: bool = False) -> NodeId:
         """The member (or, by its id, an evicted one) that a person means. MeshError NOT_FOUND or CONFLICT."""

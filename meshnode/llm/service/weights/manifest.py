@@ -54,6 +54,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tokenizer: str = ""
     bos: str = ""
     eos: str = ""
+    adds_bos: bool = True
     chat_template: str = ""
     template_cut: bool = False
     aliases: tuple[str, ...] = ()
@@ -105,6 +106,7 @@ def make_manifest(
         licence=(licence or weights.text("general.license"))[:TEXT_CHARS_MAX],
         tokenizer=language.tokenizer,
         bos=_token(weights, language.tokens.get("bos")),
+        adds_bos=language.adds_bos is not False,
         eos=_token(weights, language.tokens.get("eos")),
         chat_template=language.template,
         aliases=tuple(aliases),

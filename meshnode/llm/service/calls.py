@@ -1,0 +1,139 @@
+"""Calls and frame streams between the llm services of nodes, this very node included.
+
+A node that asks itself goes no way round: the same handler, the same frames, no socket. What is asked, and what the
+frames mean, is for those who use it.
+"""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, Final, Protocol, TypeVar
+
+import msgspec
+import trio
+
+from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.links import BulkStream, Links
+from meshnode.kernel.links.contracts import PeerMethod
+from protocol.ids import NodeId
+from protocol.sharding.frames import Frame, FrameError, pack
+from protocol.sharding.pipelines import PipelineId
+from protocol.sharding.steps import FrameDecoder
+
+T = TypeVar("T")
+
+PURPOSE: Final = "llm"
+RECEIVE_BYTES: Final = 256 * 1024
+CALL_S: Final = 15.0
+
+
+class Granted(msgspec.Struct, frozen=True, array_like=True):
+    """Open a bulk stream with this."""
+
+    token: bytes
+
+
+class Attach(msgspec.Struct, frozen=True, array_like=True):
+    """A stream to a stage, for a neighbour or an entry."""
+
+    pipeline: PipelineId
+    role: Annotated[str, msgspec.Meta(pattern="^(previous|last|entry)$")]
+
+
+class Calls:
+    """Before `run` this node cannot ask itself; peers can be asked as soon as the links run."""
+
+    def __init__(self, *, me: NodeId, links: Links) -> None:
+        self.me = me
+        self._links = links
+        self._methods: Mapping[str, PeerMethod[Any]] = {}
+
+    async def run(self, methods: Mapping[str, PeerMethod[Any]]) -> None:
+        """Answer this node's own calls with these until cancelled."""
+        self._methods = methods
+        await trio.sleep_forever()
+
+    async def call(self, node: NodeId, method: str, params: Any, returns: type[T], *, timeout_s: float = CALL_S) -> T:
+        """Ask a node, this one included. Raises MeshError as Links.call."""
+        if node != self.me:
+            return await self._links.call(node, method, params, returns, timeout_s=timeout_s)
+        with trio.move_on_after(timeout_s):
+            answer: Any = await self._methods[method].handle(self.me, params)
+            return (
+                answer
+                if isinstance(returns, type) and isinstance(answer, returns)
+                else msgspec.convert(answer, returns)
+            )
+        raise MeshError(
+            ErrorCode.TIMEOUT, f"This node took over {timeout_s:g} s for {method}. Try again.", retryable=True
+        )
+
+    def accept(self, peer: NodeId, serve: Callable[[BulkStream], Awaitable[None]]) -> Granted:
+        """Allow a peer one stream, and serve it when it comes. If it never comes, nothing happens."""
+        grant = self._links.grant_bulk(peer, PURPOSE)
+
+        async def wait() -> None:
+            try:
+                stream = await grant.accept()
+                async with stream:
+                    await serve(stream)
+            except MeshError:
+                return
+
+        self._links.spawn(wait)
+        return Granted(grant.token)
+
+    @asynccontextmanager
+    async def stream(self, node: NodeId, method: str, params: object) -> AsyncGenerator[BulkStream, None]:
+        """Ask a peer for a grant and open the stream. Raises MeshError."""
+        granted = await self._links.call(node, method, params, Granted, timeout_s=CALL_S)
+        stream = await self._links.open_bulk(node, granted.token, PURPOSE)
+        try:
+            yield stream
+        finally:
+            # Frames are whole or of no use, and every end of a stream is told in other ways: no goodbye is owed.
+            stream.cut("it is not needed any more")
+
+
+class FrameSink(Protocol):
+    """Where frames go."""
+
+    async def send(self, frame: bytes) -> None:
+        """Send one whole frame. Raises MeshError when nobody is there any more."""
+        ...
+
+
+class StreamSink:
+    """Frames onto a bulk stream; several tasks may send."""
+
+    def __init__(self, stream: BulkStream) -> None:
+        self._stream = stream
+        self._lock = trio.Lock()
+        self.bytes_sent = 0
+
+    async def send(self, frame: bytes) -> None:
+        """See FrameSink. Waits while the peer does not take it."""
+        async with self._lock:
+            await self._stream.send_all(frame)
+        self.bytes_sent += len(frame)
+
+
+async def frames_of(stream: BulkStream, bytes_max: int) -> AsyncGenerator[Frame, None]:
+    """Frames as they arrive, until the peer's end. Raises MeshError PROTOCOL_VIOLATION, UNREACHABLE."""
+    decoder = FrameDecoder(bytes_max=bytes_max)
+    while data := await stream.receive_some(RECEIVE_BYTES):
+        decoder.feed(data)
+        while True:
+            try:
+                frame = decoder.next_frame()
+            except FrameError as error:
+                raise MeshError(
+                    ErrorCode.PROTOCOL_VIOLATION, f"Node {stream.peer} sent what is no frame: {error}."
+                ) from error
+            if frame is None:
+                break
+            yield frame
+
+
+def repack(frame: Frame) -> bytes:
+    """A received frame as it travels."""
+    return pack(frame.kind, bytes(frame.body))  # type: ignore[arg-type]  # whoever passes it on has looked at its kind

@@ -1,0 +1,388 @@
+"""One stage that this node holds: its file, its engine, and the frames between it, its neighbours and the entries.
+
+Frames are looked at only as far as who may send which kind; everything else about them is the engine's to check.
+"""
+
+import math
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, Final, Protocol
+
+import trio
+
+from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.links import BulkStream
+from meshnode.kernel.logs import Logger
+from meshnode.llm.engine.client import Ended, Engine, Outgoing
+from meshnode.llm.engine.process import open_engine
+from meshnode.llm.engine.spec import StageSpec
+from meshnode.llm.service.calls import Attach, Calls, FrameSink, StreamSink, frames_of, repack
+from protocol.ids import NodeId, node_id_bytes
+from protocol.sharding.frames import (
+    FROM_ENTRY,
+    FROM_PREVIOUS,
+    TO_FIRST,
+    Destination,
+    Frame,
+    FrameError,
+    Kind,
+    StageError,
+    Stats,
+    decode,
+)
+from protocol.sharding.hosting import EngineChanged, EngineUsed, HostingInput
+from protocol.sharding.offers import Speed
+from protocol.sharding.pipelines import Pipeline, Span
+from protocol.sharding.steps import step_bytes_max
+
+ROWS_MAX: Final = 512
+ATTACH_TRIES_S: Final = 60.0
+ATTACH_PAUSE_S: Final = 0.1
+ENTRY_QUEUE_BYTES_MAX: Final = 8 * 1024 * 1024
+CONTROL_FRAME_BYTES_MAX: Final = 16 * 1024 * 1024
+FETCH_SHARE: Final = 0.8  # of the progress of a load; the rest is the engine's
+
+
+class Weights(Protocol):
+    """Where a stage's file comes from."""
+
+    async def stage_file(
+        self, digest: str, first: int, end: int, *, tail: bool, progress: Callable[[int, int, str], None]
+    ) -> tuple[str, bool]:
+        """The path of a file with these layers, and whether it has the tail that was asked for."""
+        ...
+
+
+class Surroundings(Protocol):
+    """What a stage needs of the node that holds it."""
+
+    @property
+    def calls(self) -> Calls: ...
+    @property
+    def weights(self) -> Weights: ...
+    @property
+    def log(self) -> Logger: ...
+    @property
+    def threads(self) -> int:
+        """How many cores its engine may use."""
+        ...
+
+    def submit(self, event: HostingInput) -> None:
+        """Tell the machine that decides about stages."""
+        ...
+
+    def wants_speed(self) -> bool:
+        """Whether this node's speed is to be measured on what is loaded now."""
+        ...
+
+    async def measured(self, speed: Speed) -> None:
+        """Take a measurement in."""
+        ...
+
+
+class EntrySink:
+    """Frames for one entry, which wait here for it: a slow one loses its stream before it slows the others down."""
+
+    def __init__(self, node: bytes, deliver: Callable[[bytes], Awaitable[None]]) -> None:
+        self.node = node
+        self._deliver = deliver
+        self._send, self._receive = trio.open_memory_channel[bytes](math.inf)
+        self._waiting = 0
+        self.ended = trio.Event()
+
+    async def put(self, frame: bytes) -> None:
+        """Queue one."""
+        if self.ended.is_set():
+            return
+        self._waiting += len(frame)
+        if self._waiting > ENTRY_QUEUE_BYTES_MAX:
+            self.end()
+            return
+        self._send.send_nowait(frame)
+
+    async def write(self, scope: trio.CancelScope) -> None:
+        """Hand on until the end, then cancel `scope`."""
+        try:
+            async for frame in self._receive:
+                self._waiting -= len(frame)
+                await self._deliver(frame)
+        except MeshError:
+            self.ended.set()
+        scope.cancel()
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self.ended.set()
+        self._send.close()
+
+
+class StageHost:
+    """One stage: fetches, loads, serves until it is told to end."""
+
+    def __init__(self, pipeline: Pipeline, span: Span, around: Surroundings) -> None:
+        self.pipeline = pipeline
+        self.span = span
+        self.index = pipeline.stages.index(span)
+        self.engine: Engine | None = None
+        self.loaded = trio.Event()
+        self.over = trio.Event()
+        self.stats: Stats | None = None
+        self.wire_bytes = 0
+        self._around = around
+        self._scope = trio.CancelScope()
+        self._next: FrameSink | None = None
+        self._first: FrameSink | None = None
+        self._entries: dict[bytes, EntrySink] = {}
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it sequences."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it samples."""
+        return self.index == len(self.pipeline.stages) - 1
+
+    def stop(self) -> None:
+        """End it; `over` tells when that is done."""
+        self._scope.cancel()
+
+    async def run(self) -> None:
+        """Serve until stopped or broken. Never raises but for defects."""
+        try:
+            with self._scope:
+                try:
+                    await self._serve()
+                except MeshError as error:
+                    self._broken(error.message, self.index)
+        finally:
+            self.over.set()
+
+    def _broken(self, words: str, blamed: int | None) -> None:
+        if not self._scope.cancel_called:
+            self._around.submit(EngineChanged(self.pipeline.id, "broken", words=words, blamed=blamed))
+
+    async def _serve(self) -> None:
+        around, pipeline, span = self._around, self.pipeline, self.span
+
+        def fetched(done: int, total: int, words: str) -> None:
+            share = FETCH_SHARE * (done / total if total else 0.0)
+            around.submit(EngineChanged(pipeline.id, "loading", share=share, words=words))
+
+        path, has_tail = await around.weights.stage_file(
+            pipeline.model, span.first, span.end, tail=not self.is_last, progress=fetched
+        )
+        spec = StageSpec(
+            path=path,
+            layers=span.end - span.first,
+            stage=self.index,
+            stages=len(pipeline.stages),
+            slots=pipeline.slots,
+            context=pipeline.context,
+            cells=pipeline.context * pipeline.slots,
+            rows_max=ROWS_MAX,
+            threads=around.threads,
+            gpu_layers=span.gpu_layers,
+            hook="" if has_tail or self.is_last else "cb_eval",
+            node=node_id_bytes(around.calls.me),
+        )
+
+        def loaded(share: float) -> None:
+            share = FETCH_SHARE + (1 - FETCH_SHARE) * share
+            around.submit(EngineChanged(pipeline.id, "loading", share=share, words="loading into memory"))
+
+        async with open_engine(spec, progress=loaded) as engine, trio.open_nursery() as nursery:
+            self.engine = engine
+            nursery.start_soon(self._pump, engine, nursery.cancel_scope)
+            if around.wants_speed():
+                await self._measure(engine)
+            if not self.is_last:
+                nursery.start_soon(self._connect_next, nursery)
+            elif not self.is_first:
+                nursery.start_soon(self._connect_first, nursery)
+            else:
+                self._ready()
+
+    async def _measure(self, engine: Engine) -> None:
+        """How fast this node is, on the layers at hand; plans are made with it."""
+        told = await engine.calibrate()
+        speed = Speed(max(1, engine.facts.model_bytes), told.seconds_per_token, told.seconds_per_prefill_row)
+        if 0 < speed.token_s < math.inf and 0 <= speed.row_s < math.inf:
+            await self._around.measured(speed)
+
+    def _ready(self) -> None:
+        self.loaded.set()
+        self._around.submit(EngineChanged(self.pipeline.id, "ready", share=1.0))
+
+    # ---- to the neighbours ------------------------------------------------------------------------------------------
+
+    async def _connect_next(self, nursery: trio.Nursery) -> None:
+        await self._connect(self.index + 1, "previous", nursery)
+
+    async def _connect_first(self, nursery: trio.Nursery) -> None:
+        await self._connect(0, "last", nursery)
+
+    async def _connect(self, index: int, role: str, nursery: trio.Nursery) -> None:
+        """Open the stream to another stage, which may not have heard of the pipeline yet, and keep it."""
+        node = self.pipeline.nodes[index]
+        deadline = trio.current_time() + ATTACH_TRIES_S
+        while True:
+            try:
+                async with self._around.calls.stream(node, "llm.attach", Attach(self.pipeline.id, role)) as stream:
+                    sink = StreamSink(stream)
+                    if role == "previous":
+                        self._next = sink
+                    else:
+                        self._first = sink
+                    self._ready()
+                    # Nothing comes back on it; that it ends says that the neighbour did.
+                    await stream.receive_some()
+                self._lose(f"stage {index + 1} ended the stream", index, nursery)
+                return
+            except MeshError as error:
+                if self.loaded.is_set() or trio.current_time() > deadline:
+                    self._lose(error.message, index, nursery)
+                    return
+            await trio.sleep(ATTACH_PAUSE_S)
+
+    def _lose(self, words: str, blamed: int, nursery: trio.Nursery) -> None:
+        """A neighbour is gone, and with it this pipeline; the engine waits for the coordinator's word."""
+        self._next = self._first = None
+        self._broken(words, blamed)
+        for entry in list(self._entries.values()):
+            entry.end()
+
+    async def accept(self, stream: BulkStream, role: str) -> None:
+        """Serve an incoming stream of a neighbour or an entry until it ends."""
+        await self.loaded.wait()
+        if role == "entry":
+            await self._serve_entry(stream)
+            return
+        blamed = self.index - 1 if role == "previous" else len(self.pipeline.stages) - 1
+        allowed = FROM_PREVIOUS if role == "previous" else TO_FIRST
+        words = "the stage before ended its stream" if role == "previous" else "the last stage ended its stream"
+        try:
+            async with aclosing(frames_of(stream, self._frame_bytes_max())) as frames:
+                async for frame in frames:
+                    await self._take(frame, allowed, stream.peer)
+        except MeshError as error:
+            words = error.message
+        self._broken(words, blamed)
+        for entry in list(self._entries.values()):
+            entry.end()
+
+    def _frame_bytes_max(self) -> int:
+        assert self.engine is not None  # it is loaded
+        return max(CONTROL_FRAME_BYTES_MAX, step_bytes_max(self.engine.facts.embedding_width, ROWS_MAX) + 1024)
+
+    async def _take(self, frame: Frame, allowed: frozenset[Kind], peer: NodeId) -> None:
+        """Give the engine a frame of a peer. Raises MeshError if the peer may not send it."""
+        if frame.kind not in allowed:
+            raise MeshError(ErrorCode.PROTOCOL_VIOLATION, f"Node {peer} sent a frame of kind {frame.kind} to a stage.")
+        assert self.engine is not None  # it is loaded
+        await self.engine.send(repack(frame))
+
+    # ---- entries ----------------------------------------------------------------------------------------------------
+
+    async def _serve_entry(self, stream: BulkStream) -> None:
+        entry = EntrySink(node_id_bytes(stream.peer), StreamSink(stream).send)
+        self._add_entry(entry)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(entry.write, nursery.cancel_scope)
+                nursery.start_soon(self._read_entry, stream, nursery.cancel_scope)
+        finally:
+            await self._drop_entry(entry)
+
+    async def _read_entry(self, stream: BulkStream, scope: trio.CancelScope) -> None:
+        try:
+            async with aclosing(frames_of(stream, CONTROL_FRAME_BYTES_MAX)) as frames:
+                async for frame in frames:
+                    await self.take_from_entry(frame, stream.peer)
+        except MeshError as error:
+            self._around.log.info("an entry's stream ended", peer=stream.peer, why=error.message)
+        scope.cancel()
+
+    async def take_from_entry(self, frame: Frame, peer: NodeId) -> None:
+        """An entry's frame; an OPEN says truly whose it is. Raises MeshError."""
+        if frame.kind == Kind.OPEN:
+            try:
+                opened: Any = decode(frame)
+            except FrameError as error:
+                raise MeshError(ErrorCode.PROTOCOL_VIOLATION, f"Node {peer} sent no OPEN: {error}.") from error
+            if opened.entry != node_id_bytes(peer):
+                raise MeshError(ErrorCode.PROTOCOL_VIOLATION, f"Node {peer} opened a session in another node's name.")
+        await self._take(frame, FROM_ENTRY, peer)
+
+    def attach_local(self, deliver: Callable[[bytes], Awaitable[None]]) -> "EntrySink":
+        """This node's own entry: frames for it go to `deliver`."""
+        entry = EntrySink(node_id_bytes(self._around.calls.me), deliver)
+        self._add_entry(entry)
+        return entry
+
+    def _add_entry(self, entry: "EntrySink") -> None:
+        old = self._entries.get(entry.node)
+        if old is not None:
+            old.end()
+        self._entries[entry.node] = entry
+
+    async def _drop_entry(self, entry: "EntrySink") -> None:
+        if self._entries.get(entry.node) is entry:
+            del self._entries[entry.node]
+            if self.is_first and self.engine is not None and self.engine.ended is None:
+                with trio.CancelScope(shield=True), trio.move_on_after(1.0):
+                    try:
+                        await self.engine.lose_entry(entry.node)
+                    except MeshError:
+                        return
+
+    async def detach_local(self, entry: "EntrySink") -> None:
+        """The opposite of attach_local."""
+        await self._drop_entry(entry)
+
+    # ---- from the engine --------------------------------------------------------------------------------------------
+
+    async def _pump(self, engine: Engine, scope: trio.CancelScope) -> None:
+        async for item in engine.frames():
+            if isinstance(item, Ended):
+                self._around.log.warning("an engine ended", why=item.words, stderr="; ".join(item.stderr[-5:]))
+                self._broken(item.words, self.index)
+                break
+            try:
+                await self._route(item)
+            except MeshError as error:
+                blamed = self.index + 1 if item.destination is Destination.NEXT else 0
+                self._broken(error.message, blamed)
+        scope.cancel()
+
+    async def _route(self, item: Outgoing) -> None:
+        match item.destination:
+            case Destination.NEXT:
+                if self._next is not None:
+                    self.wire_bytes += len(item.frame)
+                    await self._next.send(item.frame)
+            case Destination.FIRST:
+                if self._first is not None:
+                    self.wire_bytes += len(item.frame)
+                    await self._first.send(item.frame)
+            case Destination.ENTRY:
+                entry = self._entries.get(item.node)
+                if entry is not None:
+                    self.wire_bytes += len(item.frame)
+                    await entry.put(item.frame)
+            case Destination.AGENT:
+                self._hear(item)
+
+    def _hear(self, item: Outgoing) -> None:
+        if item.kind == Kind.STATS:
+            stats = item.message()
+            assert isinstance(stats, Stats)
+            self.stats = stats
+            if self.is_first:
+                self._around.submit(EngineUsed(self.pipeline.id, stats.active + stats.queued))
+        elif item.kind == Kind.ERROR:
+            error = item.message()
+            assert isinstance(error, StageError)
+            if error.session is None:
+                self._broken(f"{error.code.value}: {error.words}", error.stage)

@@ -1,0 +1,258 @@
+"""Loading at the coordinator's wish: drives the machine of protocol/sharding/loading.py and runs its planner.
+
+It runs on every node, and does something only on the one that coordinates.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, Protocol
+
+import trio
+from msgspec.structs import replace
+
+from meshnode.kernel.errors import MeshError
+from meshnode.kernel.logs import Logger
+from meshnode.kernel.machines import MachineRunner
+from meshnode.kernel.offload import Offload
+from meshnode.llm.service.offering import Offers
+from protocol.effects import Publish
+from protocol.ids import NodeId
+from protocol.sharding.fitting import Wish
+from protocol.sharding.loading import LoadingInput, LoadingMachine
+from protocol.sharding.offers import Links, NodeOffer
+from protocol.sharding.pipelines import (
+    Answer,
+    AnswerEnsure,
+    AskGone,
+    CommandFailed,
+    CommandStage,
+    EnsureAsked,
+    EnsureRequest,
+    Layout,
+    LoadStage,
+    Planned,
+    PlanWanted,
+    ProbePipeline,
+    Span,
+    StageCommand,
+    UnloadStage,
+)
+from protocol.sharding.planner import Plan, Refusal, mend, plan
+from protocol.sharding.predict import Estimator
+from protocol.sharding.shapes import ModelShape
+
+PROMPT_TOKENS_EXPECTED: Final = 512
+
+
+class Shapes(Protocol):
+    """What is known of models and where their layers lie."""
+
+    def shape(self, digest: str) -> ModelShape | None: ...
+    def holds(self, node: NodeId, digest: str) -> tuple[tuple[int, int], ...]: ...
+    def siblings(self, digest: str) -> Sequence[tuple[str, int]]: ...
+
+
+Command = Callable[[NodeId, StageCommand], Awaitable[str]]
+"""Send a command to a node; the answer says why it was refused. Raises MeshError."""
+
+
+class Planning:
+    """The planner with this mesh's facts; the same for a load and for those who only ask."""
+
+    def __init__(
+        self, *, shapes: Shapes, offers: Offers, offload: Offload, slots: int, stages_min: int, estimator: Estimator
+    ) -> None:
+        self._shapes = shapes
+        self._offers = offers
+        self._offload = offload
+        self._slots = slots
+        self._stages_min = stages_min
+        self._estimator = estimator
+
+    async def plan(
+        self,
+        digest: str,
+        context: int,
+        *,
+        without: frozenset[NodeId] = frozenset(),
+        freed: dict[NodeId, tuple[int, int]] | None = None,
+        taken: dict[NodeId, tuple[int, int]] | None = None,
+        kept: Sequence[Span] = (),
+        stages_min: int = 1,
+    ) -> Plan | Refusal:
+        """The plan for a model as the mesh stands now."""
+        asked = self._prepared(digest, context, without, freed or {}, taken or {}, tuple(kept), stages_min)
+        return await self._offload(asked)
+
+    def now(self, digest: str, context: int) -> Plan | Refusal:
+        """The same at once, for those who cannot wait: up to a fifth of a second in a large mesh."""
+        return self._prepared(digest, context, frozenset(), {}, {}, (), 1)()
+
+    def _prepared(
+        self,
+        digest: str,
+        context: int,
+        without: frozenset[NodeId],
+        freed: dict[NodeId, tuple[int, int]],
+        taken: dict[NodeId, tuple[int, int]],
+        kept: tuple[Span, ...],
+        stages_min: int,
+    ) -> Callable[[], Plan | Refusal]:
+        """The question with all its facts, to be answered in a thread."""
+        shape = self._shapes.shape(digest)
+        if shape is None:
+            return lambda: Refusal(code="no_nodes", words="No node knows that model any more. Pull it again.")
+        offers, links = self._offers.planning(lambda node: self._shapes.holds(node, digest))
+        offers = [_shifted(offer, freed, taken) for offer in offers if offer.node not in without]
+        able = sum(offer.has_engine for offer in offers)
+        if able < stages_min:
+            words = f"Split over {stages_min} nodes, as was asked, it needs more than the {able} that can run models."
+            return lambda: Refusal(code="no_nodes", words=words)
+        wish = Wish(
+            context=context,
+            slots=self._slots,
+            prompt_tokens=PROMPT_TOKENS_EXPECTED,
+            streams=1,
+            stages_min=min(max(self._stages_min, stages_min), max(1, len(offers))),
+        )
+        siblings = self._shapes.siblings(digest)
+        return lambda: self._plan(shape, wish, offers, links, kept, siblings)
+
+    def _plan(
+        self,
+        shape: ModelShape,
+        wish: Wish,
+        offers: list[NodeOffer],
+        links: Links,
+        kept: tuple[Span, ...],
+        siblings: Sequence[tuple[str, int]],
+    ) -> Plan | Refusal:
+        """In a thread: a large mesh takes a fifth of a second."""
+        constants = self._estimator.constants()
+        if kept:
+            standing = {NodeId(span.node): (span.first, span.end) for span in kept}
+            mended = mend(shape, wish, standing, offers, links, constants=constants)
+            if mended is not None:
+                return mended
+        return plan(shape, wish, offers, links, constants=constants, siblings=siblings)
+
+
+class Loads:
+    """See the module."""
+
+    def __init__(
+        self,
+        *,
+        machine: LoadingMachine,
+        planning: Planning,
+        shapes: Shapes,
+        command: Command,
+        publish: Callable[[object], object],
+        now: Callable[[], float],
+        log: Logger,
+    ) -> None:
+        self._machine = machine
+        self._planning = planning
+        self._shapes = shapes
+        self._command = command
+        self._publish = publish
+        self._log = log
+        self._runner: MachineRunner[LoadingInput] = MachineRunner(handle=machine.handle, perform=self._perform, now=now)
+        self._asks: dict[int, tuple[trio.Event, list[Answer]]] = {}
+        self._asked = 0
+        self._nursery: trio.Nursery | None = None
+
+    @property
+    def machine(self) -> LoadingMachine:
+        """For reading."""
+        return self._machine
+
+    def submit(self, event: LoadingInput) -> None:
+        """Feed the machine."""
+        self._runner.submit(event)
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self._runner.run)
+
+    async def ensure(self, peer: NodeId, request: EnsureRequest) -> Answer:
+        """A pipeline is wanted; the answer comes within seconds, and may be that it takes longer."""
+        self._asked += 1
+        ask, answered, answers = self._asked, trio.Event(), list[Answer]()
+        self._asks[ask] = (answered, answers)
+        try:
+            self.submit(EnsureAsked(ask, peer, request))
+            await answered.wait()
+            return answers[0]
+        finally:
+            del self._asks[ask]
+            if not answers:
+                self.submit(AskGone(ask))
+
+    async def _perform(self, effect: object) -> None:
+        assert self._nursery is not None  # the runner runs in it
+        match effect:
+            case AnswerEnsure(ask, answer):
+                waiting = self._asks.get(ask)
+                if waiting is not None:
+                    waiting[1].append(answer)
+                    waiting[0].set()
+            case PlanWanted():
+                self._nursery.start_soon(self._plan, effect)
+            case CommandStage(node, command):
+                self._nursery.start_soon(self._send, node, command)
+            case Publish(event):
+                self._log.info("pipelines changed", what=repr(event)[:500])
+                self._publish(event)
+            case _:
+                raise TypeError(f"loading cannot perform {effect!r}")
+
+    async def _plan(self, wanted: PlanWanted) -> None:
+        made = await self._planning.plan(
+            wanted.model,
+            wanted.context,
+            without=wanted.without,
+            freed=wanted.freed,
+            taken=wanted.taken,
+            kept=wanted.kept,
+            stages_min=wanted.stages_min,
+        )
+        if isinstance(made, Refusal):
+            self.submit(Planned(wanted.job, None, made.code, made.words, made.short_bytes))
+            return
+        shape = self._shapes.shape(wanted.model)
+        vocabulary = 0 if shape is None else shape.n_vocab
+        self.submit(Planned(wanted.job, Layout(spans_of(made), vocabulary, "; ".join(made.reasons))))
+
+    async def _send(self, node: NodeId, command: StageCommand) -> None:
+        match command.order:
+            case LoadStage(pipeline=made):
+                pipeline = made.id
+            case UnloadStage(pipeline=pipeline) | ProbePipeline(pipeline=pipeline):
+                pass
+        try:
+            refused = await self._command(node, command)
+        except MeshError as error:
+            refused = error.message
+        if refused:
+            self.submit(CommandFailed(node, pipeline, refused))
+
+
+def spans_of(made: Plan) -> tuple[Span, ...]:
+    """A plan as commands carry it."""
+    return tuple(
+        Span(stage.node, stage.first, stage.end, stage.ram_bytes, sum(stage.vram_bytes), stage.gpu_layers)
+        for stage in made.stages
+    )
+
+
+def _shifted(offer: NodeOffer, freed: dict[NodeId, tuple[int, int]], taken: dict[NodeId, tuple[int, int]]) -> NodeOffer:
+    """An offer with what will be let go, and without what is promised already; VRAM is shifted on the first device."""
+    ram = freed.get(offer.node, (0, 0))[0] - taken.get(offer.node, (0, 0))[0]
+    vram = freed.get(offer.node, (0, 0))[1] - taken.get(offer.node, (0, 0))[1]
+    devices = offer.devices
+    if devices and vram:
+        first = replace(devices[0], vram_free_bytes=max(0, devices[0].vram_free_bytes + vram))
+        devices = (first, *devices[1:])
+    return replace(offer, ram_free_bytes=max(0, offer.ram_free_bytes + ram), devices=devices)

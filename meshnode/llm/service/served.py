@@ -1,0 +1,85 @@
+"""Which upstream models which node serves: each node tells of its own, and looks after them."""
+
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+import trio
+
+from meshnode.kernel.errors import MeshError
+from meshnode.kernel.logs import Logger
+from meshnode.kernel.records import RecordWriter
+from meshnode.llm.model import ModelCard
+from meshnode.llm.service.engines.upstream import Upstreams
+from protocol.ids import NodeId
+from protocol.node import Node
+from protocol.records.collection import Collection, only_owner
+from protocol.wire import limits
+
+SERVED: Final = "llm/served"
+REFRESH_S: Final = 60.0
+MODELS_TOLD_MAX: Final = 500
+
+
+def served_collection() -> Collection:
+    """Each node speaks for itself."""
+    return Collection(SERVED, may_write=only_owner, value_bytes_max=60_000, records_max=limits.ROSTER_MAX)
+
+
+class _Served(msgspec.Struct, frozen=True, array_like=True):
+    models: tuple[str, ...]
+
+
+class Served:
+    """See the module. `upstreams` are this node's own."""
+
+    def __init__(self, *, me: NodeId, hub: Node, writer: RecordWriter, upstreams: Upstreams, log: Logger) -> None:
+        self._me = me
+        self._hub = hub
+        self._writer = writer
+        self._upstreams = upstreams
+        self._log = log
+        self._told: tuple[str, ...] | None = None
+
+    async def run(self) -> None:
+        """Ask the servers now and then, and tell the mesh when something changed, until cancelled."""
+        while True:
+            found = await self._upstreams.refresh() if self._upstreams.configured else []
+            names = tuple(card.name for card in found[:MODELS_TOLD_MAX])
+            if names != (self._told or ()):
+                try:
+                    value = msgspec.msgpack.encode(_Served(names))
+                    await self._writer.put(SERVED, self._me.encode("ascii"), value)
+                    self._told = names
+                except MeshError as error:
+                    self._log.warning("upstream models could not be told", why=error.message)
+            for name, why in self._upstreams.failures.items():
+                self._log.warning("an upstream server does not answer", server=name, why=why)
+            await trio.sleep(REFRESH_S)
+
+    def by_model(self) -> dict[str, NodeId]:
+        """Which node serves a model; of several, one that is this node or comes first."""
+        found: dict[str, NodeId] = {}
+        for node in sorted(self._hub.membership.view.up, key=lambda node: (node != self._me, node)):
+            record = self._hub.records.get(SERVED, node.encode("ascii"))
+            if record is None:
+                continue
+            try:
+                names = msgspec.msgpack.decode(record.value, type=_Served).models
+            except (msgspec.DecodeError, msgspec.ValidationError):
+                continue
+            for name in names:
+                found.setdefault(name, node)
+        return found
+
+    def cards(self, name_of: Callable[[NodeId], str]) -> list[ModelCard]:
+        """Every upstream model of the mesh."""
+        return [
+            ModelCard(
+                name=name,
+                source=f"upstream server of {name_of(node)}",
+                held_by=(node,),
+                ready=True,
+            )
+            for name, node in sorted(self.by_model().items())
+        ]
