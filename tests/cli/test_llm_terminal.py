@@ -56,16 +56,17 @@ class Terminal:
         self.type(line)
 
     def wait(self, words: str, pressing: str = "") -> str:
-        """Everything up to and including `words`, which then counts as read. `pressing`: again after each second.
+        """Everything up to and including `words`, which then counts as read. `pressing`: repeated after a second's silence.
 
         Python may lose a signal that comes between a prompt and the wait for the first key; people press again, too.
         """
         deadline = time.monotonic() + WAIT_S
+        self.type(pressing)
         while words not in self.plain:
-            self.type(pressing)
             left = deadline - time.monotonic()
             ready, _, _ = select.select([self._fd], [], [], min(1.0, left) if pressing else left)
             if pressing and not ready and left > 1:
+                self.type(pressing)
                 continue
             assert ready, f"{words!r} did not come: {self.seen!r}"
             try:

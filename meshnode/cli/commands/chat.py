@@ -1,5 +1,6 @@
 """`meshnode chat`: a conversation at a terminal, or one turn for each line that comes in."""
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -99,23 +100,27 @@ class Conversation:
     def run(self) -> None:
         """Until Ctrl-D. What fails is told, and the conversation goes on; without an agent it ends."""
         while True:
-            try:
-                words = self._prompt.read()
-            except EOFError:
-                say()
-                return
-            except KeyboardInterrupt:
-                say()
-                continue
-            try:
-                if words.startswith("/"):
-                    self._do(words)
-                elif words.strip():
-                    self._ask(words)
-            except MeshError as error:
-                if error.code is ErrorCode.AGENT_NOT_RUNNING:
-                    raise
-                complain(error, as_json=False)
+            # Ctrl-C may come at any moment, twice too: it ends a line or an answer, never the conversation.
+            with contextlib.suppress(KeyboardInterrupt):
+                try:
+                    self._turn()
+                except EOFError:
+                    say()
+                    return
+                except KeyboardInterrupt:
+                    say()
+
+    def _turn(self) -> None:
+        words = self._prompt.read()
+        try:
+            if words.startswith("/"):
+                self._do(words)
+            elif words.strip():
+                self._ask(words)
+        except MeshError as error:
+            if error.code is ErrorCode.AGENT_NOT_RUNNING:
+                raise
+            complain(error, as_json=False)
 
     def _ask(self, words: str) -> None:
         turn, spoken = Turn(), Spoken()
