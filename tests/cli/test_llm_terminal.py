@@ -56,7 +56,7 @@ class Terminal:
         self.type(line)
 
     def wait(self, words: str, pressing: str = "") -> str:
-        """Everything up to `words` and these, which then count as read. `pressing`: again after each second of silence.
+        """Everything up to and including `words`, which then counts as read. `pressing`: anew after a silence.
 
         Python may lose a signal that comes between a prompt and the wait for the first key; people press again, too.
         """
