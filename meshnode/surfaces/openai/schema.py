@@ -107,6 +107,12 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None
 
 
+class MeshnodeIn(Struct, forbid_unknown_fields=True):
+    """What only this system understands. `stages`: split the model over at least so many nodes, to see it split."""
+
+    stages: Annotated[int, Meta(ge=1, le=64)] = 1
+
+
 class SamplingIn(Struct, kw_only=True):
     """What chat, completions and responses have in common, and what servers of open models add to it."""
 
@@ -122,6 +128,7 @@ class SamplingIn(Struct, kw_only=True):
     logit_bias: dict[str, _Bias] | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
+    meshnode: MeshnodeIn | None = None
 
 
 class ChatRequest(SamplingIn, kw_only=True, forbid_unknown_fields=True):
@@ -268,4 +275,5 @@ class ResponsesRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     prompt: Any = None
     max_tool_calls: Any = None
     context_management: Any = None
+    meshnode: MeshnodeIn | None = None
     prompt_cache_retention: Any = None

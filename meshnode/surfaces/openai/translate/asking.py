@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from meshnode.llm.model import AnswerFormat, Message, Sampling, Tool, ToolCall, ToolChoice
 from meshnode.surfaces.openai.errors import invalid, unsupported
-from meshnode.surfaces.openai.schema import CallIn, FormatIn, MessageIn, Part, SamplingIn, ToolIn
+from meshnode.surfaces.openai.schema import CallIn, FormatIn, MeshnodeIn, MessageIn, Part, SamplingIn, ToolIn
 
 STOPS_MAX: Final = 16
 TOOLS_MAX: Final = 1_000
@@ -198,3 +198,8 @@ def thinking_of(effort: str | None) -> dict[str, Any]:
     if effort is None:
         return {}
     return {"reasoning_effort": effort, "enable_thinking": effort not in ("none", "minimal")}
+
+
+def stages_of(wishes: MeshnodeIn | None) -> int:
+    """How far a model is to be split at least."""
+    return 1 if wishes is None else wishes.stages

@@ -24,6 +24,7 @@ from meshnode.surfaces.openai.translate.asking import (
     refuse,
     refuse_unless,
     sampling_of,
+    stages_of,
     thinking_of,
     tool_choice_of,
     tools_of,
@@ -62,6 +63,7 @@ def requests_of(request: ChatRequest) -> list[GenerationRequest]:
                 answer=answer_of(request.response_format),
                 sampling=sampling,
                 template_kwargs=thinking_of(request.reasoning_effort) | (request.chat_template_kwargs or {}),
+                stages_min=stages_of(request.meshnode),
             )
         )
     return made

@@ -30,6 +30,7 @@ from meshnode.surfaces.openai.translate.asking import (
     checked_tools,
     refuse,
     refuse_unless,
+    stages_of,
     text_of,
     thinking_of,
     tool_choice_of,
@@ -73,6 +74,7 @@ def request_of(request: ResponsesRequest) -> GenerationRequest:
             logprobs=(request.top_logprobs or 0) if wants_logprobs else None,
         ),
         template_kwargs=thinking_of(None if reasoning is None else reasoning.effort),
+        stages_min=stages_of(request.meshnode),
     )
 
 
