@@ -294,12 +294,13 @@ class PullProgress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class RemovedReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a removal came to; `unreachable`: nodes that hold it and could not be told."""
+    """What a removal came to; `unreachable`: nodes that hold it and could not be told; `kept`: what stays, and why."""
 
     model: str
     nodes: tuple[NodeId, ...]
     freed_bytes: int
     unreachable: tuple[NodeId, ...] = ()
+    kept: tuple[str, ...] = ()
 
 
 # ---- what runs ------------------------------------------------------------------------------------------
@@ -357,16 +358,6 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     latencies_s: dict[NodeId, float] = {}
     bandwidths: dict[NodeId, float] = {}
     speeds: dict[str, float] = {}
-
-
-class RemovedReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a removal did: on which nodes, how many bytes it freed, and what stays and why."""
-
-    model: str
-    digest: str
-    nodes: tuple[NodeId, ...]
-    bytes_freed: int
-    kept: tuple[str, ...] = ()
 
 
 # ---- chats ------------------------------------------------------------------------------------------

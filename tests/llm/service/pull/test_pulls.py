@@ -220,7 +220,7 @@ async def test_a_model_is_removed_here_or_everywhere_and_not_while_it_is_loaded(
         assert nodes[2].weights.manifest(digest) is not None
         report = await nodes[2].pulls.remove("m", everywhere=True, force=True)
         assert nodes[0].on_disk() == 0
-        assert report.bytes_freed > 0
+        assert report.freed_bytes > 0
         assert not w.board.rows
         with pytest.raises(MeshError, match="There is no model 'm'"):
             nodes[2].weights.find("m")
