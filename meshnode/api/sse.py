@@ -49,6 +49,8 @@ class EventStream:
     flush_s: float = 0.0
     headers: Mapping[str, str] = field(default_factory=dict)
     media_type: str = "text/event-stream"
+    failure_frame: Callable[[MeshError], bytes] | None = None
+    """How a surface's clients expect a failure in the stream; None: as an `error` event."""
 
 
 class Connected(msgspec.Struct, frozen=True):
@@ -236,5 +238,7 @@ class StreamPump:
         self._space.set()
         if not piece and self.failure is not None:
             failure, self.failure = self.failure, None
+            if self._stream.failure_frame is not None:
+                return self._stream.failure_frame(failure)
             return frame("error", StreamFailed(failure.message, failure.code.value, failure.retryable))
         return piece

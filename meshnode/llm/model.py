@@ -294,10 +294,9 @@ class PullProgress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class RemovedReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a removal came to. `unreachable`: nodes that hold it and could not be told; `kept`: what stays, and why."""
+    """What a removal came to; `unreachable`: nodes that hold it and could not be told; `kept`: what stays, and why."""
 
     model: str
-    digest: str = ""
     nodes: tuple[NodeId, ...]
     freed_bytes: int
     unreachable: tuple[NodeId, ...] = ()

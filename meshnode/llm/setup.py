@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import httpx2
 import msgspec
-import psutil
 
 from meshnode.api.routing import Mount
 from meshnode.kernel.database import Database, KeyValue
@@ -46,6 +45,7 @@ from meshnode.llm.service.served import Served, served_collection
 from meshnode.llm.service.singles import Singles
 from meshnode.llm.service.weights.manifest import Manifest
 from meshnode.llm.service.weights.records import ModelRecords, model_collections
+from meshnode.llm.service.weights.room import disk_sizes
 from meshnode.llm.service.weights.shapes import Shapes
 from meshnode.llm.service.weights.weights import Weights
 from meshnode.llm.service.whole import LlmService
@@ -261,7 +261,7 @@ class _Assembly:
             in_use=self._in_use,
             pinned=lambda digest: self._models.is_pinned(digest),
             other_names=shipped_catalogue().names,
-            disk=_disk,
+            disk=disk_sizes,
             offload=ground.offload,
             wall=ground.wall,
             logger=ground.log("llm.weights"),
@@ -392,9 +392,3 @@ class _Assembly:
                 self._loads.submit(event)
                 self._pipelines.peer_gone(event)
                 self._generations.peer_gone(event)
-
-
-def _disk(folder: Path) -> tuple[int, int]:
-    """Bytes free, and in all."""
-    usage = psutil.disk_usage(str(folder))
-    return usage.free, usage.total

@@ -41,6 +41,8 @@ from protocol.sharding.predict import Estimator
 from protocol.sharding.shapes import ModelShape
 
 PROMPT_TOKENS_EXPECTED: Final = 512
+OFFER_WAIT_S: Final = 5.0
+OFFER_LOOK_S: Final = 0.25
 
 
 class Shapes(Protocol):
@@ -79,9 +81,15 @@ class Planning:
         kept: Sequence[Span] = (),
         stages_min: int = 1,
     ) -> Plan | Refusal:
-        """The plan for a model as the mesh stands now."""
-        asked = self._prepared(digest, context, without, freed or {}, taken or {}, tuple(kept), stages_min)
-        return await self._offload(asked)
+        """The plan for a model as the mesh stands now. Nodes that have just come are waited for if they are needed."""
+        patience = OFFER_WAIT_S
+        while True:
+            asked = self._prepared(digest, context, without, freed or {}, taken or {}, tuple(kept), stages_min)
+            made = await self._offload(asked)
+            if isinstance(made, Plan) or patience <= 0 or not self._offers.unheard():
+                return made
+            await trio.sleep(OFFER_LOOK_S)
+            patience -= OFFER_LOOK_S
 
     def now(self, digest: str, context: int) -> Plan | Refusal:
         """The same at once, for those who cannot wait: up to a fifth of a second in a large mesh."""

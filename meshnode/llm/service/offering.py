@@ -82,6 +82,10 @@ class Offers:
         found = {node: self.of(node) for node in sorted(self.hub.membership.view.up)}
         return {node: offer for node, offer in found.items() if offer is not None}
 
+    def unheard(self) -> list[NodeId]:
+        """Nodes that are up and have not said yet what they lend."""
+        return [node for node in sorted(self.hub.membership.view.up) if self.of(node) is None]
+
     def planning(self, holds: Callable[[NodeId], tuple[tuple[int, int], ...]]) -> tuple[list[NodeOffer], Links]:
         """As the planner takes them. `holds`: which of the model's layers a node has on its disk."""
         offers: list[NodeOffer] = []

@@ -65,7 +65,8 @@ class OpenAiRoutes:
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             chunks = chat.ChatChunks(answer_id, created, body.model, include_usage=with_usage)
-            return EventStream(self._chunks(asked, chunks.chunks, chunks.last), flush_s=FLUSH_S)
+            source = self._chunks(asked, chunks.chunks, chunks.last)
+            return EventStream(source, flush_s=FLUSH_S, failure_frame=_failed)
         answer = chat.ChatAnswer(answer_id, created, body.model, len(asked))
         async with self._events(asked) as events:
             async for choice, event in events:
@@ -81,7 +82,8 @@ class OpenAiRoutes:
             chunks = completions.CompletionChunks(
                 answer_id, created, body.model, choices=len(asked), choices_each=each, include_usage=with_usage
             )
-            return EventStream(self._chunks(asked, chunks.chunks, chunks.last), flush_s=FLUSH_S)
+            source = self._chunks(asked, chunks.chunks, chunks.last)
+            return EventStream(source, flush_s=FLUSH_S, failure_frame=_failed)
         answer = completions.CompletionAnswer(answer_id, created, body.model, choices=len(asked), choices_each=each)
         async with self._events(asked) as events:
             async for choice, event in events:
@@ -93,7 +95,11 @@ class OpenAiRoutes:
         asked = response_request_of(body)
         fold = ResponseFold(body, f"resp_{request.request_id}", self._wall())
         if body.stream:
-            return EventStream(self._response_events(asked, fold), flush_s=FLUSH_S)
+
+            def failed(error: MeshError) -> bytes:
+                return _named(fold.fail(openai_error_body(error, http_status(error.code), "")))
+
+            return EventStream(self._response_events(asked, fold), flush_s=FLUSH_S, failure_frame=failed)
         async with aclosing(self._llm.generate(asked)) as events:
             async for event in events:
                 for _ in fold.add(event):
@@ -123,37 +129,23 @@ class OpenAiRoutes:
         chunks: Callable[[int, GenerationEvent], list[dict[str, Any]]],
         last: Callable[[], list[dict[str, Any]]],
     ) -> AsyncGenerator[bytes, None]:
-        begun = False
-        try:
-            async with self._events(asked) as events:
-                async for choice, event in events:
-                    told = chunks(choice, event)
-                    if told:
-                        begun = True
-                        yield b"".join(frame(None, _encode(chunk)) for chunk in told)
-        except MeshError as error:
-            if not begun:
-                # Nothing was sent: an error answer with its status says more than an event.
-                raise
-            yield frame(None, _encode(openai_error_body(error, http_status(error.code), "")))
-            return
+        async with self._events(asked) as events:
+            async for choice, event in events:
+                told = chunks(choice, event)
+                if told:
+                    yield b"".join(frame(None, _encode(chunk)) for chunk in told)
         yield b"".join(frame(None, _encode(chunk)) for chunk in last()) + b"data: [DONE]\n\n"
 
     async def _response_events(self, asked: GenerationRequest, fold: ResponseFold) -> AsyncGenerator[bytes, None]:
         begun = False
-        try:
-            async with aclosing(self._llm.generate(asked)) as events:
-                async for event in events:
-                    # A load may still fail, with a status of its own: the stream begins when the prompt is accepted.
-                    told = [] if begun or isinstance(event, Loading | Routed) else list(fold.begin())
-                    begun = begun or bool(told)
-                    told += fold.add(event)
-                    if told:
-                        yield b"".join(_named(one) for one in told)
-        except MeshError as error:
-            if not begun:
-                raise
-            yield _named(fold.fail(openai_error_body(error, http_status(error.code), "")))
+        async with aclosing(self._llm.generate(asked)) as events:
+            async for event in events:
+                # A load may still fail, with a status of its own: the stream begins when the prompt is accepted.
+                told = [] if begun or isinstance(event, Loading | Routed) else list(fold.begin())
+                begun = begun or bool(told)
+                told += fold.add(event)
+                if told:
+                    yield b"".join(_named(one) for one in told)
 
     @asynccontextmanager
     async def _events(
@@ -250,6 +242,11 @@ def _model(card: ModelCard) -> dict[str, Any]:
             "reason": card.reason or None,
         },
     }
+
+
+def _failed(error: MeshError) -> bytes:
+    """A failure once the stream has begun; before that it is an error answer with its status."""
+    return frame(None, _encode(openai_error_body(error, http_status(error.code), "")))
 
 
 def _named(event: dict[str, Any]) -> bytes:

@@ -155,8 +155,7 @@ async def test_loading_and_unloading(it: Served) -> None:
 async def test_removing_a_model_whose_name_has_slashes(it: Served, name: str, escaped: bool) -> None:
     path = "/api/llm/models/" + quote(name, safe="" if escaped else "/:")
     answer = await it.ask("DELETE", path)
-    assert answer.json["freed_bytes"] == 700
-    assert answer.json["nodes"] == [ME]
+    assert answer.json == {"model": name, "nodes": [ME], "freed_bytes": 700, "unreachable": [], "kept": []}
     await it.ask("DELETE", f"{path}?node=attic&force=true")
     await it.ask("DELETE", f"{path}?everywhere=true")
     assert it.services.calls == [

@@ -152,9 +152,9 @@ class Pulls:
         return [pull.told for pull in self._pulls.values()]
 
     async def remove(
-        self, model: str, *, everywhere: bool, force: bool = False, node: NodeId | None = None
+        self, model: str, *, node: NodeId | None = None, everywhere: bool, force: bool = False
     ) -> RemovedReport:
-        """Delete a model from this node, from `node`, or from all that are up; stops pulls of it.
+        """Delete a model from this node, from `node`, or from all that are up; stops pulls of it here.
 
         Raises MeshError NOT_FOUND; CONFLICT, nothing deleted here, while it is loaded and not `force`d.
         """
@@ -164,24 +164,23 @@ class Pulls:
             pull.scope.cancel()
         up = {me, *self._alive()}
         holders = self._weights.records.holders(manifest.digest)
-        nodes = sorted(node for node in {me, *holders} if node in up) if everywhere else [node or me]
-        away = [node for node in sorted(holders) if everywhere and node not in up]
-        kept: list[str] = []
+        wanted = sorted({me, *holders}) if everywhere else [node or me]
+        unreachable = [one for one in wanted if one not in up]
+        kept = [f"node {one} is not up" for one in unreachable]
         freed, done = 0, list[NodeId]()
-        for where in nodes:
+        for target in [one for one in wanted if one in up]:
             try:
                 answer = await self._network.call(
-                    where, DROP, DropRequest(manifest.digest, force), DropAnswer, timeout_s=CALL_S
+                    target, DROP, DropRequest(manifest.digest, force), DropAnswer, timeout_s=CALL_S
                 )
             except MeshError as error:
-                away.append(where)
-                kept.append(f"node {where}: {error.message}")
+                kept.append(f"node {target}: {error.message}")
                 continue
             freed += answer.bytes_freed
             if answer.kept:
-                kept.append(f"node {where}: {answer.kept}")
+                kept.append(f"node {target}: {answer.kept}")
             else:
-                done.append(where)
+                done.append(target)
         if not done and kept:
             raise MeshError(ErrorCode.CONFLICT, f"{manifest.name} was not removed. {'; '.join(kept)}.")
         left = {node for node, held in holders.items() if held.whole or held.spans} - set(done)
@@ -189,10 +188,9 @@ class Pulls:
             await self._weights.records.forget(manifest.digest)
         return RemovedReport(
             model=manifest.name,
-            digest=manifest.digest,
             nodes=tuple(done),
             freed_bytes=freed,
-            unreachable=tuple(away),
+            unreachable=tuple(unreachable),
             kept=tuple(kept),
         )
 
