@@ -191,6 +191,9 @@ def test_rm_model(models: FakeAgent, command: Command) -> None:
     models.on(path + "?everywhere=true", Answer(removed | {"unreachable": [PEER]}))
     done = command("rm-model", "hf:o/r", "--everywhere", "--yes")
     assert (done.code, "Not reached, and not deleted there: attic" in done.err) == (1, True)
+    models.on(path, Answer(removed | {"kept": [f"node {PEER}: it is loaded"]}))
+    done = command("rm-model", "hf:o/r")
+    assert (done.code, f"Not deleted: node {PEER}: it is loaded" in done.err) == (1, True)
     done = command("rm-model", "hf:o/r", "--everywhere", "--node", "attic")
     assert done.code == 2
 

@@ -80,7 +80,7 @@ def plan(session: Session, model: str, context: int | None) -> int:
 def rm_model(session: Session, name: str, node: str | None, everywhere: bool, force: bool, yes: bool) -> int:
     """Delete a model from disk.
 
-    The exit code is 1 if a node that holds it could not be reached.
+    The exit code is 1 if some of it stays somewhere.
     """
     if everywhere and node is not None:
         raise click.UsageError("--node and --everywhere are two different things: give one of them")
@@ -96,7 +96,7 @@ def rm_model(session: Session, name: str, node: str | None, everywhere: bool, fo
             say_json(done)
         else:
             _say_removed(agent, done)
-    return EXIT_FAILED if done["unreachable"] else EXIT_DONE
+    return EXIT_FAILED if done["unreachable"] or done.get("kept") else EXIT_DONE
 
 
 def _say_removed(agent: AgentClient, done: Any) -> None:
@@ -109,5 +109,7 @@ def _say_removed(agent: AgentClient, done: Any) -> None:
         say(f"Deleted {printable(done['model'])} on {named(done['nodes'])}: {size_text(done['freed_bytes'])} are free.")
     else:
         say(f"Nothing of {printable(done['model'])} was there.")
+    for why in done.get("kept", ()):
+        note(f"Not deleted: {printable(why)}")
     if done["unreachable"]:
         note(f"Not reached, and not deleted there: {named(done['unreachable'])}. Say it again once they are back.")
