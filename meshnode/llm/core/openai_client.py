@@ -192,7 +192,7 @@ class StreamReader:
             return
         try:
             chunk = _decode(data)
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
             raise self._odd(f"it sent what is no chat chunk ({error})") from error
         if chunk.error is not None:
             told = chunk.error.get("message") if isinstance(chunk.error, dict) else chunk.error

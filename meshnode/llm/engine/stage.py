@@ -37,7 +37,7 @@ from protocol.sharding.frames import (
 from protocol.sharding.steps import Run, Sampled, Step, Taken, decode_step, encode_step_head, encode_tokens
 
 IDLE_WAIT_S: Final = 0.5
-STATS_INTERVAL_S: Final = 1.0
+STATS_INTERVAL_S: Final = 0.25
 SIGN_OF_LIFE_S: Final = 0.8
 _REQUESTS: Final = frozenset(REQUEST_KINDS.values())
 

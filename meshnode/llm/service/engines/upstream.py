@@ -144,7 +144,7 @@ class Upstreams:
         try:
             data = await _read(server, response, VECTORS_BYTES_MAX)
             answer = msgspec.json.decode(data, type=_Embeddings, strict=False)
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
             raise _unreachable(server, error) from error
         finally:
             await _close(response)
@@ -166,7 +166,7 @@ class Upstreams:
         response = await self._send(server, request)
         try:
             return msgspec.json.decode(await _read(server, response, LIST_BYTES_MAX), type=_Listing, strict=False).data
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
             raise _unreachable(server, error) from error
         finally:
             await _close(response)
