@@ -4,6 +4,7 @@ What a coordinator does is in coordination, what a follower says in following, w
 hands the events in and reports what came of them.
 """
 
+from math import inf
 from typing import Final
 
 from protocol.effects import CancelTimer, Effect, Publish, Rng, SetTimer, TimerKey
@@ -36,6 +37,7 @@ class Contest:
         self._up: dict[NodeId, bytes] = {}
         self._standings: dict[NodeId, Standing] = {}
         self._vacant_since = 0.0
+        self._quorate_from = -inf
         self._grace_until = 0.0
         self._claim_due = 0.0  # in lease time
         self._climb_at: float | None = None
@@ -57,6 +59,9 @@ class Contest:
             return self._claim(at, "alone in the mesh")
         self._grace_until = self._vacant_since = at.now + self._params.grace_s
         if self._ledger.ballot.leader == self._short:
+            # Another run of this node may coordinate still: it slept, or its data folder was copied. It was promised no
+            # more than a lease, and gets no new promise once this run is heard.
+            self._quorate_from = at.time + self._params.lease_for(len(self._roster))
             self._vacant_since = at.now + self._params.grace_incumbent_s
         return self._seek(at)
 
@@ -248,6 +253,7 @@ class Contest:
             up=self._up,
             ledger=self._ledger,
             params=self._params,
+            quorate_from=self._quorate_from,
         )
         effects += self._cancel((CLAIM, NUDGE, CLIMB))
         return coordination, [*effects, Publish(ElectionCalled(ballot.term, reason))]

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from math import inf
 from typing import Final
 
 from protocol.effects import Effect, Publish, Send, SendLink, SetTimer
@@ -46,8 +47,11 @@ class Coordination:
         up: Mapping[NodeId, bytes],
         ledger: Ledger,
         params: ElectionParameters,
+        quorate_from: float = -inf,
     ) -> None:
+        """`quorate_from`: lease time before which it is not quorate, whoever follows."""
         self._me = me
+        self._quorate_from = quorate_from
         self.ballot = ballot
         self._roster = roster
         self._up = up
@@ -73,7 +77,7 @@ class Coordination:
 
     def quorate(self, time: float) -> bool:
         """Whether more than half of the electorate holds to this node at this lease time."""
-        return self._committed is not None and self._tally.holds(self._committed, time)
+        return time >= self._quorate_from and self._committed is not None and self._tally.holds(self._committed, time)
 
     def status(self, time: float) -> QuorumChanged:
         """The quorum in figures and words."""
@@ -85,6 +89,9 @@ class Coordination:
             have = self._tally.following(electorate)
             return QuorumChanged(False, have, need, voters, f"{have} of {voters} voters follow, {need} needed")
         have = self._tally.have(electorate, time)
+        if time < self._quorate_from:
+            words = f"restarted: what its run before was promised lasts {self._quorate_from - time:.0f} s more"
+            return QuorumChanged(False, have, need, voters, words)
         return QuorumChanged(self.quorate(time), have, need, voters, f"{have} of {voters} voters answer")
 
     # ---- life --------------------------------------------------------------------------------------------------

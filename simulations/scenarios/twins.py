@@ -32,7 +32,7 @@ class Twins:
     nodes = 16
 
     def measure(self, options: Options) -> Samples:
-        """A coordinator is not copied: until the lease of its first process ends, both might think that they are it."""
+        """The coordinator is copied as well as any other."""
         samples, freed = Samples(), _Freed()
         made = mesh(options, checkers=(freed,), with_copies=True)
         computers = made.world.spawn(options.nodes)
@@ -40,7 +40,7 @@ class Twins:
         made.settle()
         made.world.run(10.0)
         for number in range(ROUNDS):
-            fit = [one for one in computers if made.program.coordinating(one) is None and not made.world.copies(one)]
+            fit = [one for one in computers if not made.world.copies(one)]
             self._copied(made, made.world.rng.choice(fit), freed, samples, power=number % 2 == 1)
         return made.done(samples)
 

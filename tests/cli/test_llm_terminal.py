@@ -99,7 +99,9 @@ def terminal(agent: FakeAgent, *arguments: str, state: Path, columns: int = 100)
     env = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), "XDG_STATE_HOME": str(state), "INPUTRC": "/dev/null"}
     # A session of its own makes the terminal its own, so that Ctrl-C typed there reaches it as a signal.
     starter = (
-        "import os, sys, fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        "import os, sys, fcntl, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+        # Whoever runs the tests in the background ignores Ctrl-C, and so would what they start.
+        "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     )
     with subprocess.Popen(
         [sys.executable, "-c", starter, *command], stdin=theirs, stdout=theirs, stderr=theirs, env=env,
