@@ -12,18 +12,32 @@ from typing import Any, get_args
 import msgspec.inspect
 import pytest
 
+from meshnode.cluster.service import pings, twins, wishes
+from meshnode.llm.service import calls, desk, forwarding, prompts
+from meshnode.llm.service.weights import contracts
 from protocol.election import messages as election
 from protocol.membership import broadcasts, healing, intake, probing, suspicion
 from protocol.records import messages as records
 from protocol.records import record
 from protocol.rpc import messages as rpc
-from protocol.sharding import pipelines
+from protocol.sharding import frames as stage_frames
+from protocol.sharding import pipelines, sampling
 from protocol.trust import join, keys
 from protocol.trust import statements as trust
 from protocol.wire import announcement, frames, limits, messages
 from protocol.wire import statements as wire_statements
 
-TEXT = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[3]
+TEXT = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+
+
+def kind_of(message: type) -> int | None:
+    """The kind of the frame that such a message of stages travels in."""
+    names = {stage_frames.StageError: "ERROR"}
+    name = names.get(message, re.sub(r"(?<!^)(?=[A-Z])", "_", message.__name__).upper())
+    kind = stage_frames.Kind.__members__.get(name)
+    return kind if message in get_args(stage_frames.Message) else None
+
 
 TABLES: dict[str, Iterable[type]] = {
     "Datagram messages": get_args(messages.DatagramMessage),
@@ -41,6 +55,41 @@ TABLES: dict[str, Iterable[type]] = {
         pipelines.StageReport,
         pipelines.NodeReport,
     ),
+    "Calls between the llm services": (
+        calls.Attach,
+        calls.Granted,
+        prompts.TokeniseRequest,
+        prompts.Tokenised,
+        desk.StatsRequest,
+        desk.SessionsRequest,
+        desk.UnloadRequest,
+        forwarding.ForwardRequest,
+        forwarding.EmbedRequest,
+        contracts.ReadRequest,
+        contracts.ClaimRequest,
+        contracts.ClaimAnswer,
+        contracts.WantRequest,
+        contracts.WantAnswer,
+        contracts.DropRequest,
+        contracts.DropAnswer,
+    ),
+    "Frames of stages": (
+        *sorted((kind for kind in get_args(stage_frames.Message) if kind is not stage_frames.Stats), key=kind_of),
+        stage_frames.Alternative,
+        sampling.Sampling,
+        sampling.Grammar,
+    ),
+    "Calls of the cluster": (
+        pings.Echo,
+        wishes.AdmitRequest,
+        wishes.AdmitAnswer,
+        wishes.EvictRequest,
+        wishes.LostVoter,
+        wishes.RootOffer,
+        wishes.Done,
+        twins.Copied,
+        twins.Heard,
+    ),
     "Trust statements": get_args(trust.TrustStatement),
     "Joining": (*get_args(join.FromIssuer), *get_args(join.FromJoiner)),
     "Parts of messages": (election.Version, record.Body, join.Peer, keys.GossipKey),
@@ -54,7 +103,7 @@ MODULES: tuple[ModuleType, ...] = (
 
 def power(value: int) -> str:
     """A number as people write it."""
-    for exponent in (16, 31, 32, 40, 48, 53, 63):
+    for exponent in (16, 30, 31, 32, 40, 48, 50, 53, 63):
         if value in (2**exponent, 2**exponent - 1):
             return f"2^{exponent}" if value == 2**exponent else f"2^{exponent} - 1"
     return str(value)
@@ -70,8 +119,20 @@ def sized(low: int | None, high: int | None) -> str:
 def spelled(kind: Any) -> str:
     """A field's type and range in a few words."""
     match type(kind).__name__:
+        case "FloatType" if kind.ge is None and kind.gt is None:
+            return "float"
+        case "FloatType" if kind.gt is not None:
+            return f"float above {kind.gt:g}, up to {kind.le:g}"
         case "FloatType":
             return f"float from {kind.ge:g}" if kind.le is None else f"float {kind.ge:g}..{kind.le:g}"
+        case "LiteralType":
+            return "one of " + ", ".join(kind.values)
+        case "EnumType":
+            return "one of " + ", ".join(str(one.value) for one in kind.cls)
+        case "TupleType":
+            return f"({', '.join(spelled(one) for one in kind.item_types)})"
+        case "IntType" if kind.lt is not None:
+            return f"int {kind.ge}..{power(kind.lt - 1)}"
         case "VarTupleType":
             return f"list{sized(kind.min_length, kind.max_length)} of {spelled(kind.item_type)}"
         case "UnionType" if any(type(one).__name__ == "NoneType" for one in kind.types):
@@ -107,8 +168,8 @@ def row(message: type) -> str:
         f"`{field.encode_name}` {spelled(field.type)}" + ("" if field.required else " (optional)")
         for field in info.fields
     ]
-    tag = "none" if info.tag is None else str(info.tag)
-    return f"| {tag} | `{message.__name__}` | {'; '.join(fields) or 'no fields'} |"
+    tag = info.tag if info.tag is not None else kind_of(message)
+    return f"| {'none' if tag is None else int(tag)} | `{message.__name__}` | {'; '.join(fields) or 'no fields'} |"
 
 
 def section(title: str) -> str:
@@ -129,6 +190,17 @@ def test_every_message_is_explained_in_words() -> None:
     prose = "\n".join(line for line in TEXT.splitlines() if not re.match(r"\| (?:\d+|none) \| `", line))
     names = {message.__name__ for kinds in TABLES.values() for message in kinds}
     assert {name for name in names if f"`{name}`" not in prose} == set()
+
+
+def test_every_call_of_peers_is_in_a_table() -> None:
+    """A method that a node answers and the document does not name is a hole in it."""
+    sources = [*(ROOT / "meshnode").glob("*/peers*"), *(ROOT / "meshnode").glob("*/peers/*.py")]
+    texts = [source.read_text(encoding="utf-8") for source in sources if source.is_file()]
+    named = {name for text in texts for name in re.findall(r'"([a-z.]+\.[a-z_]+)": PeerMethod', text)}
+    methods = named | {forwarding.FORWARD, forwarding.EMBED}
+    written = set(re.findall(r"^\| `((?:llm|cluster)\.[a-z_.]+)` \|", TEXT, re.MULTILINE))
+    assert len(named) > 15
+    assert written == methods
 
 
 def constants() -> dict[str, int | float]:
