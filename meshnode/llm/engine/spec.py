@@ -176,10 +176,6 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
     bytes_per_s: float = 0.0
 
 
-class Stop(msgspec.Struct, frozen=True, array_like=True):
-    """End in good order."""
-
-
 Request = Tokenise | Detokenise | TakeSnapshot | Restore | Calibrate
 
 REQUEST_KINDS: Final[dict[type, Kind]] = {

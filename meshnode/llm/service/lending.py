@@ -11,7 +11,7 @@ import psutil
 
 from meshnode.kernel.resources.gpu import GpuDevice
 from meshnode.kernel.resources.memory import ControlGroups, effective_memory
-from meshnode.llm.service.offering import Device, Offer
+from meshnode.llm.service.offering import PEERS_TOLD_MAX, Device, Offer
 from protocol.ids import NodeId
 from protocol.sharding.offers import Speed
 
@@ -102,7 +102,7 @@ class Lent:
 
     def offer(self) -> Offer:
         """See offering.Lending."""
-        rtts = sorted(self._rtts().items(), key=lambda entry: entry[1])[:32]
+        rtts = sorted(self._rtts().items(), key=lambda entry: entry[1])[:PEERS_TOLD_MAX]
         return Offer(
             name=self._name(),
             has_engine=self.can_load,
