@@ -170,7 +170,7 @@ class Entries:
         host = self._hosts.stages.get(link.pipeline)
         if host is None:
             raise _lost(link.node, "this node holds no stage of that pipeline")
-        await host.loaded.wait()
+        await host.until_loaded()
         decoder = FrameDecoder(bytes_max=FRAME_BYTES_MAX)
 
         async def deliver(data: bytes) -> None:

@@ -126,6 +126,7 @@ class StageHost:
         self.engine: Engine | None = None
         self.loaded = trio.Event()
         self.over = trio.Event()
+        self._settled = trio.Event()  # loaded or over, whichever comes first
         self.stats: Stats | None = None
         self.wire_bytes = 0
         self._around = around
@@ -158,6 +159,7 @@ class StageHost:
                     self._broken(error.message, self.index)
         finally:
             self.over.set()
+            self._settled.set()
 
     def _broken(self, words: str, blamed: int | None) -> None:
         if not self._scope.cancel_called:
@@ -213,6 +215,7 @@ class StageHost:
 
     def _ready(self) -> None:
         self.loaded.set()
+        self._settled.set()
         self._around.submit(EngineChanged(self.pipeline.id, "ready", share=1.0))
 
     # ---- to the neighbours ------------------------------------------------------------------------------------------
@@ -253,9 +256,15 @@ class StageHost:
         for entry in list(self._entries.values()):
             entry.end()
 
+    async def until_loaded(self) -> None:
+        """Wait until it serves. Raises MeshError UNAVAILABLE if it never will."""
+        await self._settled.wait()
+        if self.over.is_set():
+            raise MeshError(ErrorCode.UNAVAILABLE, "That stage was not loaded, or is gone again.", retryable=True)
+
     async def accept(self, stream: BulkStream, role: str) -> None:
         """Serve an incoming stream of a neighbour or an entry until it ends."""
-        await self.loaded.wait()
+        await self.until_loaded()
         if role == "entry":
             await self._serve_entry(stream)
             return

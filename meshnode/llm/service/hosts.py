@@ -168,12 +168,12 @@ class Hosts:
                 raise TypeError(f"hosting cannot perform {effect!r}")
 
     async def _host(self, pipeline: Pipeline, span: Span, before: StageHost | None) -> None:
+        # Known from the first moment on, so that a stop that comes while the one before ends is not lost.
+        host = self._stages[pipeline.id] = StageHost(pipeline, span, self)
         if before is not None:
             before.stop()
             await before.over.wait()
             self._stages.pop(before.pipeline.id, None)
-        host = StageHost(pipeline, span, self)
-        self._stages[pipeline.id] = host
         await host.run()
 
     async def _stop(self, pipeline: bytes) -> None:
