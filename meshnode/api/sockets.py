@@ -31,7 +31,8 @@ def bind_loopback(port: int) -> LoopbackSockets:
     """Listen on 127.0.0.1:`port` and [::1]:`port`; port 0 picks a free one. Nothing else is ever bound.
 
     Raises MeshError(PORT_IN_USE), with nothing left open, when either is taken. That goes for ::1 too: whoever
-    held it would be what `localhost` leads to, and would be sent the user's token.
+    held it would be what `localhost` leads to, and would be sent the user's token. Raises MeshError(UNAVAILABLE) on a
+    machine without 127.0.0.1.
     """
     for _ in range(_free_port_tries if port == 0 else 1):
         first = _listen(socket.AF_INET, "127.0.0.1", port)
@@ -79,6 +80,13 @@ def _listen(family: socket.AddressFamily, host: str, port: int) -> socket.socket
             raise MeshError(
                 ErrorCode.PORT_IN_USE,
                 f"Port {port} may not be opened by this user. Choose one above 1023 with --api-port.",
+            ) from error
+        if family == socket.AF_INET and error.errno == errno.EADDRNOTAVAIL:
+            raise MeshError(
+                ErrorCode.UNAVAILABLE,
+                f"This machine has no address {host}, and the local API listens nowhere else. Give it back to the "
+                f"loopback interface: `sudo ip link set lo up; sudo ip addr add {host}/8 dev lo`.",
+                retryable=True,
             ) from error
         raise
     return listening

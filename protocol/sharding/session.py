@@ -226,7 +226,7 @@ class Session:
     def _not_answered(self, words: str, now: float) -> None:
         self._last_words = words
         if now - self._answered_at > self._params.unanswered_s:
-            self._fail("no_coordinator", f"No coordinator answers: {words}. Try again in a moment.", True)
+            self._fail("unavailable", f"No coordinator answers: {words}. Try again in a moment.", True)
         else:
             self._pause(now)
 

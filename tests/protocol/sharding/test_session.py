@@ -352,14 +352,14 @@ def test_without_a_coordinator_it_waits_and_then_says_so() -> None:
         assert entry.now < 1100.0
         entry.tell(EnsureFailed(entry.last(Ensure).ask, "none is known"))
         entry.wait(1.0)
-    assert entry.last(Fail).code == "no_coordinator"
+    assert entry.last(Fail).code == "unavailable"
     assert entry.now - 1000.0 > 30.0
 
 
 def test_a_coordinator_that_never_answers_is_not_waited_for_for_ever() -> None:
     entry = Entry()
     entry.wait(120.0)
-    assert entry.last(Fail).code == "no_coordinator"
+    assert entry.last(Fail).code == "unavailable"
 
 
 def test_answers_to_older_asks_are_ignored() -> None:
