@@ -98,7 +98,10 @@ class Prompts:
                 await self._calls.call(pipeline.nodes[0], "llm.tokenise", wanted, Tokenised, timeout_s=CALL_S)
             ).tokens
         except MeshError as error:
-            self._forget(pipeline.model)
+            if error.code is ErrorCode.TOO_LARGE:
+                raise too_long(f"The prompt has {len(text)} characters, more than any context here takes.") from error
+            if error.retryable:
+                self._forget(pipeline.model)
             if not error.retryable or len(pipeline.nodes) == 1:
                 raise
         return (await self._calls.call(pipeline.nodes[-1], "llm.tokenise", wanted, Tokenised, timeout_s=CALL_S)).tokens
@@ -110,11 +113,7 @@ class Prompts:
         """How long a context the session needs. Raises MeshError, as OpenAI's clients know it, if no model has it."""
         longest = known.shape.context_max
         if len(tokens) + 1 > longest:
-            raise MeshError(
-                ErrorCode.BAD_REQUEST,
-                f"The prompt has {len(tokens)} tokens, and {known.name} takes {longest} with its answer. Shorten it.",
-                detail={"openai_code": "context_length_exceeded", "param": "messages"},
-            )
+            raise too_long(f"The prompt has {len(tokens)} tokens, and {known.name} takes {longest} with its answer.")
         needed = min(longest, len(tokens) + (wishes.tokens_max or ANSWER_ROOM))
         if needed <= pipeline.context:
             return pipeline.context
@@ -150,3 +149,12 @@ class Prompts:
 def _bias(bias: float) -> float:
     """-100 means never, as OpenAI's documentation has it."""
     return float("-inf") if bias <= -100 else bias
+
+
+def too_long(words: str) -> MeshError:
+    """A prompt that no context holds, as OpenAI's clients know it."""
+    return MeshError(
+        ErrorCode.BAD_REQUEST,
+        f"{words} Shorten it.",
+        detail={"openai_code": "context_length_exceeded", "param": "messages"},
+    )

@@ -319,7 +319,11 @@ class Fetch:
 
     def _refuse_full_disk(self) -> None:
         missing = sum(piece.length for piece in self.pieces if not isinstance(piece, Hole)) - self._now.at
-        free = self._free_bytes(self._target.parent)
+        try:
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            free = self._free_bytes(self._target.parent)
+        except OSError as error:
+            raise self._disk_error(error) from error
         if missing + FREE_BYTES_MIN > free:
             keep, folder = FREE_BYTES_MIN / 1e9, self._target.parent
             raise MeshError(
