@@ -40,7 +40,7 @@ def choose(nodes: Sequence[Any], name: str) -> Any:
     if not found:
         hint = _nearest(wanted, [node["name"] for node in nodes])
         raise MeshError(
-            ErrorCode.UNKNOWN_NODE, f"No node of this mesh is called '{shown}'{hint}. `meshnode nodes` lists them all."
+            ErrorCode.UNKNOWN_NODE, f"No node of this mesh is called '{shown}'{hint} `meshnode nodes` lists them all."
         )
     lines = [f"  {node['id']}  {printable(node['name'])}  {node['status']}" for node in found[:_CANDIDATES_MAX]]
     if len(found) > _CANDIDATES_MAX:
@@ -57,7 +57,7 @@ def _nearest(wanted: str, names: Sequence[str]) -> str:
     folded = {name.casefold(): name for name in names}
     near = [name for key, name in folded.items() if wanted and key.startswith(wanted.casefold())]
     near += [folded[key] for key in difflib.get_close_matches(wanted.casefold(), folded, n=1)]
-    return f"; did you mean '{printable(near[0])}'?" if near else ""
+    return f"; did you mean '{printable(near[0])}'?" if near else "."
 
 
 def node_path(node: Any, verb: str = "") -> str:

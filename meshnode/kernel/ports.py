@@ -29,16 +29,17 @@ def port_taken(host: str, port: int, transport: Transport, *, purpose: str, opti
     """The error for a taken port: by whom, if this user may know, and the option that names another port."""
     flag = "t" if transport == "TCP" else "u"
     detail: dict[str, object] = {"host": host, "port": port, "transport": transport.lower()}
-    by = f"another process (run as root, `ss -l{flag}np` shows which)"
+    by = f"another process, or by a connection that has just ended (run as root, `ss -a{flag}np` shows which)"
+    remedy = "Stop it or wait a minute"
     holder = holder_of(port, transport)
     if holder is not None:
         detail |= {"pid": holder[0], "process": holder[1]}
-        by = f"{holder[1]} (process {holder[0]})"
+        by, remedy = f"{holder[1]} (process {holder[0]})", "Stop it"
     shown = f"[{host}]" if ":" in host else host
     where = f" on {shown}" if host else ""
     return MeshError(
         ErrorCode.PORT_IN_USE,
-        f"{transport} port {port}{where}, wanted for {purpose}, is taken by {by}. Stop it, or choose another port "
+        f"{transport} port {port}{where}, wanted for {purpose}, is taken by {by}. {remedy}, or choose another port "
         f"with {option}.",
         retryable=True,
         detail=detail,

@@ -185,7 +185,7 @@ def test_rm_model(models: FakeAgent, command: Command) -> None:
     path = "DELETE /api/llm/models/hf%3Ao%2Fr"
     for query in ("", f"?node={PEER}&force=true", "?everywhere=true"):
         models.on(path + query, Answer(removed))
-    assert command("rm-model", "hf:o/r").out == "Deleted hf:o/r on den: 1.0 GiB are free.\n"
+    assert command("rm-model", "hf:o/r").out == "Deleted hf:o/r on den: 1.0 GiB freed.\n"
     assert command("rm-model", "hf:o/r", "--node", "attic", "--force", "-y").code == 0
     assert json.loads(command("rm-model", "hf:o/r", "--everywhere", "--json").out) == removed
     models.on(path + "?everywhere=true", Answer(removed | {"unreachable": [PEER]}))

@@ -106,7 +106,7 @@ def _say_removed(agent: AgentClient, done: Any) -> None:
         return ", ".join(printable(names.get(node, node)) for node in nodes)
 
     if done["nodes"]:
-        say(f"Deleted {printable(done['model'])} on {named(done['nodes'])}: {size_text(done['freed_bytes'])} are free.")
+        say(f"Deleted {printable(done['model'])} on {named(done['nodes'])}: {size_text(done['freed_bytes'])} freed.")
     else:
         say(f"Nothing of {printable(done['model'])} was there.")
     for why in done.get("kept", ()):

@@ -190,7 +190,15 @@ class Weights:
         return manifest
 
     def _unknown(self, name: str, known: Sequence[str]) -> MeshError:
-        every = list(dict.fromkeys([*known, *self._other_names()]))
+        others = self._other_names()
+        offered = next((one for one in others if one.casefold() == name.strip().casefold()), None)
+        if offered is not None:
+            return MeshError(
+                ErrorCode.NOT_FOUND,
+                f"No node has the model {offered!r} yet; `meshnode pull {offered}` fetches it.",
+                detail={"near": [offered]},
+            )
+        every = list(dict.fromkeys([*known, *others]))
         near = get_close_matches(name.casefold(), [one.casefold() for one in every], NEAR_MAX, 0.5)
         hint = f" Did you mean {', '.join(near)}?" if near else ""
         return MeshError(

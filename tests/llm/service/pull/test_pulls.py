@@ -235,6 +235,8 @@ async def test_names_mean_what_is_known_then_the_catalogue_and_near_ones_are_sug
         with pytest.raises(MeshError, match="Did you mean tiny:8b") as caught:
             await node.pull("tiny:7b")
         assert caught.value.code is ErrorCode.NOT_FOUND
+        with pytest.raises(MeshError, match="`meshnode pull tiny:8b` fetches it"):
+            node.weights.find("Tiny:8b")
         await node.pull("tiny:8b", whole=True)
         manifest = node.weights.find("tiny")
         assert (manifest.name, manifest.licence) == ("tiny:8b", "mit")
