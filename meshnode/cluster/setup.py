@@ -130,6 +130,7 @@ def build_cluster(
         name=lambda: names.own,
         migrations=migrations,
         wall=facts.wall,
+        root_public_key=mesh.root_public_key,
         restart=restart,
     )
 

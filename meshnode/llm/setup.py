@@ -376,6 +376,10 @@ class _Assembly:
 
     async def _ensure(self, request: EnsureRequest) -> Answer:
         leader = self._coordinator()
+        if self._me not in self._ground.hub.roster:
+            raise MeshError(
+                ErrorCode.EVICTED, "This node is no member of its mesh any more. `meshnode status` says what to do."
+            )
         if leader is None:
             raise MeshError(ErrorCode.UNAVAILABLE, "No coordinator is known at the moment. Try again.", retryable=True)
         returns: Any = Answer  # a union, which no type of a type can say

@@ -9,7 +9,7 @@ from meshnode.cluster.service.moves import Moves, former_name
 from meshnode.cluster.service.switch import MARKER, STAGING
 from meshnode.kernel.errors import ErrorCode, MeshError
 from tests.cluster.parts import House
-from tests.support.hub import MESH_ID
+from tests.support.hub import MESH_ID, ROOT_KEY
 from tests.support.onboarding import MIGRATIONS, open_mesh
 
 
@@ -21,11 +21,11 @@ class Restarts:
         self.count += 1
 
 
-def moves_of(house: House, index: int, restart: Restarts) -> Moves:
+def moves_of(house: House, index: int, restart: Restarts, root_public_key: bytes = ROOT_KEY) -> Moves:
     member = house[index]
     return Moves(
         data_dir=member.folder, hub=member.driver.node, trust=member.trust, name=lambda: f"n{index}",
-        migrations=MIGRATIONS, wall=lambda: 1_700_000_000.0, restart=restart,
+        migrations=MIGRATIONS, wall=lambda: 1_700_000_000.0, root_public_key=root_public_key, restart=restart,
     )  # fmt: skip
 
 
@@ -53,6 +53,17 @@ async def test_a_machine_with_others_around_it_does_not_join_elsewhere_by_accide
         assert joined.node_id != house.id(2), "another mesh, another identity"
     assert (restart.count, staged(house, 2)) == (1, True)
     assert house.id(2) not in house.hubs.hub(0).roster
+
+
+async def test_a_url_of_the_own_mesh_is_told_from_that_of_another(tmp_path: Path) -> None:
+    (tmp_path / "house").mkdir()
+    house = House(tmp_path / "house")
+    async with open_mesh(tmp_path / "other") as other:
+        url = (await other.invite()).url
+        moves = moves_of(house, 2, Restarts(), other.root.public_key)
+        with pytest.raises(MeshError, match="in the mesh of that URL already"):
+            await moves.join(url, leave_first=True)
+        assert other.admin.admitted == []
 
 
 async def test_a_join_that_fails_leaves_everything_as_it_was(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from meshnode.cluster.service.switch import FORMER, prepare_identity, stage_depa
 from meshnode.cluster.service.trust import Trust
 from meshnode.kernel.database import Migration
 from meshnode.kernel.errors import ErrorCode, MeshError
-from protocol.ids import MeshId, mesh_id_of
+from protocol.ids import MeshId, mesh_id_of, root_pin
 from protocol.node import Node
 
 
@@ -26,12 +26,14 @@ class Moves:
         name: Callable[[], str],
         migrations: Sequence[Migration],
         wall: Callable[[], float],
+        root_public_key: bytes,
         restart: Callable[[], None],
     ) -> None:
         self._data_dir = data_dir
         self._hub = hub
         self._trust = trust
         self._name = name
+        self._root_public_key = root_public_key
         self._migrations = migrations
         self._wall = wall
         self._restart = restart
@@ -44,6 +46,12 @@ class Moves:
         """
         parsed = read_join_url(url)
         others = len(self._hub.roster) - (1 if self._hub.me in self._hub.roster else 0)
+        if self._hub.me in self._hub.roster and root_pin(self._root_public_key) == parsed.pin:
+            raise MeshError(
+                ErrorCode.ALREADY_MEMBER,
+                "This machine is in the mesh of that URL already. Use the URL on the machine that is to join.",
+                detail={"mesh_id": self._hub.mesh_id, "others": others},
+            )
         if others > 0 and self._hub.me in self._hub.roster and not leave_first:
             raise MeshError(
                 ErrorCode.ALREADY_MEMBER,

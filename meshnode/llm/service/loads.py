@@ -28,7 +28,10 @@ from protocol.sharding.pipelines import (
     EnsureAsked,
     EnsureRequest,
     Layout,
+    LoadFailed,
     LoadStage,
+    PipelineLost,
+    PipelineReady,
     Planned,
     PlanWanted,
     ProbePipeline,
@@ -211,10 +214,20 @@ class Loads:
             case CommandStage(node, command):
                 self._nursery.start_soon(self._send, node, command)
             case Publish(event):
-                self._log.info("pipelines changed", what=repr(event)[:500])
+                self._tell(event)
                 self._publish(event)
             case _:
                 raise TypeError(f"loading cannot perform {effect!r}")
+
+    def _tell(self, event: object) -> None:
+        match event:
+            case PipelineReady(pipeline):
+                layers = ", ".join(f"{span.node} {span.first}-{span.end - 1}" for span in pipeline.stages)
+                self._log.info("a model is ready", model=pipeline.model[:16], layers=layers)
+            case PipelineLost(_, model, words):
+                self._log.info("a loaded model is gone", model=model[:16], why=words)
+            case LoadFailed(model, code, words):
+                self._log.warning("a model could not be loaded", model=model[:16], code=code, why=words)
 
     async def _plan(self, wanted: PlanWanted) -> None:
         made = await self._planning.plan(
