@@ -2,12 +2,12 @@
 
 Arguments are LISTEN:TARGET ports on 127.0.0.1, TCP and UDP. Reads one JSON object a line from stdin: {"delay_s": x}
 sets how long everything is on its way from now on, {} changes nothing; either is answered with the bytes of TCP
-payload that have passed so far, both ways together, which is what TLS puts on the wire.
+payload that each connection so far has carried, both ways together: what TLS puts on the wire.
 """
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Final
 
@@ -23,11 +23,11 @@ class Way:
     """How long everything is on its way, and what has passed."""
 
     delay_s: float = 0.0
-    passed_bytes: int = 0
+    passed_bytes: list[int] = field(default_factory=list)
     broken: int = 0
 
 
-async def copy(way: Way, source: trio.SocketStream, target: trio.SocketStream) -> None:
+async def copy(way: Way, number: int, source: trio.SocketStream, target: trio.SocketStream) -> None:
     """One direction of a connection until its end."""
     send, receive = trio.open_memory_channel[tuple[float, bytes]](inf)
 
@@ -42,19 +42,21 @@ async def copy(way: Way, source: trio.SocketStream, target: trio.SocketStream) -
         nursery.start_soon(write)
         async with send:
             while piece := await source.receive_some(PIECE_BYTES):
-                way.passed_bytes += len(piece)
+                way.passed_bytes[number] += len(piece)
                 send.send_nowait((trio.current_time() + way.delay_s, bytes(piece)))
 
 
 async def serve(way: Way, target: int, incoming: trio.SocketStream) -> None:
     """One connection. Either end's death is the other's."""
+    number = len(way.passed_bytes)
+    way.passed_bytes.append(0)
     try:
         outgoing = await trio.open_tcp_stream(HOST, target)
         for stream in (incoming, outgoing):
             stream.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_NODELAY, 1)
         async with outgoing, incoming, trio.open_nursery() as nursery:
-            nursery.start_soon(copy, way, incoming, outgoing)
-            nursery.start_soon(copy, way, outgoing, incoming)
+            nursery.start_soon(copy, way, number, incoming, outgoing)
+            nursery.start_soon(copy, way, number, outgoing, incoming)
     except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
         way.broken += 1
 
@@ -105,7 +107,7 @@ async def main(pairs: list[tuple[int, int]]) -> None:
 
             nursery.start_soon(trio.serve_listeners, one, listeners)
             nursery.start_soon(datagrams, way, listen, target)
-        print(json.dumps({"passed_bytes": 0}), flush=True)
+        print(json.dumps({"passed_bytes": []}), flush=True)
         while line := await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True):
             way.delay_s = json.loads(line).get("delay_s", way.delay_s)
             print(json.dumps({"passed_bytes": way.passed_bytes}), flush=True)

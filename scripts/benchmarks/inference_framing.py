@@ -3,7 +3,6 @@ which takes it apart and packs it again as agents do, and over a plain socket.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,8 +15,7 @@ from meshnode.kernel.links import PeerMethod
 from meshnode.llm.service.calls import StreamSink, frames_of, repack
 from protocol.ids import Address, NodeId
 from protocol.sharding.frames import Kind, pack
-from scripts.bench_links import LOOPBACK, drain, links_of, node_of
-from scripts.benchmarks.agents import ROOT
+from scripts.bench_links import LOOPBACK, drain, links_of, node_of, started
 from scripts.benchmarks.figures import Figure, figure, quantile
 from scripts.benchmarks.random_models import Shape
 
@@ -50,7 +48,7 @@ async def _framing(body_bytes: int, rounds: int) -> tuple[list[float], list[floa
     with tempfile.TemporaryDirectory(prefix="meshnode-bench-") as name:
         folder = Path(name)
         command = [sys.executable, "-m", "scripts.benchmarks.inference_framing", str(folder)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        with started(command) as process:
             assert process.stdout is not None
             server, port, bare_port = json.loads(await trio.to_thread.run_sync(process.stdout.readline))
             node = NodeId(server)

@@ -195,7 +195,7 @@ def prefix(shape: Shape, *, rounds: int) -> list[Figure]:
 
 def overhead(*, rounds: int) -> list[Figure]:
     """A request's own part of the time to the first token, on the shipped model, whole."""
-    threads = os.cpu_count() or 1
+    threads = 1  # so small a model gains nothing from more, and bare llama.cpp's would wait for each other
     ours, bares = list[float](), list[float]()
     with Bare(str(SHIPPED_FILE), threads) as bare, serving_mesh(1, options=common(1, threads)) as mesh:
         load(mesh.agents[0], SHIPPED, 1)

@@ -6,7 +6,6 @@ It measures nothing itself but the moments at which pieces of an answer came.
 import http.client
 import json
 import select
-import socket
 import subprocess
 import sys
 import time
@@ -116,7 +115,6 @@ def _freshen(connection: http.client.HTTPConnection) -> None:
         connection.close()
     if connection.sock is None:
         connection.connect()
-        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _events(connection: http.client.HTTPConnection, path: str, payload: str) -> Iterator[bytes]:
