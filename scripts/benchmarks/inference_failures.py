@@ -21,9 +21,8 @@ PROMPT_TOKENS: Final = 128
 Harm = Callable[[LocalAgent], None]
 
 
-def failures(shape: Shape, *, tokens: int) -> list[Figure]:
+def failures(shape: Shape, *, tokens: int, threads: int) -> list[Figure]:
     """Goals 6 and 7: four agents for three stages, and one that only contributes the file. The entry is not harmed."""
-    threads = max(1, (os.cpu_count() or 1) // 2)
     made = []
     stopped: list[int] = []
 

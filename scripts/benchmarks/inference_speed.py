@@ -39,9 +39,8 @@ def common(stages: int, threads: int, *, context: int = 2_048, slots: int = 4) -
     )
 
 
-def speed(shape: Shape, *, rounds: int, tokens: int) -> list[Figure]:
+def speed(shape: Shape, *, rounds: int, tokens: int, threads: int) -> list[Figure]:
     """Goals 3 and 11."""
-    threads = os.cpu_count() or 1
     path = str(random_models.model(shape))
     rates: dict[int, list[float]] = {count: [] for count in (0, *SHARE_GOALS)}
     predicted: dict[int, float] = {}
@@ -164,9 +163,8 @@ def together(answers: Sequence[Answer]) -> float:
     return pieces / (end - begin)
 
 
-def prefix(shape: Shape, *, rounds: int) -> list[Figure]:
+def prefix(shape: Shape, *, rounds: int, threads: int) -> list[Figure]:
     """Goal 8, on 2 stages."""
-    threads = os.cpu_count() or 1
     cold, hit, cached = [], [], 0
     with serving_mesh(2, options=common(2, threads, context=4_096)) as mesh:
         model, _ = pull(mesh.agents[0], str(random_models.model(shape)))
