@@ -60,14 +60,14 @@ class _OneAddress:
         self._addresses[node_id] = address
 
 
-def _node(folder: Path, name: str) -> tuple[NodeIdentity, TlsContexts]:
+def node_of(folder: Path, name: str) -> tuple[NodeIdentity, TlsContexts]:
     root = root_from_seed(bytes(range(32)))
     identity = load_or_make_identity(folder / name)
     leaf = issue_leaf(root, identity.public_key)
     return identity, make_contexts(identity, leaf, root_certificate(root))
 
 
-def _links(
+def links_of(
     identity: NodeIdentity,
     contexts: TlsContexts,
     addresses: dict[NodeId, Address],
@@ -87,14 +87,14 @@ def _links(
     return links, receive
 
 
-async def _drain(receive: trio.MemoryReceiveChannel[LinkEvent]) -> None:
+async def drain(receive: trio.MemoryReceiveChannel[LinkEvent]) -> None:
     async for _ in receive:
         pass
 
 
 async def _serve(folder: Path) -> None:
     """The other process: answers pings, takes bulk streams, and takes a bare trio TLS copy on a port of its own."""
-    identity, contexts = _node(folder, "server")
+    identity, contexts = node_of(folder, "server")
 
     async def ping(_peer: NodeId, params: bytes) -> bytes:
         return params
@@ -115,8 +115,8 @@ async def _serve(folder: Path) -> None:
             return grant.token
 
         methods: dict[str, PeerMethod[Any]] = {"ping": PeerMethod(bytes, ping), "bulk": PeerMethod(int, offer)}
-        links, receive = _links(identity, contexts, {})
-        nursery.start_soon(_drain, receive)
+        links, receive = links_of(identity, contexts, {})
+        nursery.start_soon(drain, receive)
         port = await nursery.start(links.run, methods)
 
         async def bare(transport: trio.SocketStream) -> None:
@@ -189,7 +189,7 @@ async def _open_ms(links: Links, server: NodeId, times: int) -> list[float]:
     return sorted(took)
 
 
-def _started(command: list[str]) -> subprocess.Popen[str]:
+def started(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -202,14 +202,14 @@ async def bench_links(*, bulk_mib: int = 2048, calls: int = 5000, repeat: int = 
     with tempfile.TemporaryDirectory(prefix="meshnode-bench-") as folder_name:
         folder = Path(folder_name)
         command = [sys.executable, __file__, "--serve", str(folder)]
-        with _started(command) as process:
+        with started(command) as process:
             assert process.stdout is not None
             server_id, port, bare_port = json.loads(await trio.to_thread.run_sync(process.stdout.readline))
             server = NodeId(server_id)
-            identity, contexts = _node(folder, "client")
-            links, receive = _links(identity, contexts, {server: Address(LOOPBACK, port)})
+            identity, contexts = node_of(folder, "client")
+            links, receive = links_of(identity, contexts, {server: Address(LOOPBACK, port)})
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_drain, receive)
+                nursery.start_soon(drain, receive)
                 await nursery.start(links.run, {})
                 await _call_ms(links, server, 200)
                 times = await _call_ms(links, server, calls)

@@ -8,7 +8,19 @@ from typing import Any, Final
 
 import msgspec
 
-from scripts.benchmarks import api_load, detection, engines, events, figures, footprint, junk, links, starting, stores
+from scripts.benchmarks import (
+    api_load,
+    detection,
+    engines,
+    events,
+    figures,
+    footprint,
+    inference,
+    junk,
+    links,
+    starting,
+    stores,
+)
 from scripts.benchmarks.agents import BenchmarkError
 
 Benchmark = Callable[..., figures.Outcome]
@@ -25,6 +37,7 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "database": stores.database,
     "engine": engines.engine,
     "engine-memory": engines.engine_memory,
+    "inference": inference.inference,
     "junk": junk.junk,
     "detection": detection.detection,
     "mesh64": detection.mesh64,

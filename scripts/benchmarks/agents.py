@@ -230,12 +230,12 @@ class LocalMesh:
     def add(self, *, cores: Iterable[int] = (), options: Sequence[str] = ()) -> LocalAgent:
         """One more agent, not yet started."""
         name = f"n{len(self.agents)}"
-        ports = (self._free_port(), self._free_port(), self._free_port())
+        ports = (self.free_port(), self.free_port(), self.free_port())
         agent = LocalAgent(self._folder / name, name, ports, options=(*self._options, *options), cores=cores)
         self.agents.append(agent)
         return agent
 
-    def _free_port(self) -> int:
+    def free_port(self) -> int:
         """A port that nobody has, TCP and UDP. Not from the kernel's range for outgoing connections: an agent that is
         dead for a while would find its port taken by one of them.
         """
@@ -254,6 +254,10 @@ class LocalMesh:
             self.add().start()
         founder = self.agents[0]
         joiners = [self.add() for _ in range(count - len(self.agents))]
+        self.join(founder, joiners, at_once=at_once)
+
+    def join(self, founder: LocalAgent, joiners: Sequence[LocalAgent], *, at_once: int = 8) -> None:
+        """Start agents that join by a URL each; all see all afterwards."""
         with ThreadPoolExecutor(at_once) as pool:
             list(pool.map(lambda agent: agent.start(invite(founder)), joiners))
         self.wait_all_online()

@@ -180,6 +180,7 @@ def sampling_of(request: SamplingIn, *, tokens_max: int | None, logprobs: int | 
         tokens_max=tokens_max,
         logprobs=logprobs,
         ignore_eos=bool(request.ignore_eos),
+        speculate=request.meshnode is None or request.meshnode.speculate,
     )
 
 
