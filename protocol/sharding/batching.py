@@ -16,7 +16,15 @@ import msgspec
 
 from protocol.sharding.drafting import Drafter
 from protocol.sharding.frames import Accepted, Finish, FrameError, Open, RefusalCode, Refused, SeqClose, SeqOpen
-from protocol.sharding.slots import POOLED_ROWS_MAX, PREFILL_ROWS_MIN, Limits, Session, Slot, common_prefix
+from protocol.sharding.slots import (
+    EXACT_ROWS_MIN,
+    POOLED_ROWS_MAX,
+    PREFILL_ROWS_MIN,
+    Limits,
+    Session,
+    Slot,
+    common_prefix,
+)
 from protocol.sharding.steps import OUTPUTS_MAX, Run, Sampled, Taken
 
 REUSE_SHARE_MIN: Final = 0.1
@@ -216,16 +224,21 @@ class Batcher:
         oldest = min(idle, key=lambda number: (bool(self._slots[number].held), self._slots[number].used))
         if session.request.pooling:
             return oldest, 0
-        common = {number: self._reusable(self._slots[number].held, session.text) for number in idle}
+        common = {number: self._reusable(self._slots[number], session) for number in idle}
         best = max(idle, key=lambda number: (common[number], -self._slots[number].used))
         if common[best] < REUSE_SHARE_MIN * len(session.text):
             return oldest, common[oldest]
         return best, common[best]
 
-    def _reusable(self, held: list[int], text: list[int]) -> int:
+    def _reusable(self, slot: Slot, session: Session) -> int:
         # The last token is always computed: its output is what everything is for.
-        length = common_prefix(held, text, len(text) - 1)
-        return length if self._limits.can_rewind or length == len(held) else 0
+        length = common_prefix(slot.held, session.text, len(session.text) - 1)
+        if session.is_exact:
+            length = slot.exact(length, session.prompt_length)
+            if length < session.prompt_length:
+                # What is left is a batch of the size from which on sizes do not matter.
+                length = max(0, min(length, session.prompt_length - EXACT_ROWS_MIN))
+        return length if self._limits.can_rewind or length == len(slot.held) else 0
 
     def _make_room(self, needed: int, keep: int | None = None) -> bool:
         """Drop what idle slots hold, longest unused first, until `needed` cells are free."""
@@ -276,6 +289,7 @@ class Batcher:
             new = [*session.text[run.start : run.start + run.rows], *run.drafts]
             new = new[: run.rows]
             slot.held[run.start :] = new
+            slot.computed(run.start, run.rows, alone=run.rows == 1 or bool(run.drafts and not session.request.pooling))
             tokens += new
             runs.append(run)
             sent.append(_Sent(session.request.session, session.request.entry, run))
@@ -346,9 +360,18 @@ class Batcher:
             left = len(session.text) - session.fed
             if left <= 0 or budget <= 0:
                 continue
+            part = session.prompt_length - session.fed if session.is_exact else left
+            if part <= 0:
+                part = 1  # what was said before is computed as it was then: one by one
             assert session.slot is not None
             pooled = bool(session.request.pooling)
-            count = min(left, budget, POOLED_ROWS_MAX if pooled else budget)
+            count = min(left, part, budget, POOLED_ROWS_MAX if pooled else budget)
+            least = min(EXACT_ROWS_MIN, wanted // 2)
+            if not pooled and count < part:
+                # Neither these rows nor the rest may be too small a batch: their numbers would be others.
+                count = min(count, part - least) if part >= 2 * least else part
+                if count < least or count > budget:
+                    continue  # in the next step there is room
             last = count == left
             outputs = count if pooled else int(last)
             at = session.fed

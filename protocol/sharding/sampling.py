@@ -65,6 +65,9 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     special_pieces: bool = False
     """Whether control tokens have text in the pieces (tool calls of some models need it)."""
 
+    fixed: bool = False
+    """Whether the seed was asked for, so that the same answer is owed every time."""
+
     def __post_init__(self) -> None:
         """NaN passes every comparison of a bound, so it is refused here. Raises ValueError."""
         numbers = (

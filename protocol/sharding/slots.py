@@ -14,7 +14,11 @@ PREFILL_ROWS_MAX: Final = 256
 PREFILL_ROWS_BESIDE_STREAMS: Final = 32
 """Rows of prompt in a step that also serves streams: they wait for it, so it is short."""
 
-PREFILL_ROWS_MIN: Final = 16
+PREFILL_ROWS_MIN: Final = 32
+EXACT_ROWS_MIN: Final = 16
+"""From so many rows in a batch on, a row's numbers are the same in batches of any size (llama.cpp on x86: from 2 or 8
+on, by the type of the weights)."""
+
 DRAFT_TOKENS_MAX: Final = 15
 QUEUE_MAX: Final = 64
 POOLED_ROWS_MAX: Final = 64
@@ -68,6 +72,11 @@ class Session:
         return len(self.request.prompt)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether the same answer is owed whatever is held already: it is greedy, or its chances are fixed."""
+        return self.request.sampling.temperature == 0.0 or self.request.sampling.fixed
+
+    @property
     def is_decoding(self) -> bool:
         return self.fed >= len(self.text) - 1 and not self.request.pooling
 
@@ -79,10 +88,27 @@ class Slot:
     held: list[int] = field(default_factory=list)  # tokens whose cells are filled once all steps sent are done
     session: Session | None = None
     used: int = 0
+    batched: int = 0  # so many first tokens were computed in batches of EXACT_ROWS_MIN rows or more, as prompts are
+    alone_end: int = 0  # and those up to here one by one, as answers are; of the others it is not known
 
     @property
     def cells(self) -> int:
         return max(len(self.held), 0 if self.session is None else len(self.session.text))
+
+    def computed(self, start: int, rows: int, *, alone: bool) -> None:
+        """Rows from `start` on are computed anew, in one batch or, `alone`, one by one."""
+        self.batched = min(self.batched, start)
+        self.alone_end = max(self.batched, min(self.alone_end, start))
+        if alone and self.alone_end == start:
+            self.alone_end = start + rows
+        elif not alone and rows >= EXACT_ROWS_MIN and self.batched == self.alone_end == start:
+            self.batched = self.alone_end = start + rows
+
+    def exact(self, length: int, prompt_length: int) -> int:
+        """How many of the first `length` tokens were computed as a new session with such a prompt would do it."""
+        if self.batched == prompt_length:
+            return min(length, self.alone_end)
+        return min(length, prompt_length, self.batched)
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int], length_max: int) -> int:

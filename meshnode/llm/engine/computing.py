@@ -14,9 +14,8 @@ import numpy.typing as npt
 
 from meshnode.llm.engine import library
 from meshnode.llm.engine.library import Log, exported, ggml, keep_threads, llama_cpp
-from meshnode.llm.engine.spec import CALIBRATION_CELLS, StageSpec
+from meshnode.llm.engine.spec import StageSpec
 from protocol.sharding.frames import StageErrorCode
-from protocol.sharding.slots import cells_needed
 from protocol.sharding.steps import Run
 
 Floats = npt.NDArray[np.float32]
@@ -24,6 +23,9 @@ HIDDEN_ABS_MAX: Final = 1e15
 """Larger states overflow when squared by a norm, and one infinity in the KV spoils other sequences' attention."""
 
 OUTPUTS_SPARE: Final = 8
+PROBE_SLOT: Final = 0
+"""Where a stage is tried out while it holds nothing."""
+
 _MEMORY_WORDS: Final = ("bad_alloc", "failed to allocate", "out of memory", "cannot allocate", "unable to allocate")
 
 
@@ -59,8 +61,7 @@ class Model:
         self.width = llama_cpp.llama_model_n_embd(self.model)
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.memory = llama_cpp.llama_get_memory(self.context)
-        self.probe_slot = spec.slots
-        self.lengths = [0] * (spec.slots + 1)
+        self.lengths = [0] * spec.slots
         self.kept_threads = not library.has_openmp() and keep_threads(self.context, spec.threads)
         self._hidden: Floats = np.empty((0, self.width), np.float32)
         self._allocate_batch()
@@ -96,7 +97,7 @@ class Model:
         if layers not in (spec.layers, spec.layers + 1) or (spec.is_last and layers != spec.layers):
             raise CannotLoad(f"The file has {layers} layers, and the stage is to compute {spec.layers}.")
         self._choose_hook(layers)
-        self.context = llama_cpp.llama_init_from_model(self.model, self._context_params())
+        self.context = llama_cpp.llama_init_from_model(self.model, self._context_params(gpu_layers))
         if not self.context:
             llama_cpp.llama_model_free(self.model)
             raise self._cannot("llama.cpp cannot make a context")
@@ -122,15 +123,16 @@ class Model:
         # The last layer computes only rows that are outputs, so without a tail all have to be.
         self.all_rows_are_outputs = not has_tail
 
-    def _context_params(self) -> Any:
+    def _context_params(self, gpu_layers: int) -> Any:
         spec = self.spec
         params = llama_cpp.llama_context_default_params()
-        cells = cells_needed(spec.limits(can_rewind=True)) + CALIBRATION_CELLS
-        params.n_ctx = (cells + 255) // 256 * 256
+        # Cells of its own for every slot: what a row's attention adds up, and in which order, then depends on nothing
+        # that other slots hold.
+        params.n_ctx = spec.slots * ((spec.context + spec.draft_tokens_max + 1 + 255) // 256 * 256)
         params.n_batch = params.n_ubatch = spec.rows_max
-        params.n_seq_max = spec.slots + 1
+        params.n_seq_max = spec.slots
         params.n_threads = params.n_threads_batch = spec.threads
-        params.kv_unified = True
+        params.kv_unified = False
         # A window cache that forgot rows could not go back to them, for a shared beginning or a wrong guess.
         params.swa_full = True
         params.no_perf = True
@@ -142,6 +144,9 @@ class Model:
         params.n_outputs_max_per_seq = 0
         if spec.flash_attention is not None:
             params.flash_attn_type = int(spec.flash_attention)
+        elif gpu_layers == 0:
+            # On processors it is slower, sums in half precision, and in another way from 64 rows on.
+            params.flash_attn_type = 0
         if self.hook == "cb_eval":
             self._target = f"l_out-{spec.layers - 1}".encode()
             self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._see_node)
@@ -185,7 +190,7 @@ class Model:
 
     def probe(self) -> None:
         """Compute two rows as a session would. Raises CannotLoad if nothing sensible comes out."""
-        run = Run(self.probe_slot, 2, 0, 1)
+        run = Run(PROBE_SLOT, 2, 0, 1)
         values = bytes(8) if self.spec.is_first else np.full((2, self.width), 0.5, np.float32).tobytes()
         try:
             self.compute([run], values)
@@ -193,7 +198,7 @@ class Model:
         except CannotCompute as error:
             raise CannotLoad(f"The probe of the stage failed: {error}") from error
         finally:
-            self.truncate(self.probe_slot, 0)
+            self.truncate(PROBE_SLOT, 0)
         if not np.isfinite(result).all():
             raise CannotLoad("The probe of the stage gave numbers that are not finite: the file is damaged.")
 
@@ -211,7 +216,8 @@ class Model:
         self.lengths[slot] = min(self.lengths[slot], length)
 
     def compute(self, runs: Sequence[Run], payload: bytes | memoryview, *, embedding: bool = False) -> None:
-        """One llama_decode over all rows of `runs`, each of which begins where its slot ends.
+        """One llama_decode over all rows of `runs`, each of which begins where its slot ends. Several runs are equally
+        long and of slots that follow each other: only then does llama.cpp compute them at once and in this order.
 
         `payload` is i32 tokens on the first stage, f32 states elsewhere. Raises CannotCompute.
         """

@@ -6,10 +6,9 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from meshnode.llm.engine.computing import CannotCompute, Model
+from meshnode.llm.engine.computing import PROBE_SLOT, CannotCompute, Model
 from meshnode.llm.engine.sequencing import Sequencer
 from meshnode.llm.engine.spec import (
-    CALIBRATION_CELLS,
     REQUEST_KINDS,
     Answer,
     Calibrate,
@@ -71,7 +70,7 @@ class Requests:
             case Restore(number, slot, tokens, data):
                 return self._restore(number, slot, tokens, data)
             case Calibrate(number, rows, rounds):
-                return self._calibrate(number, min(rows, self._spec.rows_max, CALIBRATION_CELLS // 2), rounds)
+                return self._calibrate(number, min(rows, self._spec.rows_max), rounds)
 
     def _words(self) -> Vocabulary:
         if self._vocabulary is None:
@@ -97,9 +96,14 @@ class Requests:
         if self._sequencer is not None and self._sequencer.batcher.active:
             raise ValueError("The engine is busy: calibrate it before it serves.")
         model, single, prefill = self._model, [], []
+        if self._sequencer is not None:
+            self._sequencer.batcher.forget(PROBE_SLOT)
+        elif model.lengths[PROBE_SLOT]:
+            raise ValueError("The engine serves already: calibrate it before.")
+        rows = max(1, min(rows, self._spec.context - 4))
         try:
             for _ in range(max(1, rounds)):
-                model.truncate(model.probe_slot, 0)
+                model.truncate(PROBE_SLOT, 0)
                 began = time.monotonic()
                 self._compute_rows(0, rows)
                 middle = time.monotonic()
@@ -108,7 +112,7 @@ class Requests:
                 prefill.append((middle - began) / rows)
                 single.append((time.monotonic() - middle) / 4)
         finally:
-            model.truncate(model.probe_slot, 0)
+            model.truncate(PROBE_SLOT, 0)
         least = min(single)
         return Answer(
             number,
@@ -123,7 +127,7 @@ class Requests:
             payload = bytes(4 * rows)
         else:
             payload = np.random.default_rng(0).standard_normal((rows, model.width), np.float32).tobytes()
-        model.compute([Run(model.probe_slot, rows, start, 1)], payload)
+        model.compute([Run(PROBE_SLOT, rows, start, 1)], payload)
         if self._spec.is_last:
             model.logits(rows - 1)
         else:

@@ -21,7 +21,6 @@ ENTRY_LOST: Final = 46
 
 REQUEST_BYTES_MAX: Final = frames.MESSAGE_BYTES_MAX
 BEAT_INTERVAL_S: Final = 0.5
-CALIBRATION_CELLS: Final = 256
 MEMORY_EXIT_CODE: Final = 77
 """The exit status of an engine whose allocations failed; any other end by itself is a crash."""
 

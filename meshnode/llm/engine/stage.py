@@ -224,7 +224,7 @@ class Stage:
         passes = self._passes(runs)
         if rows == 0:
             return np.empty((0, self._model.width), np.float32)  # it only empties slots
-        if len(passes) == 1:
+        if len(passes) == 1 and len(passes[0]) == 1:
             self._model.compute(runs, payload)
             return self._model.hidden(rows)
         states = np.empty((rows, self._model.width), np.float32)
@@ -235,20 +235,26 @@ class Stage:
         return states
 
     def _passes(self, runs: list[Run]) -> list[list[Part]]:
-        """What to compute at once. Guesses go row by row: in one batch with others a row's numbers differ in the last
-        places from those it has alone, and now and then so does the likeliest token."""
-        passes: list[list[Part]] = [[]]
+        """What to compute at once. In one batch with others a row's numbers differ in the last places from those it
+        has alone, and now and then so does the likeliest token. So guesses go row by row, and the rows of a prompt by
+        themselves; single rows of several streams share a pass."""
+        passes: list[list[Part]] = []
+        singles: dict[int, list[Part]] = {}
         row = 0
         for run in runs:
-            if run.drafts and self._spec.exact_drafts and not self._open[run.slot].pooling:
-                while len(passes) < run.rows:
-                    passes.append([])
+            if run.rows == 1 or (run.drafts and self._spec.exact_drafts and not self._open[run.slot].pooling):
                 for place in range(run.rows):
-                    single = Run(run.slot, 1, run.start + place, 1)
-                    passes[place].append(Part(run, single, row + place))
-            else:
-                passes[0].append(Part(run, run, row))
+                    single = Run(run.slot, 1, run.start + place, min(1, run.outputs))
+                    singles.setdefault(place, []).append(Part(run, single, row + place))
+            elif run.rows:
+                passes.append([Part(run, run, row)])
             row += run.rows
+        for _, parts in sorted(singles.items()):
+            for part in sorted(parts, key=lambda part: part.run.slot):
+                if passes and (before := passes[-1][-1].run).rows == 1 and before.slot + 1 == part.run.slot:
+                    passes[-1].append(part)
+                else:
+                    passes.append([part])
         return passes
 
     def _check(self, step: Step) -> tuple[list[Run], bytes | memoryview]:
@@ -286,10 +292,11 @@ class Stage:
             self._answers[slot].begin(run)
         pooled = any(self._open[slot].pooling for slot in going)
         said: dict[int, Said] = {}
-        for place, whole in enumerate(self._passes(runs)):
-            part = whole if place == 0 else [one for one in whole if one.run.slot in going]
+        for whole in self._passes(runs):
+            # A guess behind a wrong one is of no use.
+            part = [one for one in whole if one.run.start == one.whole.start or one.run.slot in going]
             if not part:
-                break
+                continue
             self._model.compute([one.run for one in part], _rows_of(part, payload, rows), embedding=pooled)
             last = -1
             for one in part:
@@ -390,7 +397,7 @@ class Stage:
 
 def _rows_of(part: list[Part], payload: bytes | memoryview, rows: int) -> bytes | memoryview:
     """The payload of some rows of a step of `rows`."""
-    if sum(one.run.rows for one in part) == rows:
+    if len(part) == 1 and part[0].run.rows == rows:
         return payload
     size = len(payload) // rows
     return b"".join(payload[one.row * size : (one.row + one.run.rows) * size] for one in part)

@@ -35,7 +35,7 @@ from protocol.sharding.offers import Speed
 from protocol.sharding.pipelines import Pipeline, Span
 from protocol.sharding.steps import step_bytes_max
 
-ROWS_MAX: Final = 512
+ROWS_MAX: Final = 256
 ATTACH_TRIES_S: Final = 60.0
 ATTACH_PAUSE_S: Final = 0.1
 ENTRY_QUEUE_BYTES_MAX: Final = 8 * 1024 * 1024

@@ -143,6 +143,7 @@ class Prompts:
             ignore_eos=wishes.ignore_eos,
             speculate=wishes.speculate,
             special_pieces=prompt is not None,
+            fixed=wishes.seed is not None,
         )
 
 

@@ -188,7 +188,7 @@ async def test_a_wrong_number_of_layers_is_said(cut: Cut, spec: StageSpec) -> No
 
 
 async def test_memory_that_does_not_suffice_is_said(cut: Cut, spec: StageSpec) -> None:
-    spec = replace(whole(cut, spec), cells=40_000_000, memory_bytes_max=8 << 30)
+    spec = replace(whole(cut, spec), context=10_000_000, cells=40_000_000, memory_bytes_max=8 << 30)
     with pytest.raises(MeshError) as caught:
         async with open_engine(spec):
             pass

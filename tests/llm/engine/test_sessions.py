@@ -12,6 +12,7 @@ from meshnode.kernel.errors import MeshError
 from meshnode.llm.engine.spec import StageSpec
 from protocol.sharding.frames import Finish, Pieces, RefusalCode, Refused, StageErrorCode
 from protocol.sharding.sampling import Grammar, GrammarKind, Sampling
+from protocol.sharding.slots import EXACT_ROWS_MIN
 from scripts.benchmarks.pipeline import Pipeline, Reply, open_pipeline
 from tests.llm.engine.conftest import LAYERS, Cut
 
@@ -29,7 +30,8 @@ async def test_a_shared_beginning_is_reused_and_changes_nothing(cut: Cut, spec: 
         first = await pipeline.ask(PROMPT[:40], replace(GREEDY, max_tokens=1))
         second = await pipeline.ask([*PROMPT[:40], 7, 8, 9], GREEDY)
     assert (first.cached_tokens, expected.cached_tokens) == (0, 0)
-    assert second.cached_tokens == 40
+    # The rest is a batch of the least size: a greedy answer does not depend on what was known.
+    assert second.cached_tokens == 43 - EXACT_ROWS_MIN
     assert second.tokens == expected.tokens
 
 
@@ -185,17 +187,19 @@ async def test_embeddings_of_stages_are_those_of_the_whole(cut: Cut, spec: Stage
 
 
 async def test_a_snapshot_moves_a_sequence_to_another_process(cut: Cut, spec: StageSpec) -> None:
+    # Nobody knows how a snapshot's rows were computed, so what must be the same every time is not built on it.
+    likeliest = replace(GREEDY, temperature=1.0, top_k=1)
     async with open_pipeline(cut(2), spec) as one:
-        await one.ask(PROMPT, replace(GREEDY, max_tokens=1))
-        expected = await one.ask([*PROMPT, 7], GREEDY)
+        await one.ask(PROMPT, replace(likeliest, max_tokens=1))
+        expected = await one.ask([*PROMPT, 7], likeliest)
     async with open_pipeline(cut(2), spec) as one, open_pipeline(cut(2), spec) as other:
-        await one.ask(PROMPT, replace(GREEDY, max_tokens=1))
+        await one.ask(PROMPT, replace(likeliest, max_tokens=1))
         held = (await one.engines[0].snapshot(0)).tokens
         assert list(held) == PROMPT
         for stage in (1, 0):
             taken = await one.engines[stage].snapshot(0)
             await other.engines[stage].restore(2, held, taken.data)
-        reply = await other.ask([*PROMPT, 7], GREEDY)
+        reply = await other.ask([*PROMPT, 7], likeliest)
         with pytest.raises(MeshError):
             await other.engines[0].restore(1, (1, 2), b"nonsense")
         assert len((await other.ask([3], GREEDY)).tokens) == 12
