@@ -171,8 +171,17 @@ def test_exit_codes(agent: FakeAgent, command: Command, code: str, status: int, 
 
 def test_nodes(agent: FakeAgent, command: Command) -> None:
     agent.on(NODES, Answer([node(), peer()]))
+    agent.on("GET /api/status", Answer(summary()))
     assert "2 of 2 nodes online" in command("nodes").out
     assert json.loads(command("nodes", "--json").out) == [node(), peer()]
+    assert command("nodes").err == ""
+
+
+def test_nodes_says_what_the_agent_warns_of(agent: FakeAgent, command: Command) -> None:
+    agent.on(NODES, Answer([node(status="offline")]))
+    agent.on("GET /api/status", Answer(summary(warnings=["this node was evicted by attic"])))
+    for arguments in (["nodes"], ["nodes", "--json"]):
+        assert command(*arguments).err == "warning: this node was evicted by attic\n"
 
 
 @pytest.mark.parametrize("name", ["attic", "ATTIC", PEER, "bbbbbb", f" {PEER[:9]}"])

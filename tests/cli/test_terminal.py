@@ -34,6 +34,7 @@ def at_terminal(agent: FakeAgent, *arguments: str, typed: str = "", **environmen
 
 def test_colour_and_no_color(agent: FakeAgent) -> None:
     agent.on(NODES, Answer([node(), peer(status="offline")]))
+    agent.on("GET /api/status", Answer(summary()))
     _, seen = at_terminal(agent, "nodes")
     assert "\x1b[32monline\x1b[0m" in seen
     assert "\x1b[31moffline\x1b[0m" in seen
@@ -74,6 +75,7 @@ def test_leaving_is_asked_about(agent: FakeAgent) -> None:
 def test_a_reader_that_has_seen_enough(agent: FakeAgent) -> None:
     many = [peer(id=f"{number:032d}", name=f"n{number}" + "x" * 60) for number in range(3_000)]
     agent.on(NODES, Answer([node(id=ME), *many]))
+    agent.on("GET /api/status", Answer(summary()))
     script = f"{sys.executable} -m meshnode nodes --api-port {agent.port} | head -n 1"
     done = subprocess.run(
         ["sh", "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]

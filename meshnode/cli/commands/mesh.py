@@ -8,7 +8,7 @@ import click
 from meshnode.cli.arrival import await_mesh
 from meshnode.cli.nodes import complete_node, find_node, node_path
 from meshnode.cli.render import node_text, nodes_text, status_text
-from meshnode.cli.screen import Progress, confirm, say, say_json, terminal_columns
+from meshnode.cli.screen import Progress, confirm, note, say, say_json, terminal_columns
 from meshnode.cli.session import Session, example, with_session
 from meshnode.kernel.redaction import printable
 
@@ -35,10 +35,14 @@ def nodes(session: Session) -> None:
     """List every node: what it is, how busy, how far away."""
     with session.agent() as agent:
         found = agent.pages("/api/nodes")
+        warnings = agent.get("/api/status").get("warnings", ())
     if session.as_json:
         say_json(found)
     else:
         say(nodes_text(found, time.time(), terminal_columns()))
+    for warning in warnings:
+        # An evicted node sees everybody offline: the table alone would send people looking for a broken network.
+        note(f"warning: {printable(warning)}")
 
 
 @click.command(epilog=example("meshnode node attic", "meshnode node 3kq7 --json", "meshnode node"))
