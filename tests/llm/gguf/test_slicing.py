@@ -15,7 +15,7 @@ from meshnode.llm.gguf.slicing import Slice, slice_layers
 from meshnode.llm.gguf.source import FileSource, PrefixSource
 from meshnode.llm.gguf.weights import Weights, open_weights
 from meshnode.llm.gguf.writing import write_file
-from tests.house.source import ROOT
+from tests.llm.gguf.certification import BEGIN, DOCUMENT, END, runs, table
 from tests.support.gguf_files import GgufFile, split
 from tests.support.tiny_models import MODELS, Maker, tiny_model
 
@@ -275,13 +275,12 @@ def test_a_written_slice_can_be_cut_again(tmp_path: Path) -> None:
     }
 
 
-def test_the_document_names_every_rule() -> None:
-    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    rows = {line.split("|")[1].strip().strip("`"): line for line in text.splitlines() if line.startswith("| `")}
-    assert set(rows) == set(RULES) | set(REFUSED)
-    for name, rule in RULES.items():
-        assert ("input of the next layer" in rows[name]) == rule.layer_input
-        assert (f"multiples of {rule.cut_every}" in rows[name]) == (rule.cut_every > 1)
-        assert (f"up to {rule.layers_max} layers" in rows[name]) == (rule.layers_max is not None)
+def test_the_document_is_the_certifications() -> None:
+    exact = table(dict.fromkeys(runs(), 0.0))
+    assert f"{BEGIN}\n{exact}\n{END}" in DOCUMENT.read_text(encoding="utf-8")
+
+
+def test_the_document_names_every_refusal() -> None:
+    lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
     for name, reason in REFUSED.items():
-        assert reason in rows[name]
+        assert f"| `{name}` | {reason} |" in lines
