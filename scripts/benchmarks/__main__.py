@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -70,6 +71,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     """Run what was asked for. 0: measured, whatever the figures; 1: something could not be measured."""
     chosen = parser().parse_args(arguments)
+    # So that agents and folders are cleaned up then too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     names = list(BENCHMARKS) if chosen.name == ALL else [chosen.name]
     reports: list[figures.Report] = []
     failed = False
