@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping
 from typing import Final
 
-GOMP_SPIN_COUNT: Final = 3000
+GOMP_SPIN_COUNT: Final = 10_000
 """llama.cpp's OpenMP threads spin at the end of each step, by default so long that they take the cores of those who
 have work. 0 puts them to sleep at every barrier inside a step, which halves the speed; this many turns is some
 microseconds."""
