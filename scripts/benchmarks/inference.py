@@ -38,7 +38,7 @@ def inference(*, only: str = "", model: str = "big", rounds: int = 4, tokens: in
     parts: Mapping[str, Callable[[], list[Figure]]] = {
         "speed": lambda: speed(shape, rounds=rounds, tokens=tokens, threads=threads),
         "streams": lambda: streams(shape, rounds=max(1, rounds // 2), tokens=tokens),
-        "prefix": lambda: prefix(shape, rounds=max(1, rounds // 2), threads=threads),
+        "prefix": lambda: prefix(shape, rounds=max(1, rounds // 4), threads=threads),
         "failures": lambda: failures(shape, tokens=2 * tokens, threads=threads),
         "weights": lambda: weights(shape),
         "wire": lambda: wire(shape, tokens=tokens, rounds=max(1, rounds // 2)),
@@ -56,8 +56,10 @@ def inference(*, only: str = "", model: str = "big", rounds: int = 4, tokens: in
         loads[name] = round(os.getloadavg()[0], 1)
         try:
             begun = time.monotonic()
-            figures += parts[name]()
-            print(f"inference, {name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+            found = parts[name]()
+            figures += found
+            said = "; ".join(f"{one.figure}: {one.measured:g} {one.unit}".strip() for one in found)
+            print(f"inference, {name}, {time.monotonic() - begun:.0f} s: {said}", file=sys.stderr, flush=True)
         except BenchmarkError as error:
             # The other parts are worth having; what failed stands beside them.
             failed[name] = "\n".join([str(error), *getattr(error, "__notes__", [])])

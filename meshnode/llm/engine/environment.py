@@ -4,10 +4,11 @@ import sys
 from collections.abc import Mapping
 from typing import Final
 
-GOMP_SPIN_COUNT: Final = 3000
+GOMP_SPIN_COUNT: Final = 10_000
 """llama.cpp's OpenMP threads spin at the end of each step, by default so long that they take the cores of those who
-have work. 0 puts them to sleep at every barrier inside a step, which halves the speed; this many turns is some
-microseconds."""
+have work. 0 puts them to sleep at every barrier inside a step, which halves the speed; so many turns are some hundreds
+of microseconds, which no barrier outlasts even where other work takes the core of a thread for a moment (3,000: a third
+slower there)."""
 
 _KEPT: Final = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "VIRTUAL_ENV"),

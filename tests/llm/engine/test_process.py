@@ -87,6 +87,16 @@ async def test_progress_is_shown_and_the_process_is_gone_afterwards(cut: Cut, sp
         await engine.tokenise("too late")
 
 
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel shares processors out by process")
+async def test_an_engine_is_as_nice_to_other_sessions_as_its_agent_and_more(cut: Cut, spec: StageSpec) -> None:
+    # It has a session of its own, and the kernel shares processors out by session first.
+    async with open_engine(replace(whole(cut, spec), nice=3)) as engine:
+        wanted = min(19, os.getpriority(os.PRIO_PROCESS, 0) + 3)
+        assert os.getpriority(os.PRIO_PROCESS, engine.pid) == wanted
+        group = Path(f"/proc/{engine.pid}/autogroup")
+        assert (await trio.to_thread.run_sync(group.read_text)).split()[-1] == str(wanted)
+
+
 async def test_what_fails_in_the_block_comes_out_as_it_is(cut: Cut, spec: StageSpec) -> None:
     with pytest.raises(KeyError):
         async with open_engine(whole(cut, spec)):

@@ -37,6 +37,10 @@ class Reads(Protocol):
 
     def scan(self, collection: str, prefix: bytes = b"", cursor: bytes | None = None, limit: int = 100) -> Page: ...
 
+    def digest(self, collection: str) -> bytes:
+        """Equal ones mean equal records."""
+        ...
+
 
 class Writes(Protocol):
     """Durable writes of records (kernel.records.RecordWriter)."""
@@ -63,6 +67,7 @@ class ModelRecords:
         self._reads = reads
         self._writes = writes
         self._opened: dict[bytes, tuple[int, Manifest]] = {}
+        self._listed: tuple[bytes, tuple[Manifest, ...]] = (b"", ())
 
     # ---- manifests ------------------------------------------------------------
 
@@ -73,7 +78,12 @@ class ModelRecords:
 
     def manifests(self) -> list[Manifest]:
         """All, by digest."""
-        return [made for record in self._scan(MODELS) if (made := self._manifest(record)) is not None]
+        # Every request asks for its model by name, and the records lie in a database: read when they change.
+        state = self._reads.digest(MODELS)
+        if self._listed[0] != state:
+            found = [made for record in self._scan(MODELS) if (made := self._manifest(record)) is not None]
+            self._listed = state, tuple(found)
+        return list(self._listed[1])
 
     async def put_manifest(self, manifest: Manifest) -> None:
         """Make a model known."""

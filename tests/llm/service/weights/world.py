@@ -51,6 +51,9 @@ class Board:
         found = tuple(self.rows[collection, key] for key in keys[:limit])
         return Page(found, keys[limit - 1] if len(keys) > limit else None)
 
+    def digest(self, collection: str) -> bytes:
+        return repr(sorted((key, row.version) for (its, key), row in self.rows.items() if its == collection)).encode()
+
     async def put(self, collection: str, key: bytes, value: bytes) -> None:
         await trio.lowlevel.checkpoint()
         assert len(value) <= 64 * 1024
