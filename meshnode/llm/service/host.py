@@ -163,6 +163,7 @@ class StageHost:
 
     def _broken(self, words: str, blamed: int | None) -> None:
         if not self._scope.cancel_called:
+            self._around.log.debug("a stage is broken", pipeline=self.pipeline.id.hex(), why=words, blamed=blamed)
             self._around.submit(EngineChanged(self.pipeline.id, "broken", words=words, blamed=blamed))
 
     async def _serve(self) -> None:
@@ -216,6 +217,7 @@ class StageHost:
     def _ready(self) -> None:
         self.loaded.set()
         self._settled.set()
+        self._around.log.debug("a stage is ready", pipeline=self.pipeline.id.hex())
         self._around.submit(EngineChanged(self.pipeline.id, "ready", share=1.0))
 
     # ---- to the neighbours ------------------------------------------------------------------------------------------
