@@ -34,6 +34,7 @@ from protocol.sharding.events import (
     SessionEffect,
     SessionInput,
     SessionRefused,
+    StageAlive,
     StageErred,
     StopFound,
     StreamLost,
@@ -51,7 +52,7 @@ State = Literal["ensuring", "opening", "prefill", "streaming", "ended"]
 class SessionParameters:
     """Times in seconds."""
 
-    silent_s: float = 4.5  # nothing at all from a pipeline that works on this session: it hangs
+    silent_s: float = 4.5  # nothing at all from a pipeline's last stage or its agent: it hangs
     prefill_s: float = 900.0  # signs of life, but no first token
     tokenless_s: float = 60.0  # signs of life, but no next token
     answer_s: float = 12.0  # an Ensure stays without answer
@@ -153,6 +154,9 @@ class Session:
                 self._received(event, now)
             case StageErred():
                 self._erred(event, now)
+            case StageAlive(peer):
+                if self.pipeline is not None and peer == self.pipeline.nodes[-1]:
+                    self._heard_at = now
             case StreamLost(peer, words):
                 if self.pipeline is not None and peer in (self.pipeline.nodes[0], self.pipeline.nodes[-1]):
                     self._strike(peer)
