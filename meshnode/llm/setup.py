@@ -63,7 +63,7 @@ from protocol.sharding.held import LoadingParameters
 from protocol.sharding.hosting import Hosting
 from protocol.sharding.loading import LoadingMachine
 from protocol.sharding.offers import Speed
-from protocol.sharding.pipelines import Answer, EnsureRequest, Pipeline, StageCommand
+from protocol.sharding.pipelines import Answer, EnsureRequest, MembersUp, Pipeline, StageCommand
 from protocol.sharding.planner import Refusal
 from protocol.sharding.predict import Estimator
 
@@ -392,6 +392,7 @@ class _Assembly:
             case CoordinatorChanged():
                 self._hosts.submit(event)
                 self._loads.submit(event)
+                self._loads.submit(MembersUp(frozenset(self._alive())))
             case PeerDown() | PeerLeft():
                 self._loads.submit(event)
                 self._pipelines.peer_gone(event)

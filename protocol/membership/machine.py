@@ -159,8 +159,9 @@ class Membership:
                 self._link_message(peer, message)
             case LinkOpened(peer, boot):
                 self._contacts.link_opened(peer, boot)
-            case LinkLost(peer, code=code):
+            case LinkLost(peer, code=code, nobody=nobody):
                 self._contacts.link_lost(peer)
+                self._probing.link_lost(peer, nobody=nobody)
                 self._intake.forget(peer)
                 self._twin.lost(code)
             case AddressesChanged(addresses):

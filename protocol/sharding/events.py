@@ -80,6 +80,13 @@ class StageErred:
 
 
 @dataclass(frozen=True, slots=True)
+class StageAlive:
+    """The agent of this stage shows life; it watches over its engine, which may take long for a step."""
+
+    peer: NodeId
+
+
+@dataclass(frozen=True, slots=True)
 class StreamLost:
     """The stream on which this peer's frames came, or ours went, is gone."""
 
@@ -104,6 +111,7 @@ SessionInput = (
     | SessionRefused
     | PiecesReceived
     | StageErred
+    | StageAlive
     | StreamLost
     | PeerDown
     | PeerLeft

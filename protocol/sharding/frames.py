@@ -52,6 +52,7 @@ class Kind(IntEnum):
     ERROR = 10
     STATS = 11
     EMBEDDING = 12
+    PULSE = 13
 
     LOADING = 32
     FACTS = 33
@@ -287,6 +288,9 @@ _encoder: Final = msgspec.msgpack.Encoder()
 _decoders: Final[dict[int, msgspec.msgpack.Decoder[Message]]] = {
     kind: msgspec.msgpack.Decoder(body) for body, kind in _MESSAGES.items()
 }
+
+PULSE: Final = _HEADER.pack(1, Kind.PULSE)
+"""A sign of life of an agent, both ways on every stream; without a body, and never for an engine."""
 
 FROM_ENTRY: Final = frozenset({Kind.OPEN, Kind.CANCEL})
 FROM_PREVIOUS: Final = frozenset({Kind.STEP, Kind.SEQ_OPEN, Kind.SEQ_CLOSE})

@@ -69,6 +69,7 @@ class Held:
     complaints: list[float] = field(default_factory=list)
     broken: str = ""
     ever_ready: bool = False
+    stages_min: int = 1  # what was wished when it was planned
 
     @property
     def active(self) -> int:
@@ -120,6 +121,7 @@ class LoadingState:
         self.params = params
         self.term: int | None = None  # None: this node does not coordinate
         self.gathering_until = 0.0
+        self.unheard: set[NodeId] = set()  # members whose first report a new coordinator waits for
         self.pinned: set[str] = set()
         self.held: dict[bytes, Held] = {}
         self.loads: dict[str, Load] = {}

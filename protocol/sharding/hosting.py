@@ -74,8 +74,9 @@ class ProbeEnded:
 
 @dataclass(frozen=True, slots=True)
 class ReportDone:
-    """The last SendReport reached the coordinator, or failed."""
+    """The SendReport to this node reached it, or failed."""
 
+    to: NodeId
     ok: bool
 
 
@@ -142,7 +143,8 @@ class RunProbe:
 
 @dataclass(frozen=True, slots=True)
 class SendReport:
-    """Send this to the coordinator; answered by ReportDone."""
+    """Send this to the coordinator; answered by ReportDone. There is one at a time: an older one that came last would
+    be believed."""
 
     to: NodeId
     report: NodeReport
@@ -168,6 +170,8 @@ class Hosting:
         self._stages: dict[bytes, _Stage] = {}
         self._coordinator: NodeId | None = None
         self._pressed = False
+        self._reporting_to: NodeId | None = None
+        self._has_news = False  # since the report that is under way
         self._out: list[HostingEffect] = []
 
     @property
@@ -194,9 +198,8 @@ class Hosting:
                     said = words[:LOAD_WORDS_CHARS_MAX]
                     stage.report = replace(stage.report, probed=number, probed_ok=ok, words=said)
                     self._report(now)
-            case ReportDone(ok):
-                if not ok:
-                    self._out.append(SetTimer(REPORT_TIMER, now + REPORT_AGAIN_S))
+            case ReportDone(to, ok):
+                self._reported(to, ok, now)
             case MemoryPressed(pressed):
                 self._pressed = pressed
                 self._report(now)
@@ -299,8 +302,20 @@ class Hosting:
 
     # ---- reports -----------------------------------------------------------------------------------------------------
 
+    def _reported(self, to: NodeId, ok: bool, now: float) -> None:
+        if to != self._reporting_to:
+            return  # it coordinates no more
+        self._reporting_to = None
+        if not ok:
+            self._out.append(SetTimer(REPORT_TIMER, now + REPORT_AGAIN_S))
+        elif self._has_news:
+            self._report(now)
+
     def _report(self, now: float) -> None:
         if self._coordinator is None:
+            return
+        if self._reporting_to == self._coordinator:
+            self._has_news = True
             return
         stages = []
         for stage in self._stages.values():
@@ -308,6 +323,7 @@ class Hosting:
             stages.append(replace(stage.report, idle_s=idle_s))
             if stage.then is not None:
                 stages.append(StageReport(stage.then, "loading"))
+        self._reporting_to, self._has_news = self._coordinator, False
         report = NodeReport(tuple(stages[:REPORTED_STAGES_MAX]), self._pressed)
         self._out.append(SendReport(self._coordinator, report))
         # An empty report that arrived need not be said again.

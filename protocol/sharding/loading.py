@@ -21,6 +21,7 @@ from protocol.sharding.pipelines import (
     CommandFailed,
     EnsureAsked,
     Loading,
+    MembersUp,
     ModelPinned,
     Planned,
     Ready,
@@ -38,6 +39,7 @@ LoadingInput = (
     | AskGone
     | Planned
     | Reported
+    | MembersUp
     | CommandFailed
     | ModelPinned
     | UnloadWanted
@@ -96,8 +98,11 @@ class LoadingMachine:
                 pass
             case Planned():
                 self._tending.planned(event, now)
-            case Reported():
+            case MembersUp(nodes):
+                self._s.unheard = set(nodes)
+            case Reported(node):
                 self._tending.reported(event, now)
+                self._gathered(node, now)
             case CommandFailed(node, pipeline, words):
                 self._tending.command_failed(node, pipeline, words, now)
             case UnloadWanted(model):
@@ -105,6 +110,7 @@ class LoadingMachine:
                     self._tending.lose(held, "unloaded by a user", now)
             case PeerDown(peer) | PeerLeft(peer):
                 self._tending.lost(peer, now)
+                self._gathered(peer, now)
             case TimerFired():
                 self._sweep(now)
             case _:
@@ -123,6 +129,13 @@ class LoadingMachine:
         out, self._s.out = self._s.out, []
         return out
 
+    def _gathered(self, node: NodeId, now: float) -> None:
+        """Reports are whole: one from everybody who is up is all there is to learn."""
+        if node in self._s.unheard:
+            self._s.unheard.discard(node)
+            if not self._s.unheard:
+                self._s.gathering_until = min(self._s.gathering_until, now)
+
     def _coordinate(self, term: int | None, now: float) -> None:
         if self._s.term is not None and term is not None:
             self._s.term = term  # of a new term, but what it knows holds
@@ -133,6 +146,7 @@ class LoadingMachine:
         self._s.loads.clear()
         self._s.strays.clear()
         self._s.pressed.clear()
+        self._s.unheard.clear()
         self._s.term = term
         self._s.gathering_until = now + self._s.params.gather_s
         self._swept_until = 0.0

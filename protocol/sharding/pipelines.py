@@ -5,7 +5,7 @@ and hosting exchange with their agents stands below.
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 
@@ -15,6 +15,9 @@ STAGES_MAX = 64
 REPORTED_STAGES_MAX = 64
 PIPELINE_ID_BYTES = 8
 WITHOUT_MAX = 64
+FEW_NODES: Final = "few_nodes"
+"""Code of a refusal: fewer nodes can run models than stages were wished for."""
+
 LOAD_WORDS_CHARS_MAX = 512
 
 PipelineId = Annotated[bytes, msgspec.Meta(min_length=PIPELINE_ID_BYTES, max_length=PIPELINE_ID_BYTES)]
@@ -208,6 +211,13 @@ class Reported:
 
     node: NodeId
     report: NodeReport
+
+
+@dataclass(frozen=True, slots=True)
+class MembersUp:
+    """Who is up as this node begins to coordinate, itself included: when all of them have reported, it knows enough."""
+
+    nodes: frozenset[NodeId]
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,11 +34,12 @@ from protocol.sharding.events import (
     SessionEffect,
     SessionInput,
     SessionRefused,
+    StageAlive,
     StageErred,
     StopFound,
     StreamLost,
 )
-from protocol.sharding.pipelines import WITHOUT_MAX, Loading, Pipeline, Ready, Refused
+from protocol.sharding.pipelines import FEW_NODES, WITHOUT_MAX, Loading, Pipeline, Ready, Refused
 from protocol.sharding.scrutiny import Bounds, nonsense
 
 STEM_BYTES: Final = 14
@@ -51,7 +52,7 @@ State = Literal["ensuring", "opening", "prefill", "streaming", "ended"]
 class SessionParameters:
     """Times in seconds."""
 
-    silent_s: float = 4.5  # nothing at all from a pipeline that works on this session: it hangs
+    silent_s: float = 4.5  # nothing at all from a pipeline's last stage or its agent: it hangs
     prefill_s: float = 900.0  # signs of life, but no first token
     tokenless_s: float = 60.0  # signs of life, but no next token
     answer_s: float = 12.0  # an Ensure stays without answer
@@ -153,6 +154,9 @@ class Session:
                 self._received(event, now)
             case StageErred():
                 self._erred(event, now)
+            case StageAlive(peer):
+                if self.pipeline is not None and peer == self.pipeline.nodes[-1]:
+                    self._heard_at = now
             case StreamLost(peer, words):
                 if self.pipeline is not None and peer in (self.pipeline.nodes[0], self.pipeline.nodes[-1]):
                     self._strike(peer)
@@ -207,6 +211,8 @@ class Session:
                     self._fail("timeout", f"Loading took longer than {self._params.load_s:.0f} s: {words}", True)
                 else:
                     self._out.append(self._timer("retry", now + self._params.ask_gap_s))
+            case Refused(code, words, _) if code == FEW_NODES:
+                self._too_few(words, now)
             case Refused(code, words, retryable):
                 avoided = set(self._without()) - self._liars
                 if avoided:
@@ -222,6 +228,15 @@ class Session:
                     self._fail(REFUSAL_CODES.get(code, "unavailable"), words, code not in REFUSAL_CODES)
             case _:
                 assert_never(event.answer)
+
+    def _too_few(self, words: str, now: float) -> None:
+        """Fewer nodes are left than stages were wished for. An answer that has begun goes on with fewer."""
+        if self.attempt and self._stages_min > 1:
+            self._stages_min -= 1
+            self._out.append(Progressed("recovering", f"{words} It goes on with {self._stages_min}."))
+            self._ask_again(now)
+        else:
+            self._fail("unavailable", words, True)
 
     def _not_answered(self, words: str, now: float) -> None:
         self._last_words = words

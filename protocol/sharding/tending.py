@@ -6,6 +6,7 @@ from protocol.effects import Publish
 from protocol.ids import NodeId
 from protocol.sharding.held import Held, Load, LoadingState, Stray, is_ready, sizes, stands
 from protocol.sharding.pipelines import (
+    FEW_NODES,
     LOAD_WORDS_CHARS_MAX,
     PIPELINE_ID_BYTES,
     EnsureRequest,
@@ -43,7 +44,20 @@ class Tending:
             default=request.context,
         )
         load = self._s.loads[request.model] = Load(request.model, context, without, request.stages_min, 0, now)
+        load.replaces = self._remains(load, now)
         self._plan(load, now)
+
+    def _remains(self, load: Load, now: float) -> bytes | None:
+        """A pipeline of the model that broke under another coordinator: its engines can be taken over."""
+        for name, stray in self._s.strays.items():
+            pipeline = stray.report.pipeline
+            held = Held(pipeline, "unloading", now, now, now, dict(stray.nodes), dict.fromkeys(stray.nodes, now))
+            sizes_fit = pipeline.context == load.context and pipeline.slots == self._s.params.slots
+            if pipeline.model == load.model and sizes_fit and any(stands(held, node) for node in stray.nodes):
+                del self._s.strays[name]
+                self._s.held[name] = held
+                return name
+        return None
 
     def _plan(self, load: Load, now: float) -> None:
         self._job += 1
@@ -79,6 +93,11 @@ class Tending:
                 if held is not None and nodes.intersection(held.pipeline.nodes):
                     self.lose(held, f"it made room for {load.model}", now)
             self._place(load, now)
+            return
+        if event.code == FEW_NODES and load.replaces and load.stages_min > 1:
+            # Sessions are on it: better on fewer nodes than not at all.
+            load.stages_min -= 1
+            self._plan(load, now)
             return
         idle = [held for held in self._s.held.values() if self.may_evict(held) and held.pipeline.id not in load.freed]
         if event.code == "no_memory" and idle:
@@ -116,7 +135,15 @@ class Tending:
             self.give_up(load, "internal", "the plan is no chain of layers", now)
             return
         load.pipeline = name
-        self._s.held[name] = Held(pipeline, "loading", now, now, now, heard=dict.fromkeys(pipeline.nodes, now))
+        self._s.held[name] = Held(
+            pipeline,
+            "loading",
+            now,
+            now,
+            now,
+            heard=dict.fromkeys(pipeline.nodes, now),
+            stages_min=load.stages_min,
+        )
         old = self._s.held.get(load.replaces) if load.replaces else None
         for node in pipeline.nodes:
             takes_over = old is not None and node in old.pipeline.nodes
@@ -299,7 +326,7 @@ class Tending:
         mine = load is not None and load.pipeline == held.pipeline.id
         if load is None and was_ready and guilty is not None:
             # Sessions are on it, and ask for another in a moment: begin while the survivors' engines still stand.
-            load = Load(held.pipeline.model, held.pipeline.context, frozenset(), 1, 0, now)
+            load = Load(held.pipeline.model, held.pipeline.context, frozenset(), held.stages_min, 0, now)
             self._s.loads[load.model] = load
             mine = True
         if load is not None and mine:

@@ -315,7 +315,7 @@ class Member:
             other.loaded(Reported(me, _reports.decode(body)))
             answer(b"")
 
-        self.call(to, reported, lambda reply: self.hosted(ReportDone(reply is not None)))
+        self.call(to, reported, lambda reply: self.hosted(ReportDone(to, reply is not None)))
 
     def _planned(self, wanted: PlanWanted) -> None:
         self.loaded(self.fabric.plan(self, wanted))

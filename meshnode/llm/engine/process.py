@@ -8,6 +8,7 @@ import subprocess
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -20,12 +21,27 @@ from meshnode.llm.engine.spec import LOAD, MEMORY_EXIT_CODE, StageSpec
 from protocol.sharding.frames import FrameError, Kind
 
 BEATS_LOST_S: Final = 3.0
-STEP_DEADLINE_S: Final = 60.0
 LOAD_DEADLINE_S: Final = 900.0
 STOP_GRACE_S: Final = 2.0
 STDERR_LINES_MAX: Final = 20
 STDERR_LINE_BYTES_MAX: Final = 500
-_BEAT: Final = struct.Struct("<d")
+_BEAT: Final = struct.Struct("<dd")
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long an engine may take for one thing: much longer than it should, or where nobody knows, very long."""
+
+    least_s: float = 4.0
+    slack: float = 10.0
+    unknown_s: float = 60.0
+
+    def deadline_s(self, expected_s: float) -> float:
+        """For what should take `expected_s`; 0: nobody knows."""
+        return max(self.least_s, self.slack * expected_s) if expected_s > 0 else self.unknown_s
+
+
+PATIENCE: Final = Patience()
 
 
 @asynccontextmanager
@@ -34,7 +50,7 @@ async def open_engine(
     *,
     progress: Callable[[float], None] | None = None,
     load_deadline_s: float = LOAD_DEADLINE_S,
-    step_deadline_s: float = STEP_DEADLINE_S,
+    patience: Patience = PATIENCE,
     beats_lost_s: float = BEATS_LOST_S,
 ) -> AsyncIterator[Engine]:
     """A loaded engine in a process of its own, for as long as the block runs.
@@ -42,7 +58,7 @@ async def open_engine(
     Raises MeshError if it cannot be loaded: what failed, and its last words. `progress` is called with 0 to 1.
     Cancelled or failed, nothing is left behind: no process, no socket.
     """
-    watch = _Watch(stage, step_deadline_s, beats_lost_s)
+    watch = _Watch(stage, patience, beats_lost_s)
     try:
         engine = await watch.start()
         await watch.load(engine, progress, load_deadline_s)
@@ -67,8 +83,8 @@ async def open_engine(
 class _Watch:
     """One process and its sockets."""
 
-    def __init__(self, stage: StageSpec, step_deadline_s: float, beats_lost_s: float) -> None:
-        self._stage, self._step_deadline_s, self._beats_lost_s = stage, step_deadline_s, beats_lost_s
+    def __init__(self, stage: StageSpec, patience: Patience, beats_lost_s: float) -> None:
+        self._stage, self._patience, self._beats_lost_s = stage, patience, beats_lost_s
         self._process: trio.Process | None = None
         self._data: trio.socket.SocketType | None = None
         self._beats: trio.socket.SocketType | None = None
@@ -187,9 +203,11 @@ class _Watch:
                     return Ended(EndReason.HUNG, f"The engine has shown no life for {self._beats_lost_s:g} s.", None)
                 if not data:
                     return None
-            [step_s] = _BEAT.unpack(data[len(data) // _BEAT.size * _BEAT.size - _BEAT.size :][: _BEAT.size])
-            if step_s > self._step_deadline_s:
-                return Ended(EndReason.HUNG, f"One step has taken more than {self._step_deadline_s:g} s.", None)
+            busy_s, expected_s = _BEAT.unpack(data[len(data) // _BEAT.size * _BEAT.size - _BEAT.size :][: _BEAT.size])
+            deadline_s = self._patience.deadline_s(expected_s)
+            if busy_s > deadline_s:
+                should = f" and should take {expected_s:.2g} s" if expected_s else ""
+                return Ended(EndReason.HUNG, f"One step has taken more than {deadline_s:.3g} s{should}.", None)
 
     async def _receive_beats(self, beats: trio.socket.SocketType) -> bytes:
         try:

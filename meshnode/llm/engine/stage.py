@@ -6,6 +6,8 @@ sequencing.py, the last one's in answering.py.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final, NamedTuple
 
 import msgspec
@@ -15,6 +17,7 @@ import psutil
 from meshnode.llm.engine.answering import Answer, CannotAnswer, Said
 from meshnode.llm.engine.channel import Channel
 from meshnode.llm.engine.computing import CannotCompute, Floats, Model, states_are_sound
+from meshnode.llm.engine.pace import Pace
 from meshnode.llm.engine.sequencing import Sequencer
 from meshnode.llm.engine.serving import Requests
 from meshnode.llm.engine.spec import ENTRY_LOST, REQUEST_KINDS, StageSpec
@@ -59,6 +62,7 @@ class Stage:
         self._vocabulary = Vocabulary(model.model) if has_words else None
         self._sequencer = Sequencer(spec, model, self._vocabulary, channel) if spec.is_first else None
         self._requests = Requests(spec, model, self._vocabulary, self._sequencer)
+        self._pace = Pace()
         self._open: dict[int, SeqOpen] = {}
         self._answers: dict[int, Answer] = {}
         self._process = psutil.Process()
@@ -72,6 +76,7 @@ class Stage:
         idle = False
         while True:
             began = time.monotonic()
+            self._watchdog.begin()
             self._channel.pump(IDLE_WAIT_S if idle and not self._channel.inbox else 0.0)
             now = time.monotonic()
             self._wait_s += now - began
@@ -189,7 +194,6 @@ class Stage:
         """Compute a step and pass it on, without those of its runs that cannot be. Returns the seconds it took."""
         began = time.monotonic()
         runs, payload = self._check(step)
-        self._watchdog.begin()
         try:
             for run in runs:
                 self._model.truncate(run.slot, run.start)
@@ -203,8 +207,6 @@ class Stage:
             for run in runs:
                 self._fail(run.slot, error.code, str(error), self._spec.stage)
             self._pass_on_nothing(step.number)
-        finally:
-            self._watchdog.end()
         seconds = time.monotonic() - began
         self._compute_s += seconds
         self._steps += 1
@@ -225,14 +227,27 @@ class Stage:
         if rows == 0:
             return np.empty((0, self._model.width), np.float32)  # it only empties slots
         if len(passes) == 1 and len(passes[0]) == 1:
-            self._model.compute(runs, payload)
-            return self._model.hidden(rows)
+            with self._pass(rows):
+                self._model.compute(runs, payload)
+                return self._model.hidden(rows)
         states = np.empty((rows, self._model.width), np.float32)
         for part in passes:
-            self._model.compute([one.run for one in part], _rows_of(part, payload, rows))
             places = [row for one in part for row in range(one.row, one.row + one.run.rows)]
-            states[places] = self._model.hidden(len(places))
+            with self._pass(len(places)):
+                self._model.compute([one.run for one in part], _rows_of(part, payload, rows))
+                states[places] = self._model.hidden(len(places))
         return states
+
+    @contextmanager
+    def _pass(self, rows: int) -> Iterator[None]:
+        """One pass: the agent is told how long it should take, and so notices if it never ends."""
+        began = time.monotonic()
+        self._watchdog.begin(self._pace.expected_s(rows))
+        try:
+            yield
+        finally:
+            self._watchdog.begin()
+        self._pace.took(rows, time.monotonic() - began)
 
     def _passes(self, runs: list[Run]) -> list[list[Part]]:
         """What to compute at once. In one batch with others a row's numbers differ in the last places from those it
@@ -297,20 +312,25 @@ class Stage:
             part = [one for one in whole if one.run.start == one.whole.start or one.run.slot in going]
             if not part:
                 continue
-            self._model.compute([one.run for one in part], _rows_of(part, payload, rows), embedding=pooled)
-            last = -1
-            for one in part:
-                last += one.run.rows
-                if not one.run.outputs:
-                    continue
-                try:
-                    if not self._take(one.run, last, said):
-                        going.discard(one.run.slot)
-                except (CannotAnswer, CannotCompute) as error:
-                    going.discard(one.run.slot)
-                    lost.add(one.run.slot)
-                    self._fail(one.run.slot, error.code, str(error), self._spec.stage)
+            with self._pass(sum(one.run.rows for one in part)):
+                self._model.compute([one.run for one in part], _rows_of(part, payload, rows), embedding=pooled)
+                self._choose(part, going, lost, said)
         self._tell(number, [run for run in runs if run.outputs], said, lost)
+
+    def _choose(self, part: list[Part], going: set[int], lost: set[int], said: dict[int, Said]) -> None:
+        """Tokens of what was just computed. Whose session does not go on leaves `going`."""
+        last = -1
+        for one in part:
+            last += one.run.rows
+            if not one.run.outputs:
+                continue
+            try:
+                if not self._take(one.run, last, said):
+                    going.discard(one.run.slot)
+            except (CannotAnswer, CannotCompute) as error:
+                going.discard(one.run.slot)
+                lost.add(one.run.slot)
+                self._fail(one.run.slot, error.code, str(error), self._spec.stage)
 
     def _take(self, run: Run, last: int, said: dict[int, Said]) -> bool:
         """The outputs of a run of a pass, which end at row `last` of its batch. True: its next guess is of use."""

@@ -5,7 +5,7 @@ frames mean, is for those who use it.
 """
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Annotated, Any, Final, Protocol, TypeVar
 
 import msgspec
@@ -15,7 +15,7 @@ from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import BulkStream, Links
 from meshnode.kernel.links.contracts import PeerMethod
 from protocol.ids import NodeId
-from protocol.sharding.frames import Frame, FrameError, pack
+from protocol.sharding.frames import PULSE, Frame, FrameError, Kind, pack
 from protocol.sharding.pipelines import PipelineId
 from protocol.sharding.steps import FrameDecoder
 
@@ -24,6 +24,11 @@ T = TypeVar("T")
 PURPOSE: Final = "llm"
 RECEIVE_BYTES: Final = 256 * 1024
 CALL_S: Final = 15.0
+PULSE_S: Final = 0.5
+SILENT_S: Final = 2.5
+"""Without even a pulse for so long the other agent hangs, or the way swallows: TCP would notice after minutes."""
+
+READ_ON_S: Final = 0.05
 
 
 class Granted(msgspec.Struct, frozen=True, array_like=True):
@@ -117,10 +122,61 @@ class StreamSink:
         self.bytes_sent += len(frame)
 
 
-async def frames_of(stream: BulkStream, bytes_max: int) -> AsyncGenerator[Frame, None]:
-    """Frames as they arrive, until the peer's end. Raises MeshError PROTOCOL_VIOLATION, UNREACHABLE."""
+async def attend(
+    stream: BulkStream,
+    take: Callable[[Frame], Awaitable[None]],
+    *,
+    bytes_max: Callable[[], int],
+    send: Callable[[bytes], Awaitable[None]],
+    begin: Callable[[], Awaitable[None]] | None = None,
+    pulsed: Callable[[], None] | None = None,
+) -> str:
+    """Show life on a stream and take its frames until it ends; says in words how it ended.
+
+    `send`: the way back, for pulses. `begin`: to be waited for before the first frame is taken; pulses go out
+    meanwhile. `pulsed`: called whenever the peer shows life.
+    """
+    words = "the other side ended the stream"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_beat, send)
+        try:
+            if begin is not None:
+                await begin()
+            async with aclosing(frames_of(stream, bytes_max(), pulsed)) as frames:
+                async for frame in frames:
+                    await take(frame)
+        except MeshError as error:
+            words = error.message
+        nursery.cancel_scope.cancel()
+    return words
+
+
+async def _beat(send: Callable[[bytes], Awaitable[None]]) -> None:
+    try:
+        while True:
+            await send(PULSE)
+            await trio.sleep(PULSE_S)
+    except MeshError:
+        return  # whoever reads the stream hears of its end, and why
+
+
+async def _receive(stream: BulkStream) -> bytes:
+    with trio.move_on_after(SILENT_S):
+        return await stream.receive_some(RECEIVE_BYTES)
+    # This agent may have been the one that stood still: what came meanwhile is there now.
+    with trio.move_on_after(READ_ON_S):
+        return await stream.receive_some(RECEIVE_BYTES)
+    raise MeshError(ErrorCode.UNREACHABLE, f"Node {stream.peer} has shown no life for {SILENT_S:g} s.", retryable=True)
+
+
+async def frames_of(
+    stream: BulkStream, bytes_max: int, pulsed: Callable[[], None] | None = None
+) -> AsyncGenerator[Frame, None]:
+    """Frames but for pulses as they arrive, until the peer's end. Raises MeshError PROTOCOL_VIOLATION, UNREACHABLE."""
     decoder = FrameDecoder(bytes_max=bytes_max)
-    while data := await stream.receive_some(RECEIVE_BYTES):
+    while data := await _receive(stream):
+        if pulsed is not None:
+            pulsed()
         decoder.feed(data)
         while True:
             try:
@@ -131,7 +187,8 @@ async def frames_of(stream: BulkStream, bytes_max: int) -> AsyncGenerator[Frame,
                 ) from error
             if frame is None:
                 break
-            yield frame
+            if frame.kind != Kind.PULSE:
+                yield frame
 
 
 def repack(frame: Frame) -> bytes:

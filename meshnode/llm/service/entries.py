@@ -5,14 +5,14 @@ of its frames is the session's.
 """
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Final
 
 import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.logs import Logger
-from meshnode.llm.service.calls import Attach, Calls, StreamSink, frames_of
+from meshnode.llm.service.calls import PULSE_S, Attach, Calls, StreamSink, attend
 from meshnode.llm.service.host import EntrySink
 from meshnode.llm.service.hosts import Hosts
 from protocol.ids import NodeId
@@ -36,14 +36,16 @@ IDLE_S: Final = 120.0
 
 Heard = Callable[[NodeId, Message], None]
 Lost = Callable[[NodeId, str], None]
+Alive = Callable[[NodeId], None]
 
 
 class _Session:
-    __slots__ = ("heard", "lost")
+    __slots__ = ("alive", "heard", "lost")
 
-    def __init__(self, heard: Heard, lost: Lost) -> None:
+    def __init__(self, heard: Heard, lost: Lost, alive: Alive) -> None:
         self.heard = heard
         self.lost = lost
+        self.alive = alive
 
 
 class EntryLink:
@@ -87,9 +89,9 @@ class Entries:
                     if idle and not link.users:
                         link.scope.cancel()
 
-    def register(self, session: bytes, heard: Heard, lost: Lost) -> None:
-        """Frames of this session go to `heard` from now on."""
-        self._sessions[session] = _Session(heard, lost)
+    def register(self, session: bytes, heard: Heard, lost: Lost, alive: Alive = lambda node: None) -> None:
+        """Frames of this session go to `heard` from now on; `alive` is told whenever an agent of it shows life."""
+        self._sessions[session] = _Session(heard, lost, alive)
 
     def forget(self, session: bytes) -> None:
         """The session is over; late frames of it fall away."""
@@ -146,7 +148,7 @@ class Entries:
                 if link.node == self._calls.me:
                     await self._serve_here(link)
                 else:
-                    await self._serve_there(link)
+                    words = await self._serve_there(link)
         except MeshError as error:
             words = error.message
         self._links.pop((link.node, link.pipeline), None)
@@ -158,13 +160,23 @@ class Entries:
             if known is not None:
                 known.lost(link.node, words)
 
-    async def _serve_there(self, link: EntryLink) -> None:
+    async def _serve_there(self, link: EntryLink) -> str:
+        async def take(frame: Frame) -> None:
+            self._heard(link.node, frame)
+
         async with self._calls.stream(link.node, "llm.attach", Attach(link.pipeline, "entry")) as stream:
-            link.send = StreamSink(stream).send
+            sink = StreamSink(stream)
+            link.send = sink.send
             link.ready.set()
-            async with aclosing(frames_of(stream, FRAME_BYTES_MAX)) as frames:
-                async for frame in frames:
-                    self._heard(link.node, frame)
+            return await attend(
+                stream, take, bytes_max=lambda: FRAME_BYTES_MAX, send=sink.send, pulsed=lambda: self._pulsed(link)
+            )
+
+    def _pulsed(self, link: EntryLink) -> None:
+        for session in link.users:
+            known = self._sessions.get(session)
+            if known is not None:
+                known.alive(link.node)
 
     async def _serve_here(self, link: EntryLink) -> None:
         host = self._hosts.stages.get(link.pipeline)
@@ -192,6 +204,11 @@ class Entries:
             link.ready.set()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(entry.write, nursery.cancel_scope)
+                while not entry.ended.is_set():
+                    # This very agent watches over that engine.
+                    self._pulsed(link)
+                    with trio.move_on_after(PULSE_S):
+                        await entry.ended.wait()
         finally:
             await host.detach_local(entry)
 

@@ -32,11 +32,15 @@ from meshnode.llm.service.pipelines import Pipelines
 from meshnode.llm.service.prompts import Prompts
 from meshnode.llm.service.running import Running
 from meshnode.llm.templates.ids import call_id
+from meshnode.llm.templates.model import RenderedPrompt
 from protocol.membership.events import PeerDown, PeerLeft
 from protocol.sharding.events import Emit, Finish, Progressed
 from protocol.sharding.pipelines import Pipeline
 from protocol.sharding.sampling import TOKENS_MAX
 from protocol.sharding.session import STEM_BYTES, Session
+
+PLACE_TRIES_MAX: Final = 5
+"""Pipelines that are named one after the other and do not answer."""
 
 _REASONS: Final[dict[str, FinishReason]] = {"stop": "stop", "length": "length", "cancelled": "cancelled"}
 
@@ -56,6 +60,14 @@ class Active:
     first_token_at: float | None = None
     error: str = ""
     recoveries: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Where a prompt goes, and what it is there."""
+
+    pipeline: Pipeline
+    tokens: tuple[int, ...]
 
 
 class Generations:
@@ -116,17 +128,15 @@ class Generations:
         if known.shape.embeds:
             raise MeshError(ErrorCode.BAD_REQUEST, f"{known.name} makes vectors, not text: use /v1/embeddings.")
         prompt = await self._prompts.rendered(known, request)
-        pipeline: Pipeline | None = None
-        async with aclosing(
-            self._pipelines.ready(known, self._prompts.wanted_context(known), active.id, stages_min=request.stages_min)
-        ) as steps:
+        placed: _Placed | None = None
+        async with aclosing(self._place(known, request, prompt, active.id)) as steps:
             async for step in steps:
-                if isinstance(step, Pipeline):
-                    pipeline = step
+                if isinstance(step, _Placed):
+                    placed = step
                 else:
                     yield step
-        assert pipeline is not None  # _ready gives one or raises
-        tokens = await self._prompts.tokens(pipeline, request, prompt)
+        assert placed is not None  # _place gives one or raises
+        pipeline, tokens = placed.pipeline, placed.tokens
         context = self._prompts.context_for(known, pipeline, tokens, request.sampling)
         tokens_max = min(request.sampling.tokens_max or TOKENS_MAX, context - len(tokens))
         fold = AnswerFold(
@@ -164,6 +174,39 @@ class Generations:
                     yield event
         finally:
             self._running.discard(running)
+
+    async def _place(
+        self, known: Known, request: GenerationRequest, prompt: RenderedPrompt | None, session: str
+    ) -> AsyncGenerator[Loading | _Placed, None]:
+        """A pipeline and the prompt's tokens, which come last. Raises MeshError.
+
+        A pipeline may be gone since it was named: then the coordinator hears of it and names another.
+        """
+        failed: Pipeline | None = None
+        failure = ""
+        for tries_left in reversed(range(PLACE_TRIES_MAX)):
+            pipeline: Pipeline | None = None
+            context = self._prompts.wanted_context(known)
+            ready = self._pipelines.ready(
+                known, context, session, stages_min=request.stages_min, failed=failed, failure=failure
+            )
+            async with aclosing(ready) as steps:
+                async for step in steps:
+                    if isinstance(step, Pipeline):
+                        pipeline = step
+                    else:
+                        yield step
+            assert pipeline is not None  # ready gives one or raises
+            try:
+                tokens = await self._prompts.tokens(pipeline, request, prompt)
+            except MeshError as error:
+                if not error.retryable or not tries_left:
+                    raise
+                failed, failure = pipeline, error.message
+                self._log.info("a model's stages do not answer; asking for others", why=failure)
+            else:
+                yield _Placed(pipeline, tokens)
+                return
 
     async def _fold(
         self, running: Running, fold: AnswerFold, known: Known, active: Active, began: float, prompt_tokens: int

@@ -5,7 +5,6 @@ Frames are looked at only as far as who may send which kind; everything else abo
 
 import math
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
 from typing import Any, Final, Protocol
 
 import trio
@@ -16,7 +15,7 @@ from meshnode.kernel.logs import Logger
 from meshnode.llm.engine.client import Ended, Engine, Outgoing
 from meshnode.llm.engine.process import open_engine
 from meshnode.llm.engine.spec import StageSpec
-from meshnode.llm.service.calls import Attach, Calls, FrameSink, StreamSink, frames_of, repack
+from meshnode.llm.service.calls import Attach, Calls, FrameSink, StreamSink, attend, repack
 from protocol.ids import NodeId, node_id_bytes
 from protocol.sharding.frames import (
     FROM_ENTRY,
@@ -78,6 +77,11 @@ class Surroundings(Protocol):
     async def measured(self, speed: Speed) -> None:
         """Take a measurement in."""
         ...
+
+
+async def _nothing_else(frame: Frame) -> None:
+    """Whatever but a pulse comes back from a neighbour is wrong."""
+    raise MeshError(ErrorCode.PROTOCOL_VIOLATION, f"A frame of kind {frame.kind} came the wrong way.")
 
 
 class EntrySink:
@@ -163,6 +167,7 @@ class StageHost:
 
     def _broken(self, words: str, blamed: int | None) -> None:
         if not self._scope.cancel_called:
+            self._around.log.debug("a stage is broken", pipeline=self.pipeline.id.hex(), why=words, blamed=blamed)
             self._around.submit(EngineChanged(self.pipeline.id, "broken", words=words, blamed=blamed))
 
     async def _serve(self) -> None:
@@ -216,6 +221,7 @@ class StageHost:
     def _ready(self) -> None:
         self.loaded.set()
         self._settled.set()
+        self._around.log.debug("a stage is ready", pipeline=self.pipeline.id.hex())
         self._around.submit(EngineChanged(self.pipeline.id, "ready", share=1.0))
 
     # ---- to the neighbours ------------------------------------------------------------------------------------------
@@ -239,9 +245,9 @@ class StageHost:
                     else:
                         self._first = sink
                     self._ready()
-                    # Nothing comes back on it; that it ends says that the neighbour did.
-                    await stream.receive_some()
-                self._lose(f"stage {index + 1} ended the stream", index, nursery)
+                    # Nothing but pulses comes back on it; that it ends says that the neighbour did.
+                    words = await attend(stream, _nothing_else, bytes_max=lambda: 1, send=sink.send)
+                self._lose(f"stage {index + 1}: {words}", index, nursery)
                 return
             except MeshError as error:
                 if self.loaded.is_set() or trio.current_time() > deadline:
@@ -264,20 +270,20 @@ class StageHost:
 
     async def accept(self, stream: BulkStream, role: str) -> None:
         """Serve an incoming stream of a neighbour or an entry until it ends."""
-        await self.until_loaded()
         if role == "entry":
             await self._serve_entry(stream)
             return
         blamed = self.index - 1 if role == "previous" else len(self.pipeline.stages) - 1
         allowed = FROM_PREVIOUS if role == "previous" else TO_FIRST
-        words = "the stage before ended its stream" if role == "previous" else "the last stage ended its stream"
-        try:
-            async with aclosing(frames_of(stream, self._frame_bytes_max())) as frames:
-                async for frame in frames:
-                    await self._take(frame, allowed, stream.peer)
-        except MeshError as error:
-            words = error.message
-        self._broken(words, blamed)
+
+        async def take(frame: Frame) -> None:
+            await self._take(frame, allowed, stream.peer)
+
+        sink = StreamSink(stream)
+        words = await attend(stream, take, bytes_max=self._frame_bytes_max, send=sink.send, begin=self.until_loaded)
+        if self.over.is_set():
+            return  # what became of it is known
+        self._broken(f"stage {blamed + 1}: {words}", blamed)
         for entry in list(self._entries.values()):
             entry.end()
 
@@ -300,17 +306,18 @@ class StageHost:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(entry.write, nursery.cancel_scope)
-                nursery.start_soon(self._read_entry, stream, nursery.cancel_scope)
+                nursery.start_soon(self._read_entry, stream, entry, nursery.cancel_scope)
         finally:
             await self._drop_entry(entry)
 
-    async def _read_entry(self, stream: BulkStream, scope: trio.CancelScope) -> None:
-        try:
-            async with aclosing(frames_of(stream, CONTROL_FRAME_BYTES_MAX)) as frames:
-                async for frame in frames:
-                    await self.take_from_entry(frame, stream.peer)
-        except MeshError as error:
-            self._around.log.info("an entry's stream ended", peer=stream.peer, why=error.message)
+    async def _read_entry(self, stream: BulkStream, entry: EntrySink, scope: trio.CancelScope) -> None:
+        async def take(frame: Frame) -> None:
+            await self.take_from_entry(frame, stream.peer)
+
+        words = await attend(
+            stream, take, bytes_max=lambda: CONTROL_FRAME_BYTES_MAX, send=entry.put, begin=self.until_loaded
+        )
+        self._around.log.info("an entry's stream ended", peer=stream.peer, why=words)
         scope.cancel()
 
     async def take_from_entry(self, frame: Frame, peer: NodeId) -> None:

@@ -153,12 +153,15 @@ class Hosts:
                     waiting[1].append(words)
                     waiting[0].set()
             case StartEngine(pipeline, span):
+                self.log.debug("a stage begins", pipeline=pipeline.id.hex(), first=span.first, end=span.end)
                 self._nursery.start_soon(self._host, pipeline, span, None)
             case RebindEngine(old, pipeline, span):
                 # The file is in the page cache, so starting anew costs little more than teaching an engine to forget.
                 before = self._stages.get(old)
+                self.log.debug("a stage is taken over", pipeline=pipeline.id.hex(), of=old.hex())
                 self._nursery.start_soon(self._host, pipeline, span, before)
             case StopEngine(pipeline):
+                self.log.debug("a stage is let go", pipeline=pipeline.hex())
                 self._nursery.start_soon(self._stop, pipeline)
             case RunProbe(pipeline, number):
                 self._nursery.start_soon(self._run_probe, pipeline, number)
@@ -200,6 +203,6 @@ class Hosts:
         try:
             await self._report(to, report)
         except MeshError:
-            self.submit(ReportDone(False))
+            self.submit(ReportDone(to, False))
         else:
-            self.submit(ReportDone(True))
+            self.submit(ReportDone(to, True))

@@ -20,6 +20,7 @@ from protocol.sharding.fitting import Wish
 from protocol.sharding.loading import LoadingInput, LoadingMachine
 from protocol.sharding.offers import Links, NodeOffer
 from protocol.sharding.pipelines import (
+    FEW_NODES,
     Answer,
     AnswerEnsure,
     AskGone,
@@ -117,7 +118,7 @@ class Planning:
         able = sum(offer.has_engine for offer in offers)
         if able < stages_min:
             words = f"Split over {stages_min} nodes, as was asked, it needs more than the {able} that can run models."
-            return lambda: Refusal(code="no_nodes", words=words)
+            return lambda: Refusal(code=FEW_NODES, words=words)
         wish = Wish(
             context=context,
             slots=self._slots,
@@ -212,6 +213,7 @@ class Loads:
             case PlanWanted():
                 self._nursery.start_soon(self._plan, effect)
             case CommandStage(node, command):
+                self._log.debug("a stage is commanded", node=node, order=type(command.order).__name__)
                 self._nursery.start_soon(self._send, node, command)
             case Publish(event):
                 self._tell(event)

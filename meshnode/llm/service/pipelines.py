@@ -9,18 +9,20 @@ from contextlib import aclosing
 from typing import Final
 
 import trio
+from msgspec.structs import replace
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.llm.model import Loading, StageLine
 from meshnode.llm.service.models import Known
 from protocol.ids import NodeId
 from protocol.membership.events import PeerDown, PeerLeft
-from protocol.sharding.pipelines import Answer, EnsureRequest, Pipeline, Ready
+from protocol.sharding.pipelines import LOAD_WORDS_CHARS_MAX, Answer, EnsureRequest, Pipeline, Ready
 from protocol.sharding.pipelines import Loading as StillLoading
 from protocol.sharding.pipelines import Refused as EnsureRefused
 
 KNOWN_S: Final = 20.0
 ASK_GAP_S: Final = 0.3
+UNANSWERED_S: Final = 15.0
 
 AskEnsure = Callable[[EnsureRequest], Awaitable[Answer]]
 """Ask the coordinator. Raises MeshError."""
@@ -36,12 +38,33 @@ class Pipelines:
         self._known: dict[str, tuple[Pipeline, float]] = {}
 
     async def ready(
-        self, known: Known, context: int, session: str = "", *, stages_min: int = 1
+        self,
+        known: Known,
+        context: int,
+        session: str = "",
+        *,
+        stages_min: int = 1,
+        failed: Pipeline | None = None,
+        failure: str = "",
     ) -> AsyncGenerator[Loading | Pipeline, None]:
-        """Loading until there is a pipeline, which comes last. Raises MeshError when there will be none."""
+        """Loading until there is a pipeline, which comes last. `failed`: one that did not answer, and how.
+
+        Raises MeshError when there will be none.
+        """
         request = EnsureRequest(known.digest, context, stages_min=stages_min)
+        asked = replace(request, failed=None if failed is None else failed.id, failure=failure[:LOAD_WORDS_CHARS_MAX])
+        answered_at = self._now()
         while True:
-            answer = await self.ensure(request)
+            try:
+                answer = await self.ensure(asked)
+            except MeshError as error:
+                # Nobody coordinates for some seconds after the coordinator's death.
+                if not error.retryable or self._now() - answered_at > UNANSWERED_S:
+                    raise
+                yield Loading(session=session, step="no coordinator answers yet", bytes_done=0, bytes_total=0)
+                await trio.sleep(ASK_GAP_S)
+                continue
+            answered_at, asked = self._now(), request
             match answer:
                 case Ready(pipeline):
                     yield pipeline

@@ -21,6 +21,7 @@ from protocol.sharding.sampling import Grammar, GrammarKind, Sampling
 
 CONTEXT_DEFAULT: Final = 4096
 ANSWER_ROOM: Final = 512  # tokens of an answer that a context must have room for when nobody says how many
+FIRST_S: Final = 4.0  # for a first stage to tokenise, where there is a last one that can as well
 TEMPERATURE: Final = 0.8
 TOP_K: Final = 40
 TOP_P: Final = 0.95
@@ -93,18 +94,23 @@ class Prompts:
     ) -> tuple[int, ...]:
         """Ask the first stage, then the last: both hold the vocabulary. Raises MeshError."""
         wanted = TokeniseRequest(pipeline.id, text, add_special, parse_special)
-        try:
-            return (
-                await self._calls.call(pipeline.nodes[0], "llm.tokenise", wanted, Tokenised, timeout_s=CALL_S)
-            ).tokens
-        except MeshError as error:
-            if error.code is ErrorCode.TOO_LARGE:
-                raise too_long(f"The prompt has {len(text)} characters, more than any context here takes.") from error
-            if error.retryable:
+        nodes = tuple(dict.fromkeys((pipeline.nodes[0], pipeline.nodes[-1])))
+        words = ""
+        for node in nodes:
+            # A first stage that hangs must not take all the time that there is for the last one.
+            within_s = CALL_S if node == nodes[-1] else FIRST_S
+            try:
+                return (await self._calls.call(node, "llm.tokenise", wanted, Tokenised, timeout_s=within_s)).tokens
+            except MeshError as error:
+                if error.code is ErrorCode.TOO_LARGE:
+                    said = f"The prompt has {len(text)} characters, more than any context here takes."
+                    raise too_long(said) from error
+                if not error.retryable:
+                    raise
                 self._forget(pipeline.model)
-            if not error.retryable or len(pipeline.nodes) == 1:
-                raise
-        return (await self._calls.call(pipeline.nodes[-1], "llm.tokenise", wanted, Tokenised, timeout_s=CALL_S)).tokens
+                words = error.message
+        # What is not found is a stage, not the model: nobody should be told that this mesh has no such model.
+        raise MeshError(ErrorCode.UNAVAILABLE, f"The model's stages do not answer: {words}", retryable=True)
 
     def wanted_context(self, known: Known, tokens: int = 0) -> int:
         return min(known.shape.context_max, max(self._context or CONTEXT_DEFAULT, tokens))

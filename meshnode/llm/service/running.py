@@ -32,6 +32,7 @@ from protocol.sharding.events import (
     SessionAccepted,
     SessionInput,
     SessionRefused,
+    StageAlive,
     StageErred,
     StopFound,
     StreamLost,
@@ -178,7 +179,7 @@ class Running:
             self._entries.forget(self._open)
         self._open = effect.session
         self._pipelines[effect.to] = pipeline.id
-        self._entries.register(effect.session, self._heard, self._lost)
+        self._entries.register(effect.session, self._heard, self._lost, self._alive)
         self._spawn(self._send_open, effect, pipeline)
 
     async def _send_open(self, effect: OpenSession, pipeline: Pipeline) -> None:
@@ -207,6 +208,9 @@ class Running:
 
     def _lost(self, node: NodeId, words: str) -> None:
         self.submit(StreamLost(node, words))
+
+    def _alive(self, node: NodeId) -> None:
+        self.submit(StageAlive(node))
 
     def _heard(self, node: NodeId, message: Message) -> None:
         match message:

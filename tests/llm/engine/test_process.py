@@ -18,7 +18,7 @@ from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.llm.engine import process
 from meshnode.llm.engine.client import Ended, EndReason, Engine, EnvelopeParser, Outgoing
 from meshnode.llm.engine.environment import engine_environment
-from meshnode.llm.engine.process import open_engine
+from meshnode.llm.engine.process import Patience, open_engine
 from meshnode.llm.engine.spec import LOAD, StageSpec
 from protocol.sharding.frames import (
     Destination,
@@ -139,7 +139,7 @@ async def test_a_stopped_engine_is_found_hung_and_removed(cut: Cut, spec: StageS
 
 async def test_one_step_over_its_deadline_is_a_hang(cut: Cut, spec: StageSpec) -> None:
     spec = replace(whole(cut, spec), rows_max=4096, prefill_rows=4096, context=4096, cells=4096, slots=1)
-    async with open_engine(spec, step_deadline_s=0.05) as engine:
+    async with open_engine(spec, patience=Patience(unknown_s=0.05)) as engine:
         await engine.send(encode(Open(SESSION, ENTRY, tuple([5] * 4000), GREEDY)))
         assert (await ending(engine)).reason is EndReason.HUNG
 
@@ -249,7 +249,7 @@ async def test_what_an_engine_gave_up(cut: Cut, spec: StageSpec) -> None:
 
 ORPHAN = """
 import sys, trio, os, signal
-from meshnode.llm.engine.process import open_engine
+from meshnode.llm.engine.process import Patience, open_engine
 from meshnode.llm.engine.spec import StageSpec
 async def main():
     async with open_engine(StageSpec(path=sys.argv[1], layers=8, threads=1, cells=512, context=256)) as engine:

@@ -35,9 +35,9 @@ def spans(*nodes: str, size: int = 10) -> tuple[Span, ...]:
 class Coordinator:
     """The machine, and nodes that do as they are told as far as a test lets them."""
 
-    def __init__(self, *, gather_s: float = 0.0, **changes) -> None:
+    def __init__(self, *, gather_s: float = 0.0, seed: int = 1, **changes) -> None:
         params = LoadingParameters(gather_s=gather_s, **changes)
-        self.machine = LoadingMachine(me=ME, rng=Random(1), params=params)
+        self.machine = LoadingMachine(me=ME, rng=Random(seed), params=params)
         self.now = 100.0
         self.sweep_at: float | None = None
         self.all: list = []

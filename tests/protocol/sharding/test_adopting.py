@@ -7,6 +7,7 @@ from protocol.sharding.pipelines import (
     CommandStage,
     LoadFailed,
     LoadStage,
+    MembersUp,
     NodeReport,
     Pipeline,
     PipelineLost,
@@ -68,7 +69,7 @@ def test_a_new_coordinator_joins_a_load_under_way() -> None:
 
 def test_what_stays_incomplete_is_let_go_after_a_grace_and_memory_waits_for_it() -> None:
     old = Coordinator()
-    pipeline = old.ready("a", "b")
+    pipeline = old.ready("a", "b", model="n")
     it = Coordinator(gather_s=3.0, orphan_s=10.0)
     it.stage("a", pipeline, "ready", share=1.0)
     ask = it.ask()
@@ -136,3 +137,36 @@ def test_planning_that_never_ends_is_given_up() -> None:
     it.wait(40.0)
     assert it.published(LoadFailed)[0].code == "timeout"
     assert it.machine.loads == ()
+
+
+def test_a_new_coordinator_listens_no_longer_than_until_everybody_has_reported() -> None:
+    it = Coordinator(gather_s=3.0)
+    it.tell(MembersUp(frozenset({ME, "a", "b"})))
+    it.ask()
+    it.report("a")
+    it.report(ME)
+    assert it.of(PlanWanted) == []
+    it.tell(PeerDown("b", ("a",)))
+    assert len(it.of(PlanWanted)) == 1
+
+
+def test_engines_that_a_coordinators_death_left_behind_are_taken_over() -> None:
+    old = Coordinator()
+    pipeline = old.ready("a", "dead", "b")
+    it = Coordinator(gather_s=3.0, seed=2)
+    it.tell(MembersUp(frozenset({"a", "b", "c"})))
+    it.ask()
+    it.stage("a", pipeline, "broken", blamed=1)
+    it.stage("b", pipeline, "ready", share=1.0)
+    assert it.of(PlanWanted) == []
+    it.report("c")
+    [wanted] = it.of(PlanWanted)
+    assert [span.node for span in wanted.kept] == ["a", "b"]
+    assert wanted.freed == {"a": (10, 0), "b": (10, 0)}
+    it.plan("a", "c", "b")
+    assert [(node, order.replaces) for node, order in it.orders(LoadStage)] == [
+        ("a", pipeline.id),
+        ("c", None),
+        ("b", pipeline.id),
+    ]
+    assert it.orders(UnloadStage) == []

@@ -36,7 +36,8 @@ ONE = pipeline(b"one", (ME, 0, 4), (OTHER, 4, 8))
 class Node:
     """The machine of one node whose coordinator is LEADER in term 5."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, reports_arrive: bool = True) -> None:
+        self.reports_arrive = reports_arrive
         self.hosting = Hosting(me=ME, fence=Fence({}))
         self.out: list = []
         self.calls = 0
@@ -44,6 +45,8 @@ class Node:
 
     def tell(self, event, now: float = 0.0) -> list:
         self.out = self.hosting.handle(event, now)
+        for report in self.of(SendReport) if self.reports_arrive else ():
+            self.hosting.handle(ReportDone(report.to, True), now)
         return self.out
 
     def command(self, order, term: int = 5, peer: str = LEADER) -> list:
@@ -169,11 +172,12 @@ def test_probes_run_only_where_the_first_stage_is_ready() -> None:
 
 
 def test_reports_are_repeated_and_go_to_whom_it_follows() -> None:
-    node = Node()
+    node = Node(reports_arrive=False)
     assert node.of(SendReport)[0].report.stages == ()
     assert node.of(SetTimer) == []
-    node.tell(ReportDone(False), 1.0)
+    node.tell(ReportDone(LEADER, False), 1.0)
     assert node.of(SetTimer)[0].at == 1.5
+    node.reports_arrive = True
     node.command(LoadStage(ONE))
     assert node.of(SetTimer)
     node.tell(TimerFired(REPORT_TIMER), 3.0)
@@ -194,3 +198,19 @@ def test_engines_that_nobody_knows_are_no_news() -> None:
     assert node.tell(EngineChanged(b"unknown-", "ready", 1.0)) == []
     assert node.tell(EngineUsed(b"unknown-", 1)) == []
     assert node.tell(ProbeEnded(b"unknown-", 1, True)) == []
+
+
+def test_reports_go_one_by_one_so_that_none_overtakes_a_newer_one() -> None:
+    node = Node(reports_arrive=False)
+    node.command(LoadStage(ONE))
+    node.tell(EngineChanged(ONE.id, "ready", 1.0))
+    assert node.of(SendReport) == [], "the first one is under way"
+    node.tell(ReportDone(LEADER, True))
+    assert [report.state for report in node.of(SendReport)[0].report.stages] == ["ready"]
+    node.tell(ReportDone(LEADER, True))
+    assert node.out == [], "there is nothing new"
+    node.command(UnloadStage(ONE.id))
+    node.tell(CoordinatorChanged(6, THIRD, True))
+    assert node.of(SendReport)[0].to == THIRD, "who coordinates now does not wait for the one before"
+    node.tell(ReportDone(LEADER, True))
+    assert node.out == []

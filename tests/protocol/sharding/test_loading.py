@@ -2,6 +2,7 @@
 
 from protocol.membership.events import PeerDown, PeerLeft
 from protocol.sharding.pipelines import (
+    FEW_NODES,
     AskGone,
     CommandFailed,
     CommandStage,
@@ -305,3 +306,25 @@ def test_an_unload_is_said_again_until_the_stage_is_gone() -> None:
     it.tell(UnloadWanted("m"))
     it.wait(5.0)
     assert 4 <= len(it.orders(UnloadStage)) <= 6
+
+
+def test_a_wish_for_stages_holds_for_what_replaces_a_broken_pipeline_as_far_as_it_can() -> None:
+    it = Coordinator()
+    it.ask(stages_min=3)
+    it.plan("a", "b", "c")
+    pipeline = it.newest()
+    it.load(pipeline)
+    it.probe(pipeline)
+    it.tell(PeerDown("b", ("a",)))
+    assert it.of(PlanWanted)[-1].stages_min == 3
+    ask = it.ask(stages_min=3)
+    it.no_plan(FEW_NODES)
+    assert it.of(PlanWanted)[-1].stages_min == 2
+    it.plan("a", "c")
+    mended = it.newest()
+    it.load(mended)
+    it.probe(mended)
+    assert it.of(PlanWanted)[-1].stages_min == 3, "whoever wants three is told that there are not"
+    it.no_plan(FEW_NODES)
+    assert it.answer(ask).code == FEW_NODES
+    assert it.answer(it.ask(stages_min=2)) == Ready(mended)

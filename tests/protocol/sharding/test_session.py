@@ -29,7 +29,7 @@ from protocol.sharding.events import (
     StopFound,
     StreamLost,
 )
-from protocol.sharding.pipelines import Loading, Pipeline, Ready, Refused, Span
+from protocol.sharding.pipelines import FEW_NODES, Loading, Pipeline, Ready, Refused, Span
 from protocol.sharding.session import Session, SessionParameters
 
 PROMPT = (5, 6, 7)
@@ -43,10 +43,10 @@ def pipeline(*nodes: str, name: bytes = b"pipeline", context: int = 100) -> Pipe
 class Entry:
     """One session, the effects of its last step, and a clock that its timers move."""
 
-    def __init__(self, max_tokens: int = 20, **changes) -> None:
+    def __init__(self, max_tokens: int = 20, stages_min: int = 1, **changes) -> None:
         self.session = Session(
             stem=b"s" * 14, model="model", prompt=PROMPT, max_tokens=max_tokens, context=100, rng=Random(1),
-            params=SessionParameters(**changes),
+            stages_min=stages_min, params=SessionParameters(**changes),
         )  # fmt: skip
         self.now = 1000.0
         self.timers: dict = {}
@@ -435,3 +435,22 @@ def test_a_pipeline_that_is_no_chain_is_not_opened() -> None:
     entry.tell(EnsureAnswered(1, Ready(gap)))
     assert entry.last(OpenSession) is None
     assert Ensure in kinds(entry.wait(1.0))
+
+
+def test_with_fewer_nodes_than_stages_were_wished_for_an_answer_goes_on_and_says_so() -> None:
+    entry = streaming(stages_min=3)
+    entry.tell(PeerDown("b", ()))
+    for stages in (3, 2):
+        ask = entry.last(Ensure)
+        assert ask.stages_min == stages
+        entry.tell(EnsureAnswered(ask.ask, Refused(FEW_NODES, "Too few are left.", True)))
+        assert entry.last(Progressed) == Progressed("recovering", f"Too few are left. It goes on with {stages - 1}.")
+    entry.ready("c", name=b"another-")
+    entry.pieces(3, 13)
+    assert entry.emitted == [10, 11, 12, 13]
+
+
+def test_an_answer_that_has_not_begun_fails_at_once_with_too_few_nodes() -> None:
+    entry = Entry(stages_min=3)
+    entry.tell(EnsureAnswered(entry.last(Ensure).ask, Refused(FEW_NODES, "Too few are there.", True)))
+    assert entry.last(Fail) == Fail("unavailable", "Too few are there.", True)
