@@ -5,7 +5,7 @@ surface translates its own words into these and folds the events into its own an
 Sizes are bytes, durations seconds, times unix seconds unless the name says else.
 """
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -81,6 +81,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     speculate: bool = True
 
 
+HOPS_HEADER: Final = "Meshnode-Hops"
+"""Tells a mesh that is asked as an upstream server how many meshes sent the request on before."""
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One generation. Either `messages`, which go through the model's chat template, or `prompt`, which does not."""
 
@@ -94,6 +98,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     template_kwargs: dict[str, Any] = {}
     engine: EngineKind | None = None  # None: whichever is best
     stages_min: int = 1  # split over at least so many nodes, though fewer would do: for trials
+    hops: int = 0  # how many meshes sent it on to their upstream servers before it came here
 
 
 class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +107,7 @@ class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     inputs: tuple[str | tuple[int, ...], ...]
     dimensions: int | None = None
+    hops: int = 0  # as in GenerationRequest
 
 
 # ---- what comes back ------------------------------------------------------------------------------------------
@@ -226,7 +232,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A model that the mesh knows: held by a node, in the catalogue, or behind an upstream server."""
 
     name: str
-    digest: str = ""  # of the whole file, once known
+    digest: str = ""  # of the whole file, once known; never of a model behind an upstream server
     aliases: tuple[str, ...] = ()
     description: str = ""
     architecture: str = ""

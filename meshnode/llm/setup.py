@@ -132,7 +132,7 @@ class _Assembly:
             if secret:
                 ground.hidden.hide(secret)
         self._me = ground.hub.me
-        self._calls = Calls(me=self._me, links=ground.links)
+        self._calls = Calls(me=self._me, links=ground.links, log=ground.log("llm.calls"))
         self._writer = RecordWriter(ground.driver, FIRST_TOKEN)
         self._client = httpx2.AsyncClient()
         self._offers = Offers(ground.hub)

@@ -97,6 +97,11 @@ class Batcher:
         """All sessions of a node: what to cancel when it is gone."""
         return [id_ for id_, session in self._sessions.items() if session.request.entry == entry]
 
+    def entry_of(self, session: bytes) -> bytes | None:
+        """Whose session it is; None for an unknown one."""
+        known = self._sessions.get(session)
+        return None if known is None else known.request.entry
+
     def cached_of(self, session: bytes) -> int:
         """How many tokens of a session's prompt were not computed again; 0 for an unknown one."""
         known = self._sessions.get(session)

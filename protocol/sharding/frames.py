@@ -158,9 +158,10 @@ class Open(_Body, frozen=True):
 
 
 class Cancel(_Body, frozen=True):
-    """Entry to first stage: nobody waits for this any more. Unknown sessions are ignored."""
+    """Entry to first stage: nobody waits for this any more. Unknown sessions, and those of others, are ignored."""
 
     session: SessionId
+    entry: _NodeBytes
 
 
 class Accepted(_Body, frozen=True):

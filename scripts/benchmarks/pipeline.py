@@ -116,7 +116,7 @@ class Pipeline:
         finally:
             del self._sessions[session]
             with trio.CancelScope(shield=True), suppress(MeshError):
-                await self.engines[0].send(encode(Cancel(session)))
+                await self.engines[0].send(encode(Cancel(session, ENTRY)))
 
     async def ask(
         self, prompt: Sequence[int], sampling: Sampling, *, generated: Sequence[int] = (), pooling: str = ""

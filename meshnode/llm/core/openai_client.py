@@ -5,7 +5,7 @@ Pure: bytes and JSON in, events out. Who is asked, and over what, is `service.en
 
 import json
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -26,6 +26,14 @@ from meshnode.llm.model import (
 )
 
 LINE_BYTES_MAX: Final = 4 * 1024 * 1024
+ANSWER_BYTES_MAX: Final = 256 * 1024 * 1024
+"""Of a whole stream: a token takes some hundred bytes of it, and no answer has a million tokens."""
+
+UNREADABLE: Final = (msgspec.MsgspecError, RecursionError, ValueError)
+"""What msgspec raises for bytes that are not what they should be."""
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+_Index = Annotated[int, msgspec.Meta(ge=0, lt=10_000)]
 _REASONS: Final[dict[str, FinishReason]] = {
     "stop": "stop",
     "length": "length",
@@ -55,7 +63,7 @@ class _Function(msgspec.Struct):
 
 
 class _ToolCall(msgspec.Struct):
-    index: int = 0
+    index: _Index = 0
     id: str | None = None
     function: _Function = msgspec.field(default_factory=_Function)
 
@@ -74,13 +82,13 @@ class _Choice(msgspec.Struct):
 
 
 class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-    reasoning_tokens: int | None = None
+    cached_tokens: _Count | None = None
+    reasoning_tokens: _Count | None = None
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: _Count = 0
+    completion_tokens: _Count = 0
     prompt_tokens_details: _Details | None = None
     completion_tokens_details: _Details | None = None
 
@@ -161,9 +169,12 @@ def _tool(tool: Tool) -> dict[str, Any]:
 class StreamReader:
     """Folds the bytes of a server-sent stream into events. One for each answer; `feed` until it says `ended`."""
 
-    def __init__(self, who: str) -> None:
+    def __init__(self, who: str, secret: str = "") -> None:
+        """`secret` is taken out of what is repeated of an error."""
         self._who = who
-        self._rest = b""
+        self._secret = secret
+        self._rest = bytearray()
+        self._bytes = 0
         self._reason: FinishReason | None = None
         self._usage = Usage(prompt_tokens=0, cached_tokens=0, completion_tokens=0)
         self._counted = 0
@@ -171,13 +182,18 @@ class StreamReader:
 
     def feed(self, data: bytes) -> Iterator[GenerationEvent]:
         """What these bytes say. Raises MeshError when they are no such stream, or tell of an error."""
-        self._rest += data
-        *lines, self._rest = self._rest.split(b"\n")
-        if len(self._rest) > LINE_BYTES_MAX:
-            raise self._odd("a line of its answer does not end")
-        for line in lines:
+        self._bytes += len(data)
+        if self._bytes > ANSWER_BYTES_MAX:
+            raise self._odd("its answer does not end")
+        # Only what is new is searched: a line that comes byte by byte must not cost its length each time.
+        *ends, rest = data.split(b"\n")
+        for end in ends:
+            line, self._rest = bytes(self._rest + end), bytearray()
             if line.startswith(b"data:") and not self.ended:
                 yield from self._data(line[5:].strip())
+        self._rest += rest
+        if len(self._rest) > LINE_BYTES_MAX:
+            raise self._odd("a line of its answer does not end")
 
     def close(self) -> Iterator[GenerationEvent]:
         """The stream is over. Raises MeshError UNREACHABLE if the answer is not."""
@@ -192,11 +208,12 @@ class StreamReader:
             return
         try:
             chunk = _decode(data)
-        except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-            raise self._odd(f"it sent what is no chat chunk ({error})") from error
+        except UNREADABLE as error:
+            raise self._odd(f"it sent what is no chat chunk ({str(error)[:200]})") from error
         if chunk.error is not None:
             told = chunk.error.get("message") if isinstance(chunk.error, dict) else chunk.error
-            raise MeshError(ErrorCode.UNAVAILABLE, f"{self._who} failed: {str(told)[:500]}")
+            words = without(str(told)[:500], self._secret)
+            raise MeshError(ErrorCode.UNAVAILABLE, f"{self._who} failed: {words}")
         if chunk.usage is not None:
             before, after = chunk.usage.prompt_tokens_details, chunk.usage.completion_tokens_details
             self._usage = Usage(
@@ -253,4 +270,9 @@ def error_words(status: int, body: bytes) -> str:
         words = error.get("message", error) if isinstance(error, dict) else error
     except (ValueError, RecursionError):
         words = body[:200].decode("utf-8", "replace")
-    return f"{status}: {' '.join(str(words).split())[:500]}"
+    return f"{status}: {' '.join(str(words)[:5_000].split())[:500]}"
+
+
+def without(words: str, secret: str) -> str:
+    """What a server says, though it repeats the key that it was given."""
+    return words.replace(secret, "***") if secret else words

@@ -62,8 +62,9 @@ class Sequencer:
         match decode(frame):
             case Open() as request:
                 self._begin(request)
-            case Cancel(session=session):
-                self.batcher.close(session)
+            case Cancel(session, entry):
+                if self.batcher.entry_of(session) == entry:
+                    self.batcher.close(session)
             case StageError(session=None) as error:
                 self.fail_all(error.code, error.words, error.stage)
             case StageError() as error if error.session is not None:

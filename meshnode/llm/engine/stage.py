@@ -125,7 +125,7 @@ class Stage:
         blamed = None
         if frame.kind in (Kind.STEP, Kind.SEQ_OPEN, Kind.SEQ_CLOSE):
             blamed = max(0, self._spec.stage - 1)
-        elif frame.kind == Kind.TOKENS:
+        elif frame.kind in (Kind.TOKENS, Kind.ERROR):
             blamed = self._spec.stages - 1
         complaint = encode(StageError(error.code, str(error)[:500], stage=blamed))
         self._channel.to_agent(complaint)

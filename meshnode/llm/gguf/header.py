@@ -16,6 +16,7 @@ from typing import Final, TypeAlias
 import msgspec
 
 from meshnode.llm.gguf.errors import GgufError, MoreBytesError
+from meshnode.llm.gguf.foreign import ADVICE, kind_of_bytes
 from meshnode.llm.gguf.source import Source
 from meshnode.llm.gguf.tensor_types import TENSOR_TYPES, row_bytes
 
@@ -171,6 +172,9 @@ def read_header(source: Source) -> Header:
     cursor = _Cursor(source)
     cursor.need(24, "the beginning")
     if cursor.window[:4] != b"GGUF":
+        kind = kind_of_bytes(cursor.window)
+        if kind is not None:
+            raise GgufError(f"this is {kind}. {ADVICE}", at=0)
         raise GgufError("this is not a GGUF file: it does not begin with GGUF", at=0)
     cursor.at = 4
     version = cursor.take(_U32, "the version")

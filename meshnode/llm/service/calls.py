@@ -14,6 +14,7 @@ import trio
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import BulkStream, Links
 from meshnode.kernel.links.contracts import PeerMethod
+from meshnode.kernel.logs import Logger
 from protocol.ids import NodeId
 from protocol.sharding.frames import PULSE, Frame, FrameError, Kind, pack
 from protocol.sharding.pipelines import PipelineId
@@ -29,6 +30,8 @@ SILENT_S: Final = 2.5
 """Without even a pulse for so long the other agent hangs, or the way swallows: TCP would notice after minutes."""
 
 READ_ON_S: Final = 0.05
+STREAMS_PER_PEER_MAX: Final = 256
+"""Streams of one peer to this node that are open at once: of stages, of weights, and of requests sent on."""
 
 
 class Granted(msgspec.Struct, frozen=True, array_like=True):
@@ -47,10 +50,12 @@ class Attach(msgspec.Struct, frozen=True, array_like=True):
 class Calls:
     """Before `run` this node cannot ask itself; peers can be asked as soon as the links run."""
 
-    def __init__(self, *, me: NodeId, links: Links) -> None:
+    def __init__(self, *, me: NodeId, links: Links, log: Logger) -> None:
         self.me = me
         self._links = links
+        self._log = log
         self._methods: Mapping[str, PeerMethod[Any]] = {}
+        self._open: dict[NodeId, int] = {}
 
     async def run(self, methods: Mapping[str, PeerMethod[Any]]) -> None:
         """Answer this node's own calls with these until cancelled."""
@@ -73,16 +78,30 @@ class Calls:
         )
 
     def accept(self, peer: NodeId, serve: Callable[[BulkStream], Awaitable[None]]) -> Granted:
-        """Allow a peer one stream, and serve it when it comes. If it never comes, nothing happens."""
+        """Allow a peer one stream, and serve it when it comes. If it never comes, nothing happens.
+
+        Raises MeshError OVERLOADED if it has too many.
+        """
+        if self._open.get(peer, 0) >= STREAMS_PER_PEER_MAX:
+            raise MeshError(
+                ErrorCode.OVERLOADED, "That node has too many streams open here. Try again later.", retryable=True
+            )
         grant = self._links.grant_bulk(peer, PURPOSE)
+        self._open[peer] = self._open.get(peer, 0) + 1
 
         async def wait() -> None:
             try:
                 stream = await grant.accept()
                 async with stream:
                     await serve(stream)
-            except MeshError:
-                return
+            except MeshError as error:
+                self._log.debug("a peer's stream ended", peer=peer, why=error.message)
+            except Exception as error:  # noqa: BLE001 -- the peer-handler boundary: one bad stream must not stop the node
+                self._log.exception("a peer's stream failed", peer=peer, kind=type(error).__name__)
+            finally:
+                self._open[peer] -= 1
+                if not self._open[peer]:
+                    del self._open[peer]
 
         self._links.spawn(wait)
         return Granted(grant.token)

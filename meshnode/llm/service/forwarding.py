@@ -4,13 +4,15 @@ The request goes over a stream of its own, and its events come back on it; closi
 """
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Final
 
 import msgspec
+import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import BulkStream
+from meshnode.llm.core.openai_client import UNREADABLE
 from meshnode.llm.model import (
     Embedded,
     EmbeddingRequest,
@@ -31,6 +33,10 @@ FORWARD: Final = "llm.forward"
 EMBED: Final = "llm.embed"
 EMBED_S: Final = 120.0
 REQUEST_BYTES_MAX: Final = 64 * 1024 * 1024
+REQUEST_S: Final = 60.0
+ARRIVING_MAX: Final = 4
+"""Requests of one peer that are being read at once: they are held whole, and may be long."""
+
 EVENT_BYTES_MAX: Final = 16 * 1024 * 1024
 _CHUNK: Final = 256 * 1024
 
@@ -75,6 +81,7 @@ class Forwarding:
         self._calls = calls
         self._generate = generate
         self._embed = embed
+        self._arriving: dict[NodeId, trio.CapacityLimiter] = {}
 
     async def generate(self, node: NodeId, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Have it answered there. Raises MeshError, what was raised there included."""
@@ -84,9 +91,10 @@ class Forwarding:
                 async for piece in pieces:
                     try:
                         told = _event.decode(piece)
-                    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+                    except UNREADABLE as error:
                         raise MeshError(
-                            ErrorCode.PROTOCOL_VIOLATION, f"Node {node} sent what is no part of an answer: {error}."
+                            ErrorCode.PROTOCOL_VIOLATION,
+                            f"Node {node} sent what is no part of an answer: {str(error)[:200]}.",
                         ) from error
                     if isinstance(told, Failed):
                         raise _error_of(told)
@@ -108,24 +116,43 @@ class Forwarding:
         return await self._embed(asked.request)
 
     async def _serve(self, stream: BulkStream) -> None:
-        async with aclosing(_pieces(stream, REQUEST_BYTES_MAX)) as pieces:
-            async for piece in pieces:
-                await self._answer(stream, piece)
-                return
+        arriving = self._arriving.setdefault(stream.peer, trio.CapacityLimiter(ARRIVING_MAX))
+        piece: bytes | None = None
+        async with arriving:
+            with trio.move_on_after(REQUEST_S):
+                async with aclosing(_pieces(stream, REQUEST_BYTES_MAX)) as pieces:
+                    piece = await anext(pieces, None)
+        if not arriving.borrowed_tokens and not arriving.statistics().tasks_waiting:
+            self._arriving.pop(stream.peer, None)
+        if piece is not None:
+            await self._answer(stream, piece)
 
     async def _answer(self, stream: BulkStream, piece: bytes) -> None:
         try:
             request = _request.decode(piece)
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
-            await _send(stream, _encode(Failed(code=ErrorCode.BAD_REQUEST.value, message=f"No request: {error}.")))
-            return
-        try:
-            async with aclosing(self._generate(request)) as events:
-                async for event in events:
-                    await _send(stream, _encode(event))
-        except MeshError as error:
-            told = Failed(code=error.code.value, message=error.message, retryable=error.retryable)
+        except UNREADABLE as error:
+            told = Failed(code=ErrorCode.BAD_REQUEST.value, message=f"No request: {str(error)[:200]}.")
             await _send(stream, _encode(told))
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_until_gone, stream, nursery.cancel_scope)
+            try:
+                async with aclosing(self._generate(request)) as events:
+                    async for event in events:
+                        await _send(stream, _encode(event))
+            except MeshError as error:
+                told = Failed(code=error.code.value, message=error.message, retryable=error.retryable)
+                with suppress(MeshError):
+                    await _send(stream, _encode(told))
+            nursery.cancel_scope.cancel()
+
+
+async def _until_gone(stream: BulkStream, scope: trio.CancelScope) -> None:
+    """Nobody waits for an answer whose asker ended the stream, and nothing else would say so while it is computed."""
+    with suppress(MeshError):
+        while await stream.receive_some():
+            pass
+    scope.cancel()
 
 
 def _error_of(told: Failed) -> MeshError:

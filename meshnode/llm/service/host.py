@@ -295,6 +295,9 @@ class StageHost:
         """Give the engine a frame of a peer. Raises MeshError if the peer may not send it."""
         if frame.kind not in allowed:
             raise MeshError(ErrorCode.PROTOCOL_VIOLATION, f"Node {peer} sent a frame of kind {frame.kind} to a stage.")
+        await self._give(frame)
+
+    async def _give(self, frame: Frame) -> None:
         assert self.engine is not None  # it is loaded
         await self.engine.send(repack(frame))
 
@@ -321,15 +324,21 @@ class StageHost:
         scope.cancel()
 
     async def take_from_entry(self, frame: Frame, peer: NodeId) -> None:
-        """An entry's frame; an OPEN says truly whose it is. Raises MeshError."""
-        if frame.kind == Kind.OPEN:
-            try:
-                opened: Any = decode(frame)
-            except FrameError as error:
-                raise MeshError(ErrorCode.PROTOCOL_VIOLATION, f"Node {peer} sent no OPEN: {error}.") from error
-            if opened.entry != node_id_bytes(peer):
-                raise MeshError(ErrorCode.PROTOCOL_VIOLATION, f"Node {peer} opened a session in another node's name.")
-        await self._take(frame, FROM_ENTRY, peer)
+        """An entry's frame, which says truly whose it is. Raises MeshError.
+
+        Any member may be an entry, so what one sends wrong must cost nobody but it: it never reaches the engine.
+        """
+        if frame.kind not in FROM_ENTRY or not self.is_first:
+            raise MeshError(
+                ErrorCode.PROTOCOL_VIOLATION, f"Node {peer} sent a frame of kind {frame.kind} to stage {self.index}."
+            )
+        try:
+            message: Any = decode(frame)
+        except FrameError as error:
+            raise MeshError(ErrorCode.PROTOCOL_VIOLATION, f"Node {peer} sent what cannot be read: {error}.") from error
+        if message.entry != node_id_bytes(peer):
+            raise MeshError(ErrorCode.PROTOCOL_VIOLATION, f"Node {peer} spoke of a session in another node's name.")
+        await self._give(frame)
 
     def attach_local(self, deliver: Callable[[bytes], Awaitable[None]]) -> "EntrySink":
         """This node's own entry: frames for it go to `deliver`."""

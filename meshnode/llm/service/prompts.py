@@ -16,6 +16,7 @@ from meshnode.llm.service.models import Known, Models
 from meshnode.llm.templates.client import TemplateWorker
 from meshnode.llm.templates.forcing import grammar_for
 from meshnode.llm.templates.model import Family, RenderedPrompt
+from protocol.sharding.frames import Tokens
 from protocol.sharding.pipelines import Pipeline, PipelineId
 from protocol.sharding.sampling import Grammar, GrammarKind, Sampling
 
@@ -41,7 +42,7 @@ class TokeniseRequest(msgspec.Struct, frozen=True, array_like=True):
 class Tokenised(msgspec.Struct, frozen=True, array_like=True):
     """The tokens."""
 
-    tokens: tuple[int, ...]
+    tokens: Tokens
 
 
 class Prompts:

@@ -56,6 +56,9 @@ AskEnsure = Callable[[EnsureRequest], Awaitable[Answer]]
 
 TAIL_S: Final = 1.0  # how long after the end a CANCEL may take to leave
 
+INPUTS_MAX: Final = 8192
+"""Frames that wait for a reader: more than any honest stage computes while a slow client is still suffered."""
+
 Out = Emit | Progressed | Finish
 
 
@@ -200,7 +203,7 @@ class Running:
     async def _cancel(self, to: NodeId, pipeline: bytes, session: bytes) -> None:
         with trio.move_on_after(TAIL_S):
             try:
-                await self._entries.send(to, pipeline, encode(Cancel(session)))
+                await self._entries.send(to, pipeline, encode(Cancel(session, self._me)))
             except MeshError:
                 return  # who cannot be told has lost the stream, and ends the session for that
 
@@ -213,6 +216,10 @@ class Running:
         self.submit(StageAlive(node))
 
     def _heard(self, node: NodeId, message: Message) -> None:
+        if len(self._inputs) >= INPUTS_MAX:
+            self._log.warning("a stage sends more than can be read", peer=node)
+            self._entries.drop(node)
+            return
         match message:
             case Accepted(session, _, cached):
                 self.submit(SessionAccepted(node, session, cached))

@@ -2,6 +2,7 @@
 recover.
 """
 
+import math
 import secrets
 from collections.abc import Callable
 from contextlib import aclosing
@@ -85,13 +86,14 @@ class Singles:
                     detail={"openai_code": "context_length_exceeded", "param": "input"},
                 )
             counted += len(tokens)
-            vectors[index] = await self._vector(ready, tokens, request.dimensions)
+            whole = await self._vector(ready, tokens, known.shape.n_embd)
+            vectors[index] = unit(whole[: request.dimensions])
 
         for index, text in enumerate(request.inputs):
             await one(index, text)
         return Embedded(model=known.name, vectors=tuple(vectors), prompt_tokens=counted)
 
-    async def _vector(self, pipeline: Pipeline, tokens: tuple[int, ...], dimensions: int | None) -> tuple[float, ...]:
+    async def _vector(self, pipeline: Pipeline, tokens: tuple[int, ...], width: int) -> list[float]:
         opened = Open(
             session=secrets.token_bytes(16),
             entry=node_id_bytes(self._calls.me),
@@ -102,10 +104,22 @@ class Singles:
         with trio.move_on_after(EMBED_S):
             message = await self._once(pipeline, opened, lambda heard: isinstance(heard, Embedding))
             assert isinstance(message, Embedding)  # that is what was waited for
-            values = memoryview(message.vector).cast("f").tolist()[:dimensions]
-            length = sum(value * value for value in values) ** 0.5
-            return tuple(value / length for value in values) if length else tuple(values)
+            return self._numbers(pipeline, message.vector, width)
         raise MeshError(ErrorCode.TIMEOUT, f"No vector came within {EMBED_S:g} s. Try again.", retryable=True)
+
+    def _numbers(self, pipeline: Pipeline, vector: bytes, width: int) -> list[float]:
+        """A last stage's vector, which is looked at before it is believed. Raises MeshError PROTOCOL_VIOLATION."""
+        values: list[float] = list(memoryview(vector).cast("f")) if len(vector) == 4 * width else []
+        if not values or not all(map(math.isfinite, values)):
+            self._pipelines.forget(pipeline.model)
+            raise MeshError(
+                ErrorCode.PROTOCOL_VIOLATION,
+                f"Node {pipeline.nodes[-1]} sent {len(vector)} bytes that are no vector of {width} numbers. Try again; "
+                "if it does so again, unload the model and evict that node.",
+                retryable=True,
+                detail={"node_id": pipeline.nodes[-1]},
+            )
+        return values
 
     async def _once(self, pipeline: Pipeline, opened: Open, wanted: Callable[[Message], bool]) -> Message:
         """Open a session and wait for one message of it. Raises MeshError."""
@@ -125,3 +139,9 @@ class Singles:
                     case _ if wanted(message):
                         return message
         raise MeshError(ErrorCode.UNREACHABLE, "The stream to the model's stages was lost. Try again.", retryable=True)
+
+
+def unit(values: list[float]) -> tuple[float, ...]:
+    """The same direction with length 1; zeros stay."""
+    length = math.hypot(*values)
+    return tuple(value / length for value in values) if length else tuple(values)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 import trio
@@ -12,6 +12,7 @@ from meshnode.api.routing import ApiRequest, Content, Mount, Route
 from meshnode.api.sse import EventStream, frame
 from meshnode.kernel.errors import ErrorCode, MeshError, http_status
 from meshnode.llm.model import (
+    HOPS_HEADER,
     Embedded,
     EmbeddingRequest,
     GenerationEvent,
@@ -32,7 +33,10 @@ BODY_BYTES_MAX: Final = 32 * 1024 * 1024
 WAITING_EVENTS_MAX: Final = 64
 FLUSH_S: Final = 0.015  # tokens that come faster leave together
 
+HOPS_DIGITS_MAX: Final = 3
+
 Request = ApiRequest[Any, Any]
+_Asked = TypeVar("_Asked", GenerationRequest, EmbeddingRequest)
 
 
 class Llm(Protocol):
@@ -60,7 +64,7 @@ class OpenAiRoutes:
 
     async def chat(self, request: Request) -> Content | EventStream:
         body: ChatRequest = request.body
-        asked = chat.requests_of(body)
+        asked = _sent_on(chat.requests_of(body), request)
         answer_id, created = f"chatcmpl-{request.request_id}", int(self._wall())
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -75,7 +79,7 @@ class OpenAiRoutes:
 
     async def completions(self, request: Request) -> Content | EventStream:
         body: CompletionRequest = request.body
-        asked = completions.requests_of(body)
+        asked = _sent_on(completions.requests_of(body), request)
         answer_id, created, each = f"cmpl-{request.request_id}", int(self._wall()), body.n or 1
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -92,7 +96,7 @@ class OpenAiRoutes:
 
     async def responses(self, request: Request) -> Content | EventStream:
         body: ResponsesRequest = request.body
-        asked = response_request_of(body)
+        [asked] = _sent_on([response_request_of(body)], request)
         fold = ResponseFold(body, f"resp_{request.request_id}", self._wall())
         if body.stream:
 
@@ -108,11 +112,15 @@ class OpenAiRoutes:
 
     async def embeddings(self, request: Request) -> Content:
         body: EmbeddingsRequest = request.body
-        embedded = await self._llm.embed(embeddings.request_of(body))
+        [asked] = _sent_on([embeddings.request_of(body)], request)
+        embedded = await self._llm.embed(asked)
         return _json(embeddings.body_of(embedded, body.encoding_format))
 
     async def models(self, request: Request) -> Content:
-        return _json({"object": "list", "data": [_model(card) for card in await self._llm.cards()]})
+        # Two meshes that offered each other what they get from elsewhere would never come to an end.
+        is_mesh = _hops(request) > 0
+        cards = [card for card in await self._llm.cards() if card.digest or not is_mesh]
+        return _json({"object": "list", "data": [_model(card) for card in cards]})
 
     async def model(self, request: Request) -> Content:
         wanted = request.params["model"]
@@ -209,6 +217,19 @@ class OpenAiRoutes:
 def openai_mount(llm: Llm, wall: Callable[[], float]) -> Mount:
     """What the composition root mounts."""
     return Mount(OpenAiRoutes(llm, wall).routes(), prefix=PREFIX, error_body=openai_error_body)
+
+
+def _hops(request: Request) -> int:
+    """Through how many meshes a request came. Raises MeshError BAD_REQUEST."""
+    told = request.header(HOPS_HEADER) or "0"
+    if not (told.isascii() and told.isdigit() and len(told) <= HOPS_DIGITS_MAX):
+        raise MeshError(ErrorCode.BAD_REQUEST, f"The header {HOPS_HEADER} is a small number, not {told[:40]!r}.")
+    return int(told)
+
+
+def _sent_on(asked: Sequence[_Asked], request: Request) -> list[_Asked]:
+    hops = _hops(request)
+    return [msgspec.structs.replace(one, hops=hops) for one in asked]
 
 
 async def _numbered(

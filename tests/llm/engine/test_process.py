@@ -241,7 +241,7 @@ def test_no_secret_travels_in_the_environment() -> None:
 async def test_what_an_engine_gave_up(cut: Cut, spec: StageSpec) -> None:
     async with open_engine(whole(cut, replace(spec, nice=5))) as engine:
         running = psutil.Process(engine.pid)
-        assert running.nice() == psutil.Process().nice() + 5
+        assert running.nice() == min(19, psutil.Process().nice() + 5)
         assert int(await trio.Path(f"/proc/{engine.pid}/oom_score_adj").read_text()) > 500
         if engine.facts.isolated:
             assert os.readlink(f"/proc/{engine.pid}/ns/net") != os.readlink("/proc/self/ns/net")

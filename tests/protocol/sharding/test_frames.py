@@ -53,7 +53,7 @@ SAMPLING = Sampling(
 )
 MESSAGES = [
     Open(ID, NODE, (1, 2, 3), SAMPLING, (4,), "mean"),
-    Cancel(ID),
+    Cancel(ID, NODE),
     Accepted(ID, 3, 17),
     Accepted(ID),
     Refused(ID, RefusalCode.BUSY, "later", True),

@@ -7,6 +7,7 @@ or gives wrong bytes is followed by the next. It knows nothing of models: what t
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -81,6 +82,7 @@ class Fetch:
         self._now = Progress(self.pieces)
         self._received: dict[str, int] = {}
         self._synced = 0
+        self._failed = False
         self._is_finished = False
 
     @property
@@ -109,7 +111,7 @@ class Fetch:
                 with trio.CancelScope(shield=True):
                     await self._offload(self._sync, file)
         finally:
-            file.close()
+            self._close(file)
         await self._offload(self._finish)
         now = self._now
         return Fetched(
@@ -236,8 +238,12 @@ class Fetch:
         try:
             self._part.parent.mkdir(parents=True, exist_ok=True)
             file = self._part.open("r+b" if done else "w+b", buffering=0)
-            file.truncate(done)
-            file.seek(done)
+            try:
+                file.truncate(done)
+                file.seek(done)
+            except OSError:
+                file.close()
+                raise
         except OSError as error:
             raise self._disk_error(error) from error
         self._synced = done
@@ -266,8 +272,7 @@ class Fetch:
                 while rest:
                     rest = rest[file.write(rest) :]
             except OSError as error:
-                # What was not counted must not stand in the file.
-                file.seek(self._now.at)
+                # A later run cuts off what was not counted.
                 raise self._disk_error(error) from error
             try:
                 self._now.add(now)
@@ -278,15 +283,22 @@ class Fetch:
             self._sync(file)
 
     def _sync(self, file: "_File") -> None:
-        """First the bytes, then the journal that vouches for them."""
-        if self._now.at == self._synced:
+        """First the bytes, then the journal that vouches for them.
+
+        After a failure the kernel holds for written what is not, and would say so the next time: the older journal
+        stays the last word then.
+        """
+        if self._now.at == self._synced or self._failed:
             return
         try:
             os.fsync(file.fileno())
             fresh = self._journal.with_name(self._journal.name + ".new")
-            fresh.write_bytes(msgspec.json.encode(_Journal(self._plan, self._now.at)))
+            with fresh.open("wb", buffering=0) as journal:
+                journal.write(msgspec.json.encode(_Journal(self._plan, self._now.at)))
+                os.fsync(journal.fileno())
             fresh.replace(self._journal)
         except OSError as error:
+            self._failed = True
             raise self._disk_error(error) from error
         self._synced = self._now.at
 
@@ -302,6 +314,12 @@ class Fetch:
             self._synced = -1
             self._sync(file)
 
+    def _close(self, file: "_File") -> None:
+        try:
+            file.close()
+        except OSError as error:
+            raise self._disk_error(error) from error
+
     def _finish(self) -> None:
         try:
             self._part.replace(self._target)
@@ -313,7 +331,9 @@ class Fetch:
         except OSError as error:
             raise self._disk_error(error) from error
         self._is_finished = True
-        self._journal.unlink(missing_ok=True)
+        with suppress(OSError):
+            # A journal without its file is of no use to anybody, and does no harm.
+            self._journal.unlink(missing_ok=True)
 
     # ---- what may go wrong ------------------------------------------------------------
 

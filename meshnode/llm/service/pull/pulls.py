@@ -211,20 +211,27 @@ class Pulls:
         )
         try:
             with pull.scope:
-                await self._store.put_pull(pull.row)
                 try:
+                    await self._store.put_pull(pull.row)
                     await self._pull(pull)
                     error = None
                 except MeshError as why:
                     error = why
                     self._log.warning("a pull failed", ref=pull.row.ref, why=why.message)
-                await self._store.drop_pull(pull.row)
+                await self._over(pull.row)
             if pull.scope.cancelled_caught:
-                await self._store.drop_pull(pull.row)
+                await self._over(pull.row)
         finally:
             del self._pulls[pull.row]
             pull.over, pull.error = True, error
             pull.wake()
+
+    async def _over(self, row: PullRow) -> None:
+        """Do not take it up again at the next start. A database that cannot be told costs another try then."""
+        try:
+            await self._store.drop_pull(row)
+        except MeshError as why:
+            self._log.warning("it could not be noted that a pull is over", why=why.message)
 
     async def _pull(self, pull: _Pull) -> None:
         node = NodeId(pull.row.node) if pull.row.node else self._weights.me

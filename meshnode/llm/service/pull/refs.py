@@ -7,9 +7,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.llm.gguf.foreign import ADVICE, kind_of_name
 
 PARTS_MAX: Final = 512
 REF_CHARS_MAX: Final = 2048
@@ -20,6 +21,7 @@ _HUB_REF: Final = re.compile(
     re.IGNORECASE,
 )
 _PART: Final = re.compile(r"-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+_DOTS: Final = frozenset({".", "..", ""})
 _LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -56,6 +58,9 @@ def parse_ref(text: str, *, hub: str = HUB) -> Ref:
     text = text.strip()
     if not text or len(text) > REF_CHARS_MAX or any(character < " " for character in text):
         raise _unknown(text)
+    kind = kind_of_name(text.partition("?")[0].partition("@")[0])
+    if kind is not None:
+        raise MeshError(ErrorCode.BAD_REQUEST, f"{text[:200]!r} is {kind}. {ADVICE}")
     if text.lower().startswith("hf:"):
         return _hub_ref(text, hub)
     if "://" in text:
@@ -71,7 +76,7 @@ def parse_ref(text: str, *, hub: str = HUB) -> Ref:
 
 def _hub_ref(text: str, hub: str) -> RemoteRef:
     match = _HUB_REF.fullmatch(text)
-    if match is None or ".." in match["file"].split("/"):
+    if match is None or _DOTS.intersection(text[3:].replace("@", "/").split("/")):
         raise MeshError(
             ErrorCode.BAD_REQUEST,
             f"{text[:200]!r} names no file of the hub. Write hf:OWNER/REPOSITORY/FILE.gguf, with @REVISION behind it "
@@ -99,6 +104,8 @@ def _url_ref(text: str) -> RemoteRef:
         )
     if not parsed.hostname or not parsed.path.endswith(".gguf"):
         raise MeshError(ErrorCode.BAD_REQUEST, "The URL of a model ends in .gguf, before any question mark.")
+    if _DOTS.intersection(unquote(parsed.path).split("/")[1:]):
+        raise MeshError(ErrorCode.BAD_REQUEST, "The path of a model's URL has no empty part, no . and no .. in it.")
     tail = f"?{parsed.query}" if parsed.query else ""
     base = f"{parsed.scheme}://{parsed.netloc}"
     urls = tuple(f"{base}{part}{tail}" for part in _parts(parsed.path))

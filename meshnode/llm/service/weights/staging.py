@@ -6,6 +6,7 @@ finished, also after a restart, whoever asked.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -24,7 +25,7 @@ from meshnode.llm.service.weights.finding import Finding
 from meshnode.llm.service.weights.manifest import Manifest
 from meshnode.llm.service.weights.records import ModelRecords
 from meshnode.llm.service.weights.room import Disk, Room
-from meshnode.llm.service.weights.shelf import Shelf
+from meshnode.llm.service.weights.shelf import Shelf, disk_error
 from meshnode.llm.service.weights.sources import LocalSource
 from meshnode.llm.service.weights.units import Units
 from meshnode.llm.store import StagingRow, WeightStore
@@ -192,11 +193,14 @@ class Staging:
                     job.staged = await self._make(job)
                 except MeshError as why:
                     error = why
-                    self._log.warning("layers could not be fetched", model=job.row.digest[:16], why=why.message)
+                except OSError as why:
+                    error = disk_error(why, self._folder(job.row.digest))
+                if job.staged is None:
+                    self._log.warning("layers could not be fetched", model=job.row.digest[:16], why=error.message)
                 # What failed is not tried again at every start; what arrived stays for the next who asks.
-                await self._store.drop_staging(job.row)
+                await self._over(job.row)
             if job.scope.cancelled_caught:
-                await self._store.drop_staging(job.row)
+                await self._over(job.row)
         finally:
             del self._jobs[job.row]
             if job.staged is None:
@@ -205,6 +209,13 @@ class Staging:
                     self._failed.pop(next(iter(self._failed)))
                 self._failed[job.row] = error
             job.wake()
+
+    async def _over(self, row: StagingRow) -> None:
+        """Do not take it up again at the next start. A database that cannot be told costs another try then."""
+        try:
+            await self._store.drop_staging(row)
+        except MeshError as why:
+            self._log.warning("it could not be noted that a download is over", why=why.message)
 
     # ---- making the file ------------------------------------------------------------
 
@@ -236,7 +247,7 @@ class Staging:
             # Not before the shelf has it: whoever reads along must find every byte at every moment.
             for fetch in job.fetches:
                 self._shelf.stopped(row.digest, fetch)
-            del self._shelf.reserved[row]
+            self._shelf.reserved.pop(row, None)
         if is_whole and all(part.sha256 for part in manifest.parts):
             await self._records.put_manifest(msgspec.structs.replace(manifest, checked="file"))
         return Staged(files[0].target, row.tail)
@@ -346,7 +357,8 @@ class Staging:
             await self._finding.claim(digest, ranges)
 
     def _folder(self, digest: str) -> Path:
-        return self._shelf.folder / digest[:16]
+        # The whole digest: anybody may make up one that begins as another does, and take its files' place.
+        return self._shelf.folder / digest
 
 
 def _arrived(target: Path) -> int:
@@ -362,4 +374,5 @@ def _arrived(target: Path) -> int:
 def _remove_parts(folder: Path) -> None:
     for pattern in ("*.part", "*.journal", "*.journal.new"):
         for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
