@@ -57,7 +57,6 @@ class LinkLost:
     reason: str
     code: str = ""  # the error code with which the peer refused the link, if it did
     tombstone: bytes = b""  # what it showed as the root's word that this node is evicted; nothing of it is believed yet
-    nobody: bool = False  # its host answers that nothing listens where it was reached the last time
 
 
 @dataclass(frozen=True, slots=True)

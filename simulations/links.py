@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 FRAME_OVERHEAD_BYTES: Final = 4 + 1 + 22  # length, channel, one TLS 1.3 record
 HANDSHAKE_BYTES: Final = 1500  # each way: TLS 1.3 with a certificate on both sides, then HELLO
 
-REFUSED: Final = "connection refused"  # by the host of a process that is gone
-
 CONNECTING: Final = 0
 OPEN: Final = 1
 GONE: Final = 2
@@ -132,7 +130,7 @@ class Links:
             # A lost SYN comes again after a second; a frozen process leaves the handshake hanging.
             world.after(0.5, self._try, link, since)
         elif target.machine is None:
-            self._fail(link, REFUSED)
+            self._fail(link, "connection refused")
         elif not target.program.accepts(target.machine, source.node_id):
             shown = target.program.tombstone(target.machine, source.node_id)
             self._fail(link, "refused: not a member", "evicted" if shown else "not_a_member", shown)
@@ -184,9 +182,7 @@ class Links:
         for one in (link.dialler, link.other):
             # Whoever queued frames for the peer must learn that they did not go.
             if one is link.dialler or link.waiting[one.index]:
-                nobody = reason == REFUSED and one is link.dialler
-                lost = LinkLost(link.peer_of(one).node_id, reason, code, tombstone, nobody)
-                self._tell(one, link.runs[one.index], lost)
+                self._tell(one, link.runs[one.index], LinkLost(link.peer_of(one).node_id, reason, code, tombstone))
 
     # ---- frames ---------------------------------------------------------------------------------------------------
 

@@ -159,9 +159,8 @@ class Membership:
                 self._link_message(peer, message)
             case LinkOpened(peer, boot):
                 self._contacts.link_opened(peer, boot)
-            case LinkLost(peer, code=code, nobody=nobody):
+            case LinkLost(peer, code=code):
                 self._contacts.link_lost(peer)
-                self._probing.link_lost(peer, nobody=nobody)
                 self._intake.forget(peer)
                 self._twin.lost(code)
             case AddressesChanged(addresses):

@@ -20,7 +20,6 @@ class Parameters:
     gossip_fanout: int = 4
     transmit_factor: float = 2.0  # a statement is sent about factor * ln(N + 1) times by each node that passes it on
     suspicion_floor_s: float = 2.0  # time for the accused to refute, counted from the first accusation seen
-    refused_floor_s: float = 0.5  # the same where its own host says that nothing listens there any more
     suspicion_expiry_s: float = 20.0  # accusations without enough witnesses lapse
     witnesses_max: int = 3
     verifiers: int = 12  # about how many nodes probe a suspect at once, whatever the mesh's size
@@ -58,7 +57,6 @@ def parameters(profile: Profile) -> Parameters:
                 relay_wait_s=0.9,
                 gossip_interval_s=0.25,
                 suspicion_floor_s=4.0,
-                refused_floor_s=1.0,
             )
         case "local":
             return replace(LAN, direct_timeout_s=0.5, relay_timeout_s=1.0, probe_timeout_s=1.5, relay_wait_s=0.4)

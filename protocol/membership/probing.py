@@ -23,19 +23,7 @@ UDP_RETRY_MIN_S = 3.0  # where datagrams of the peer arrive: so often at most, i
 
 
 class _Probe:
-    __slots__ = (
-        "asked_at",
-        "claim",
-        "due",
-        "late",
-        "link_first",
-        "nobody",
-        "relays",
-        "stage",
-        "started",
-        "target",
-        "tunnelled",
-    )
+    __slots__ = ("asked_at", "claim", "due", "late", "relays", "stage", "started", "target", "tunnelled")
 
     def __init__(self, target: NodeId, started: float, due: float) -> None:
         self.target = target
@@ -47,14 +35,12 @@ class _Probe:
         self.claim: Address | None = None  # an address that an answer from it would prove
         self.late = False
         self.tunnelled = False
-        self.link_first = False  # a link to it has just broken: that is the means to try next
-        self.nobody = False  # its host says that nothing listens there
 
 
 class Probing:
     """The probes under way and those relayed. `accuse` is told of targets that failed in earnest."""
 
-    def __init__(self, state: State, accuse: Callable[[NodeId, bool], None]) -> None:
+    def __init__(self, state: State, accuse: Callable[[NodeId], None]) -> None:
         self._s = state
         self._accuse = accuse
         self._probes: dict[int, _Probe] = {}
@@ -105,23 +91,6 @@ class Probing:
             for address in s.addresses(target)[:2]:
                 s.send(target, ping, address=address)
 
-    def link_lost(self, peer: NodeId, *, nobody: bool) -> None:
-        """A link that breaks is a reason to look at once. `nobody`: its host says that nothing listens there any more,
-        so whoever does not answer by UDP either is no more; nothing else need be asked.
-        """
-        if peer == self._s.me or peer not in self._s.view.up:
-            return
-        if peer not in self._targets:
-            self.probe(peer)
-        probe = self._probes.get(self._targets.get(peer, -1))
-        if probe is None:
-            return
-        probe.link_first = True
-        if nobody:
-            probe.nobody = True
-            if probe.stage > 0:
-                self._fail(self._targets[peer], probe)
-
     def heard(self, peer: NodeId, source: Address) -> None:
         """Where its datagrams get through, most likely ours do too: see at once. Only an Ack by UDP proves it."""
         s = self._s
@@ -154,12 +123,10 @@ class Probing:
             self._drop(number)
             return
         params = s.params
-        if probe.nobody:
-            self._fail(number, probe)
-        elif probe.stage < 2:
+        if probe.stage < 2:
             # Whom only relays reached the last time, the link is tried first: relays answer sooner, and while they do,
             # nobody would ever see that what is sent there directly is lost.
-            if (probe.stage == 0) != (probe.link_first or probe.target in self._by_relay):
+            if (probe.stage == 0) != (probe.target in self._by_relay):
                 self._ask_relays(number, probe)
             else:
                 s.send(probe.target, self._ping(number), address=TUNNEL)
@@ -186,15 +153,11 @@ class Probing:
     def _fail(self, number: int, probe: _Probe) -> None:
         s = self._s
         self._drop(number)
-        if probe.nobody:
-            # An answer of its host proves that this node is not the one that is cut off.
-            self._accuse(probe.target, True)
-            return
         others = len(s.view.peers) - 1
         # Where only one other was heard lately, that one is all that is left: two survivors must not wait for a third.
         company = s.heard_since(s.now - s.params.reach_window_s, probe.target, 2)
         if s.heard_since(probe.asked_at, probe.target, 2) >= min(2, others, max(1, company)):
-            self._accuse(probe.target, False)
+            self._accuse(probe.target)
         else:
             s.suffer()
 

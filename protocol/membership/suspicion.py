@@ -17,13 +17,12 @@ CONSUMED_MAX = 4096
 
 
 class _Suspicion:
-    __slots__ = ("accusers", "first_at", "rank", "refused")
+    __slots__ = ("accusers", "first_at", "rank")
 
     def __init__(self, first_at: float, rank: tuple[int, int]) -> None:
         self.first_at = first_at
         self.rank = rank
         self.accusers: dict[NodeId, Stated] = {}
-        self.refused = False  # this node's own dial was answered: nothing listens there
 
 
 class Suspicions:
@@ -48,19 +47,11 @@ class Suspicions:
         down = self._s.view.down.get(target)
         return down.proof if down is not None else ()
 
-    def accuse(self, target: NodeId, refused: bool = False) -> None:
-        """This node's own probe failed in earnest. `refused`: its host says that nothing listens there any more."""
+    def accuse(self, target: NodeId) -> None:
+        """This node's own probe failed in earnest."""
         s = self._s
         if target not in s.view.up:
             return
-        self._accuse(target)
-        suspicion = self._suspicions.get(target)
-        if refused and suspicion is not None and not suspicion.refused:
-            suspicion.refused = True
-            s.timer(max(s.now, self._floor(suspicion)), "suspect", target)
-
-    def _accuse(self, target: NodeId) -> None:
-        s = self._s
         suspicion = self._suspicions.get(target)
         if suspicion is not None and (s.me in suspicion.accusers or self._abundant(target, suspicion)):
             return
@@ -102,14 +93,9 @@ class Suspicions:
         if not was_abundant:
             s.gossip(("accusation", target, stated.signer), stated, ACCUSATION_LIFETIME_S)
             self._verify(target, stated)
-        if s.now >= self._floor(suspicion):
+        if s.now >= suspicion.first_at + s.params.suspicion_floor_s:
             self._conclude(target, suspicion)
         return True
-
-    def _floor(self, suspicion: _Suspicion) -> float:
-        """Until when the accused has time to refute. Who is seen to be gone needs little."""
-        params = self._s.params
-        return suspicion.first_at + (params.refused_floor_s if suspicion.refused else params.suspicion_floor_s)
 
     def _verify(self, target: NodeId, stated: Stated) -> None:
         """Look for oneself, with a probability that makes about `verifiers` nodes do so in a mesh of any size."""
@@ -130,7 +116,7 @@ class Suspicions:
         suspicion = self._suspicions.get(target)
         if suspicion is None:
             return
-        floor = self._floor(suspicion)
+        floor = suspicion.first_at + s.params.suspicion_floor_s
         if s.now < floor:
             # A stall gave everyone accused time anew, in the very event that this timer came with.
             s.timer(floor, "suspect", target)
@@ -192,5 +178,5 @@ class Suspicions:
         for target, suspicion in list(self._suspicions.items()):
             self._withdraw(s.me, target, suspicion)
             if suspicion.accusers:
-                suspicion.first_at, suspicion.refused = s.now, False
+                suspicion.first_at = s.now
                 s.timer(s.now + s.params.suspicion_floor_s, "suspect", target)

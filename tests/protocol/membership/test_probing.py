@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from protocol.effects import LinkLost, TimerFired
+from protocol.effects import TimerFired
 from protocol.ids import Address
 from protocol.membership.events import DatagramsPass, PeerDown, PeerMeasured, PeerSuspected, Stalled
 from protocol.membership.parameters import LAN, parameters
@@ -404,40 +404,3 @@ def test_the_accused_is_told_by_the_one_who_looks_for_itself() -> None:
     ]
     subject.probe_of(1, effects)
     assert isinstance(accusation.body, Accusation)
-
-
-def test_a_link_that_breaks_is_a_reason_to_look_at_once_by_the_link_first() -> None:
-    subject = Subject(6)
-    subject.know(1, 2, 3, 4, 5)
-    [(_, ping, _)] = sends(subject.give(LinkLost(subject.mesh.id(1), "reset")), Ping)
-    effects = subject.fire("stage", ping.probe)
-    assert [address for _, _, address in sends(effects, Ping)] == [TUNNEL]
-    assert sends(effects, PingRequest) == []
-
-
-def test_where_nothing_listens_any_more_silence_by_udp_is_enough() -> None:
-    subject = Subject(6)
-    subject.know(1, 2, 3, 4, 5)
-    [(_, ping, _)] = sends(subject.give(LinkLost(subject.mesh.id(1), "refused", nobody=True)), Ping)
-    assert subject.machine.suspects() == []
-    assert accused(subject.fire("stage", ping.probe), subject) == {1}, "its host answered: nobody is cut off"
-
-
-def test_a_dial_that_finds_nobody_ends_a_probe_that_waits_for_it() -> None:
-    subject = Subject(6)
-    subject.know(1, 2, 3, 4, 5)
-    number, _ = subject.start_probe(1)
-    subject.fire("stage", number)
-    effects = subject.give(LinkLost(subject.mesh.id(1), "refused", nobody=True))
-    assert accused(effects, subject) == {1}
-    assert ("membership", "stage", number) in cancelled(effects)
-
-
-def test_who_answers_by_udp_may_refuse_links() -> None:
-    subject = Subject(6)
-    subject.know(1, 2, 3, 4, 5)
-    [(_, ping, _)] = sends(subject.give(LinkLost(subject.mesh.id(1), "refused", nobody=True)), Ping)
-    subject.packet(1, Ack(ping.probe, subject.digest))
-    assert ("membership", "stage", ping.probe) not in subject.timers
-    assert subject.machine.suspects() == []
-    assert subject.give(LinkLost(subject.mesh.id(0), "of nobody who is up", nobody=True)) == []
