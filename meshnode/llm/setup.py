@@ -66,6 +66,7 @@ from protocol.sharding.offers import Speed
 from protocol.sharding.pipelines import Answer, EnsureRequest, Pipeline, StageCommand
 from protocol.sharding.planner import Refusal
 from protocol.sharding.predict import Estimator
+from protocol.trust import authority
 
 FIRST_TOKEN: Final = 1_000_000  # record writers' tokens, apart from those of others
 ENSURE_S: Final = 10.0
@@ -260,6 +261,7 @@ class _Assembly:
             token=settings.hub_token,
             in_use=self._in_use,
             pinned=lambda digest: self._models.is_pinned(digest),
+            may_delete=self._may_delete,
             other_names=shipped_catalogue().names,
             disk=disk_sizes,
             offload=ground.offload,
@@ -347,6 +349,7 @@ class _Assembly:
             planning=self._planning,
             shapes=self._shapes,
             command=command,
+            may_unload=self._may_delete,
             publish=ground.publish,
             now=ground.now,
             log=ground.log("llm.loads"),
@@ -359,6 +362,12 @@ class _Assembly:
 
     def _coordinator(self) -> NodeId | None:
         return self._ground.hub.election.coordinator
+
+    def _may_delete(self, peer: NodeId) -> None:
+        hub = self._ground.hub
+        denied = authority.may_delete_models(hub.roster, hub.policy, peer)
+        if denied is not None:
+            raise MeshError(ErrorCode(denied.code), denied.message, retryable=denied.retryable)
 
     def _in_use(self, digest: str) -> bool:
         return any(host.pipeline.model == digest for host in self._hosts.stages.values())

@@ -35,7 +35,7 @@ from meshnode.llm.service.prompts import Prompts
 from meshnode.llm.service.served import Served
 from meshnode.llm.service.singles import Singles
 from protocol.ids import NodeId
-from protocol.sharding.pipelines import Pipeline, PipelineId, UnloadWanted
+from protocol.sharding.pipelines import Pipeline, PipelineId
 from protocol.sharding.planner import Plan, Refusal
 
 ASK_S: Final = 3.0
@@ -159,7 +159,7 @@ class Desk:
                     yield step
 
     async def unload(self, model: str) -> None:
-        """Free the memory it takes, on all nodes. Not loaded is no error."""
+        """Free the memory it takes, on all nodes. Not loaded is no error. Raises MeshError NOT_FOUND, FORBIDDEN."""
         known = self._models.find(model)
         leader = self._coordinator()
         if leader is None:
@@ -322,11 +322,6 @@ class Desk:
                 )
             )
         return reports
-
-    async def unload_for(self, digest: str) -> bool:
-        """Somebody asks the coordinator, which this node may be."""
-        self._loads.submit(UnloadWanted(digest))
-        return True
 
 
 def _line(made: Plan) -> PlanLine:
