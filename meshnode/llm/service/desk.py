@@ -30,6 +30,7 @@ from meshnode.llm.service.hosts import Hosts
 from meshnode.llm.service.loads import Loads, Planning
 from meshnode.llm.service.models import Models
 from meshnode.llm.service.offering import Offers
+from meshnode.llm.service.pinned import Pinned
 from meshnode.llm.service.pipelines import Pipelines
 from meshnode.llm.service.prompts import Prompts
 from meshnode.llm.service.served import Served
@@ -73,6 +74,7 @@ class Desk:
         calls: Calls,
         models: Models,
         served: Served,
+        pinned: Pinned,
         upstreams: OwnUpstreams,
         generations: Generations,
         singles: Singles,
@@ -90,6 +92,7 @@ class Desk:
         self._calls = calls
         self._models = models
         self._served = served
+        self._pinned = pinned
         self._upstreams = upstreams
         self._generations = generations
         self._singles = singles
@@ -147,7 +150,18 @@ class Desk:
 
     async def cards(self) -> list[ModelCard]:
         """Every model that can be asked for, those that are ready first."""
-        return [*self._models.cards(), *self._served.cards(self._name_of)]
+        reasons = dict(self._pinned.reasons)
+        cards = []
+        for card in self._models.cards():
+            told = [reasons.pop(name) for name in (card.name, *card.aliases) if name in reasons]
+            if told and not card.ready and not card.reason:
+                card = msgspec.structs.replace(card, reason=f"it is pinned, and not loaded: {told[0]}")
+            cards.append(card)
+        absent = [
+            ModelCard(name=name, pinned=True, reason=f"the settings of this node pin it: {why}")
+            for name, why in sorted(reasons.items())
+        ]
+        return [*cards, *self._served.cards(self._name_of), *absent]
 
     async def load(self, model: str, *, stages_min: int = 1) -> AsyncGenerator[Loading, None]:
         """Make a model ready; ends when it is."""

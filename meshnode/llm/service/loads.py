@@ -206,12 +206,17 @@ class Loads:
                 self.submit(AskGone(ask))
 
     def unload_for(self, peer: NodeId, digest: str) -> bool:
-        """`llm.unload`. Raises MeshError UNAVAILABLE where this node does not coordinate, FORBIDDEN."""
+        """`llm.unload`. Raises MeshError UNAVAILABLE from a node that does not coordinate, FORBIDDEN, CONFLICT."""
         if not self._machine.is_coordinator:
             raise MeshError(ErrorCode.UNAVAILABLE, "The coordinator has just changed. Try again.", retryable=True)
         loaded = [held.pipeline for held in self._machine.pipelines if held.pipeline.model == digest]
         if loaded and not any(peer in pipeline.nodes for pipeline in loaded):
             self._may_unload(peer)
+        if digest in self._machine.pinned:
+            raise MeshError(
+                ErrorCode.CONFLICT,
+                "It is pinned (`llm.pinned` in a node's settings) and would be loaded again at once. Unpin it there.",
+            )
         self.submit(UnloadWanted(digest))
         return True
 

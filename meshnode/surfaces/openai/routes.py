@@ -112,7 +112,12 @@ class OpenAiRoutes:
         return _json(embeddings.body_of(embedded, body.encoding_format))
 
     async def models(self, request: Request) -> Content:
-        return _json({"object": "list", "data": [_model(card) for card in await self._llm.cards()]})
+        return _json(
+            {
+                "object": "list",
+                "data": [_model(card) for card in await self._llm.cards() if card.digest or not card.pinned],
+            }
+        )
 
     async def model(self, request: Request) -> Content:
         wanted = request.params["model"]
