@@ -25,13 +25,16 @@ def models_text(models: Sequence[Answer], names: Mapping[str, str], width: int |
         )
         for model in sorted(models, key=lambda model: (not model["ollama_ready"], not model["is_downloaded"]))
     ]
-    return table(headings, rows, right=("SIZE", "SPEED"), width=width, expendable=("SPEED", "QUANT", "WHERE", "SIZE"))
+    shown = table(headings, rows, right=("SIZE", "SPEED"), width=width, expendable=("SPEED", "QUANT", "WHERE", "SIZE"))
+    return "\n".join([shown, *_troubles(models)])
 
 
 def state_of(model: Answer) -> str:
     """`ready`, where it fits, or by how much it does not."""
     if model["ollama_ready"]:
         return "ready"
+    if model.get("state") in ("loading", "failed"):
+        return str(model["state"])
     if model.get("embeds"):
         return "makes vectors"
     if model["can_run"]:
@@ -126,6 +129,15 @@ def duration_exact(seconds: float) -> str:
     if seconds >= 60:
         return duration_text(seconds)
     return f"{seconds:.{2 if seconds < 1 else 1}f} s"
+
+
+def _troubles(models: Sequence[Answer]) -> list[str]:
+    """Why what should be loaded is not: below the list, whatever the terminal's width."""
+    return [
+        f"{printable(model['model'])}: {printable(model['reason'])}"
+        for model in models
+        if model.get("reason") and not model["ollama_ready"] and (model.get("pinned") or model.get("state") == "failed")
+    ]
 
 
 def _other(way: Answer) -> str:

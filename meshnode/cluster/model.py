@@ -88,6 +88,7 @@ class MeshPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
     members_may_invite: bool
     members_may_evict: bool
+    members_may_delete_models: bool
     gossip_key_rotation_s: float
 
 

@@ -104,6 +104,7 @@ class PolicyBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     members_may_invite: bool | None = None
     members_may_evict: bool | None = None
+    members_may_delete_models: bool | None = None
     gossip_key_rotation_s: float | None = None  # from 60 to 2592000
 
 

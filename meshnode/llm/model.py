@@ -228,6 +228,10 @@ class Embedded(msgspec.Struct, frozen=True, kw_only=True):
 # ---- models ------------------------------------------------------------------------------------------
 
 
+ModelState = Literal["ready", "loading", "failed", "idle"]
+"""As the coordinator tells it; `idle`: nobody asked for it lately."""
+
+
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A model that the mesh knows: held by a node, in the catalogue, or behind an upstream server."""
 
@@ -248,6 +252,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     source: str = ""
     held_by: tuple[NodeId, ...] = ()
     ready: bool = False  # a probe token came through all its stages
+    state: ModelState = "idle"
     pinned: bool = False
     reason: str = ""  # why it is not ready, or cannot run, and what would help
     created: int = 0

@@ -31,9 +31,11 @@ from meshnode.llm.service.entries import Entries
 from meshnode.llm.service.generate import Generations
 from meshnode.llm.service.hosts import Hosts
 from meshnode.llm.service.lending import Lent, Measured
+from meshnode.llm.service.loaded import Loaded, loaded_collection
 from meshnode.llm.service.loads import Loads, Planning
 from meshnode.llm.service.models import Models, parse_aliases
 from meshnode.llm.service.offering import OfferKeeper, Offers, offers_collection
+from meshnode.llm.service.pinned import Pinned
 from meshnode.llm.service.pipelines import Pipelines
 from meshnode.llm.service.prompts import CONTEXT_DEFAULT, Prompts
 from meshnode.llm.service.pull.names import Names
@@ -56,7 +58,7 @@ from protocol.effects import Persist
 from protocol.election.events import CoordinatorChanged
 from protocol.election.fence import Fence
 from protocol.ids import NodeId
-from protocol.membership.events import PeerDown, PeerLeft
+from protocol.membership.events import PeerDown, PeerLeft, PeerUp
 from protocol.node import Node
 from protocol.records.collection import Collection
 from protocol.sharding.held import LoadingParameters
@@ -66,6 +68,7 @@ from protocol.sharding.offers import Speed
 from protocol.sharding.pipelines import Answer, EnsureRequest, MembersUp, Pipeline, StageCommand
 from protocol.sharding.planner import Refusal
 from protocol.sharding.predict import Estimator
+from protocol.trust import authority
 
 FIRST_TOKEN: Final = 1_000_000  # record writers' tokens, apart from those of others
 ENSURE_S: Final = 10.0
@@ -77,7 +80,7 @@ _SPEED: Final = b"speed"
 
 def llm_collections() -> list[Collection]:
     """The collections of records of this subsystem."""
-    return [chats_collection(), offers_collection(), served_collection(), *model_collections()]
+    return [chats_collection(), offers_collection(), served_collection(), loaded_collection(), *model_collections()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +146,7 @@ class _Assembly:
             aliases=parse_aliases(settings.aliases),
             default=settings.default_model,
             pinned=settings.pinned,
-            ready=lambda: self._pipelines.ready_models(),
+            states=lambda: self._loaded.states(),
         )
         self._shapes = Shapes(self._weights)
         self._planning = Planning(
@@ -158,6 +161,15 @@ class _Assembly:
         self._lent = self._build_lent()
         self._hosts = self._build_hosts()
         self._loads = self._build_loads()
+        self._loaded = Loaded(
+            me=self._me,
+            hub=ground.hub,
+            machine=self._loads.machine,
+            writer=self._writer,
+            name_of=ground.name_of,
+            now=ground.now,
+            log=ground.log("llm.loaded"),
+        )
         self._entries = Entries(calls=self._calls, hosts=self._hosts, log=ground.log("llm.entry"))
         self._pipelines = Pipelines(ensure=self._ensure, name_of=ground.name_of, now=ground.now)
         self._renderer = TemplateWorker(clock_wall=ground.wall)
@@ -167,6 +179,13 @@ class _Assembly:
             calls=self._calls,
             forget=self._pipelines.forget,
             context=settings.context,
+        )
+        self._pinned = Pinned(
+            names=settings.pinned,
+            find=self._models.find,
+            context=self._prompts.wanted_context,
+            ask=self._ensure,
+            log=ground.log("llm.pinned"),
         )
         self._singles = Singles(
             models=self._models,
@@ -199,6 +218,7 @@ class _Assembly:
             calls=self._calls,
             models=self._models,
             served=served,
+            pinned=self._pinned,
             upstreams=upstreams,
             generations=self._generations,
             singles=self._singles,
@@ -223,6 +243,8 @@ class _Assembly:
             generations=self._generations,
             keeper=self._keeper,
             served=served,
+            loaded=self._loaded,
+            pinned=self._pinned,
             weights=self._weights,
             pulls=self._pulls,
             client=self._client,
@@ -260,6 +282,7 @@ class _Assembly:
             token=settings.hub_token,
             in_use=self._in_use,
             pinned=lambda digest: self._models.is_pinned(digest),
+            may_delete=self._may_delete,
             other_names=shipped_catalogue().names,
             disk=disk_sizes,
             offload=ground.offload,
@@ -338,6 +361,10 @@ class _Assembly:
         async def command(node: NodeId, order: StageCommand) -> str:
             return await self._calls.call(node, "llm.stage", order, str)
 
+        def publish(event: object) -> None:
+            self._loaded.observe(event)
+            ground.publish(event)
+
         return Loads(
             machine=LoadingMachine(
                 me=self._me,
@@ -347,7 +374,8 @@ class _Assembly:
             planning=self._planning,
             shapes=self._shapes,
             command=command,
-            publish=ground.publish,
+            may_unload=self._may_delete,
+            publish=publish,
             now=ground.now,
             log=ground.log("llm.loads"),
         )
@@ -359,6 +387,12 @@ class _Assembly:
 
     def _coordinator(self) -> NodeId | None:
         return self._ground.hub.election.coordinator
+
+    def _may_delete(self, peer: NodeId) -> None:
+        hub = self._ground.hub
+        denied = authority.may_delete_models(hub.roster, hub.policy, peer)
+        if denied is not None:
+            raise MeshError(ErrorCode(denied.code), denied.message, retryable=denied.retryable)
 
     def _in_use(self, digest: str) -> bool:
         return any(host.pipeline.model == digest for host in self._hosts.stages.values())
@@ -393,6 +427,9 @@ class _Assembly:
                 self._hosts.submit(event)
                 self._loads.submit(event)
                 self._loads.submit(MembersUp(frozenset(self._alive())))
+                self._pinned.changed()
+            case PeerUp():
+                self._pinned.changed()
             case PeerDown() | PeerLeft():
                 self._loads.submit(event)
                 self._pipelines.peer_gone(event)

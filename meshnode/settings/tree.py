@@ -161,7 +161,7 @@ class LlmSettings(Struct, frozen=True, forbid_unknown_fields=True):
     keep_alive_s: Annotated[
         float, _doc("A model that was not used for so long is unloaded, unless it is pinned.", "s", ge=0, le=31_536_000)
     ] = 1_800.0
-    pinned: Annotated[tuple[_Word, ...], _doc("Models that stay loaded.")] = ()
+    pinned: Annotated[tuple[_Word, ...], _doc("Models that this node has the mesh load at once, and keep.")] = ()
     aliases: Annotated[tuple[_Word, ...], _doc("Other names for models, each ALIAS=MODEL.")] = ()
     default_model: Annotated[str, _doc("What `auto` means. Empty: the best model that is ready.")] = ""
     upstreams: Annotated[

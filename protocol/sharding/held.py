@@ -44,6 +44,7 @@ class LoadingParameters:
     again_s: float = 1.0  # between two unloads of the same stage
     orphan_s: float = 10.0
     keep_alive_s: float = 600.0
+    pin_s: float = 90.0  # a model that nobody asked for as pinned since is none
     tries_max: int = 4
     asks_max: int = 4096
     pipelines_max: int = 256
@@ -122,7 +123,7 @@ class LoadingState:
         self.term: int | None = None  # None: this node does not coordinate
         self.gathering_until = 0.0
         self.unheard: set[NodeId] = set()  # members whose first report a new coordinator waits for
-        self.pinned: set[str] = set()
+        self.pinned: dict[str, float] = {}  # until when, unless it is said again
         self.held: dict[bytes, Held] = {}
         self.loads: dict[str, Load] = {}
         self.asks: dict[int, Ask] = {}

@@ -22,7 +22,6 @@ from protocol.sharding.pipelines import (
     EnsureAsked,
     Loading,
     MembersUp,
-    ModelPinned,
     Planned,
     Ready,
     Refused,
@@ -41,7 +40,6 @@ LoadingInput = (
     | Reported
     | MembersUp
     | CommandFailed
-    | ModelPinned
     | UnloadWanted
     | CoordinatorChanged
     | PeerDown
@@ -77,6 +75,11 @@ class LoadingMachine:
         return tuple(self._s.loads.values())
 
     @property
+    def pinned(self) -> frozenset[str]:
+        """Models that somebody wants kept, by digest."""
+        return frozenset(self._s.pinned)
+
+    @property
     def waiting(self) -> int:
         """Asks without an answer."""
         return len(self._s.asks)
@@ -92,8 +95,6 @@ class LoadingMachine:
                 self._asked(event, now)
             case AskGone(ask):
                 self._s.asks.pop(ask, None)
-            case ModelPinned(model, pinned):
-                (self._s.pinned.add if pinned else self._s.pinned.discard)(model)
             case _ if self._s.term is None:
                 pass
             case Planned():
@@ -122,7 +123,7 @@ class LoadingMachine:
         if self._s.term is not None:
             for model in dict.fromkeys(ask.request.model for ask in self._s.asks.values()):
                 self._serve(model, now)
-            busy = self._s.held or self._s.loads or self._s.asks or self._s.strays
+            busy = self._s.held or self._s.loads or self._s.asks or self._s.strays or self._s.pinned
             if busy and self._swept_until <= now:
                 self._swept_until = now + self._s.params.sweep_s
                 self._s.out.append(SetTimer(SWEEP_TIMER, self._swept_until))
@@ -147,6 +148,7 @@ class LoadingMachine:
         self._s.strays.clear()
         self._s.pressed.clear()
         self._s.unheard.clear()
+        self._s.pinned.clear()
         self._s.term = term
         self._s.gathering_until = now + self._s.params.gather_s
         self._swept_until = 0.0
@@ -165,6 +167,8 @@ class LoadingMachine:
             refused = Refused("overloaded", f"{self._s.params.asks_max} requests wait for models already.", True)
             self._s.out.append(AnswerEnsure(event.ask, refused))
         else:
+            if event.request.pinned:
+                self._s.pinned[event.request.model] = now + self._s.params.pin_s
             self._s.asks[event.ask] = Ask(event.peer, event.request, now + self._s.params.answer_s)
             failed = event.request.failed
             if failed is not None and failed in self._s.held:
@@ -190,6 +194,8 @@ class LoadingMachine:
 
     def _sweep(self, now: float) -> None:
         self._swept_until = 0.0
+        for model in [model for model, until in self._s.pinned.items() if until <= now]:
+            del self._s.pinned[model]
         for ask, asked in list(self._s.asks.items()):
             if asked.due <= now:
                 self._s.answer(ask, self._progress(asked.request.model, now))

@@ -83,6 +83,7 @@ class EnsureRequest(_Message, frozen=True):
     failed: PipelineId | None = None
     failure: _Words = ""
     stages_min: Annotated[int, msgspec.Meta(ge=1, le=STAGES_MAX)] = 1  # split it so far, though fewer would do
+    pinned: bool = False  # keep it loaded for a while though nobody uses it; asked again and again by whoever pins it
 
 
 class Ready(_Message, frozen=True, tag=0):
@@ -227,14 +228,6 @@ class CommandFailed:
     node: NodeId
     pipeline: bytes
     words: str
-
-
-@dataclass(frozen=True, slots=True)
-class ModelPinned:
-    """This model is never evicted and never times out, or is so again."""
-
-    model: str
-    pinned: bool
 
 
 @dataclass(frozen=True, slots=True)

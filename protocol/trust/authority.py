@@ -87,6 +87,25 @@ def may_invite(roster: RosterView, policy: Policy, peer: NodeId, role: Role) -> 
     return None
 
 
+def may_delete_models(roster: RosterView, policy: Policy, peer: NodeId) -> Denied | None:
+    """Whether this member may delete models from other nodes, and unload what it holds no part of.
+
+    Asked where it wishes and where that is obeyed. What lies on a node is always that node's own to delete.
+    """
+    if roster.role(peer) == "admin":
+        return None
+    if peer not in roster:
+        return Denied("not_a_member", "Only members of the mesh may delete models.")
+    if not policy.members_may_delete_models:
+        return Denied(
+            "forbidden",
+            "In this mesh members delete models from their own nodes alone, and unload only what they hold a part of; "
+            "admins do so everywhere (`meshnode nodes` lists them). An admin may allow it to all: "
+            "`meshnode config mesh members_may_delete_models true`.",
+        )
+    return None
+
+
 def admitting(
     roster: TrustRoster,
     *,

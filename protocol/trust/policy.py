@@ -1,4 +1,4 @@
-"""What the mesh as a whole has decided: who may invite and evict, and how often the gossip key is replaced.
+"""What the mesh as a whole has decided: who may invite, evict and delete models, how often the gossip key changes.
 
 Records of the collection "mesh/policy", one for each key; admins write them, and every member reads its own copy. A key
 that nobody wrote, or whose value this version cannot read, has its default. What follows from them is decided in
@@ -28,6 +28,7 @@ class Policy:
 
     members_may_invite: bool = True
     members_may_evict: bool = False
+    members_may_delete_models: bool = False
     gossip_key_rotation_s: float = 86_400.0
 
 
@@ -35,6 +36,8 @@ MEANINGS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "members_may_invite": "Members that are no admins may invite other members; an admin still signs.",
         "members_may_evict": "Members that are no admins may evict other members, no admins; an admin still signs.",
+        "members_may_delete_models": "Members that are no admins may delete models from others' nodes, and unload "
+        "those that they hold no part of.",
         "gossip_key_rotation_s": "How often the key of the gossip is replaced, in seconds, from 60 to 2592000.",
     }
 )

@@ -392,7 +392,12 @@ def test_the_group_is_made_anew_each_time() -> None:
     assert command_group() is not command_group()
 
 
-POLICY = {"members_may_invite": True, "members_may_evict": False, "gossip_key_rotation_s": 86_400.0}
+POLICY = {
+    "members_may_invite": True,
+    "members_may_evict": False,
+    "members_may_delete_models": False,
+    "gossip_key_rotation_s": 86_400.0,
+}
 
 
 def test_settings_of_the_mesh_are_shown_and_changed(command: Command, agent: FakeAgent) -> None:

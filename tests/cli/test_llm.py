@@ -427,3 +427,12 @@ def test_model_names_are_completed(models: FakeAgent) -> None:
     assert [item.value for item in complete_model(ctx, click.Argument(["x"]), "hf:o")] == ["hf:o/r/large.gguf"]
     ctx.params = {"api_port": 1}
     assert complete_model(ctx, click.Argument(["x"]), "d") == []
+
+
+def test_why_a_pinned_model_is_not_loaded_stands_below_the_list(command: Command, agent: FakeAgent) -> None:
+    agent.on(NODES, Answer([node(), peer()]))
+    pinned = model(ollama_ready=False, pinned=True, state="failed", reason="attic: out of memory")
+    agent.on(MODELS, Answer([pinned]))
+    done = command("models")
+    assert (done.code, done.out.splitlines()[-1]) == (0, f"{pinned['model']}: attic: out of memory")
+    assert "failed" in done.out.splitlines()[1]

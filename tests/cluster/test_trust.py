@@ -182,7 +182,10 @@ async def test_the_settings_of_the_mesh_hold_on_every_member(house: House) -> No
     house.hubs.run(5.0)
     for index in range(3):
         assert house[index].trust.policy == MeshPolicy(
-            members_may_invite=False, members_may_evict=False, gossip_key_rotation_s=3600.0
+            members_may_invite=False,
+            members_may_evict=False,
+            members_may_delete_models=False,
+            gossip_key_rotation_s=3600.0,
         )
         assert house.hubs.hub(index).keyring._rotate_every_s == 3600.0
     await refused(ErrorCode.FORBIDDEN, house[0].trust.admit_for(house.id(2), request(NEW)))

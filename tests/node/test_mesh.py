@@ -171,7 +171,12 @@ def test_promotion_invitations_of_members_and_leaving(house: Agents) -> None:
     c.start(b.invite())
     agree([a, b, c])
     # What members may is a setting of the mesh: an admin changes it, every member obeys it.
-    policy = {"members_may_invite": True, "members_may_evict": False, "gossip_key_rotation_s": 86_400.0}
+    policy = {
+        "members_may_invite": True,
+        "members_may_evict": False,
+        "members_may_delete_models": False,
+        "gossip_key_rotation_s": 86_400.0,
+    }
     assert b.get("/api/cluster/policy") == policy
     assert b.error("PUT", "/api/cluster/policy", {"members_may_invite": False})["code"] == "not_admin"
     assert a.error("PUT", "/api/cluster/policy", {"gossip_key_rotation_s": 1})["code"] == "bad_request"

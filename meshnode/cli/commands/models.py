@@ -42,7 +42,9 @@ def models(session: Session, name: str | None, all_known: bool) -> None:
         else:
             say(model_text(one, names))
         return
-    shown = [model for model in found if all_known or model["is_downloaded"] or model["ollama_ready"]]
+    shown = [
+        model for model in found if all_known or model["is_downloaded"] or model["ollama_ready"] or model.get("pinned")
+    ]
     if session.as_json:
         say_json(shown)
     elif shown:

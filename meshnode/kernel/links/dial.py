@@ -15,7 +15,7 @@ from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links.contracts import AddressBook, Gate
 from meshnode.kernel.links.greeting import greet
 from meshnode.kernel.links.settings import LinkSettings
-from meshnode.kernel.links.tls import NOTHING_LISTENS, StreamBroken, TlsStream, explain_os_error
+from meshnode.kernel.links.tls import StreamBroken, TlsStream, explain_os_error
 from protocol.ids import Address, NodeId
 from protocol.wire.frames import Hello, HelloOk, Refused, RemoteProtocolError
 
@@ -194,15 +194,6 @@ async def _open_socket(address: Address) -> trio.socket.SocketType:
         if not connected:
             sock.close()
     return sock
-
-
-def nothing_listens(error: MeshError) -> bool:
-    """Whether the peer's host said that nothing listens at the address tried first, which is the one that worked last.
-
-    The others may be of bridges and of networks that are gone, and say nothing of the peer.
-    """
-    tried = error.detail.get("tried")
-    return isinstance(tried, list) and bool(tried) and tried[0]["why"] == NOTHING_LISTENS
 
 
 def unreachable(node_id: NodeId, tried: Sequence[Tried]) -> MeshError:

@@ -15,7 +15,7 @@ from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links.clocks import PeerClocks
 from meshnode.kernel.links.connection import IDLE, Connection, LinkFacts
 from meshnode.kernel.links.contracts import LinkContested, LinkEvent
-from meshnode.kernel.links.dial import Dialler, Reached, nothing_listens, unreachable
+from meshnode.kernel.links.dial import Dialler, Reached, unreachable
 from meshnode.kernel.links.greeting import refused_by
 from meshnode.kernel.links.outbox import Outbox
 from meshnode.kernel.links.settings import LinkSettings
@@ -64,7 +64,6 @@ class PeerState:
         self.failures = 0
         self.retry_at = float("-inf")
         self.failed_because = ""
-        self.nobody = False
         self.machines_wait = False
 
 
@@ -151,7 +150,7 @@ class Pool:
             return
         if peer.connection is None and peer.dial is None and trio.current_time() < peer.retry_at:
             # It failed a moment ago; machines that try again at once must not turn that into a storm of dials.
-            self._spawn(self._tell_lost, node_id, peer.failed_because, "", b"", peer.nobody)
+            self._spawn(self._tell_lost, node_id, peer.failed_because)
             return
         peer.outbox.put(frame)
         if peer.connection is not None:
@@ -232,13 +231,13 @@ class Pool:
             pause_s = settings.redial_incompatible_s
         peer.failures += 1
         peer.retry_at = trio.current_time() + pause_s
-        peer.failed_because, peer.nobody = error.message, nothing_listens(error)
+        peer.failed_because = error.message
         # An eviction is news to the machines whoever wanted the link.
         wanted = peer.machines_wait or error.code is ErrorCode.EVICTED
         self._drop(peer, error.message)
         self._log.debug("no link", peer=peer.node_id, why=error.message)
         if wanted:
-            await self._tell_lost(peer.node_id, error.message, error.code, tombstone, peer.nobody)
+            await self._tell_lost(peer.node_id, error.message, error.code, tombstone)
 
     async def _dial_until_settled(self, peer: PeerState, dial: Dial) -> None:
         """Open a connection, or learn that the peer's own dial survives and wait for that; a second time if not."""
@@ -405,11 +404,9 @@ class Pool:
         if peer is None or (peer.connection is None and peer.dial is None):
             self._spawn(self._tell_lost, node_id, reason, ErrorCode.INCOMPATIBLE_VERSION)
 
-    async def _tell_lost(
-        self, node_id: NodeId, reason: str, code: str = "", tombstone: bytes = b"", nobody: bool = False
-    ) -> None:
+    async def _tell_lost(self, node_id: NodeId, reason: str, code: str = "", tombstone: bytes = b"") -> None:
         try:
-            await self._events.send(LinkLost(node_id, reason, code, tombstone, nobody))
+            await self._events.send(LinkLost(node_id, reason, code, tombstone))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             # The driver went first: nobody is left to be told.
             return

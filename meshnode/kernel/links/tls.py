@@ -274,13 +274,10 @@ class TlsStream:
         return StreamBroken(explain_os_error(error))
 
 
-NOTHING_LISTENS: Final = "connection refused: nothing listens there"
-
-
 def explain_os_error(error: OSError) -> str:
     """An operating system's error in a few words."""
     if isinstance(error, ConnectionRefusedError):
-        return NOTHING_LISTENS
+        return "connection refused: nothing listens there"
     if isinstance(error, ConnectionResetError | BrokenPipeError):
         return "the connection was reset"
     return (error.strerror or str(error)).lower()

@@ -45,7 +45,7 @@ def stage_methods(hosts: Hosts, loads: Loads, desk: Desk) -> Mapping[str, PeerMe
         return await desk.own_sessions()
 
     async def unload(peer: NodeId, wanted: UnloadRequest) -> bool:
-        return await desk.unload_for(wanted.digest)
+        return loads.unload_for(peer, wanted.digest)
 
     return {
         "llm.stats": PeerMethod(StatsRequest, stats),

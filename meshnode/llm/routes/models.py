@@ -114,7 +114,7 @@ class ModelRoutes:
             Route(
                 method="DELETE", path="/api/llm/models/{model...}", summary="Delete a model from disk.",
                 handler=self.remove, query=RemoveQuery, response=RemovedReport,
-                errors=(ErrorCode.NOT_FOUND, ErrorCode.CONFLICT, ErrorCode.UNREACHABLE), tag=TAG,
+                errors=(ErrorCode.NOT_FOUND, ErrorCode.FORBIDDEN, ErrorCode.CONFLICT, ErrorCode.UNREACHABLE), tag=TAG,
             ),
             Route(
                 method="GET", path="/api/llm/catalogue", summary="Models that can be pulled by name.",
@@ -142,7 +142,8 @@ class ModelRoutes:
             ),
             Route(
                 method="POST", path="/api/llm/unload", summary="Take a model out of memory, on all nodes.",
-                handler=self.unload, request=UnloadBody, status=204, errors=(ErrorCode.NOT_FOUND,), tag=TAG,
+                handler=self.unload, request=UnloadBody, status=204, tag=TAG,
+                errors=(ErrorCode.NOT_FOUND, ErrorCode.FORBIDDEN),
             ),
         ]  # fmt: skip
 

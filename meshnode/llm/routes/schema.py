@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from meshnode.llm.model import EngineKind, FinishReason, MessageRole, PullPart, SessionPhase, Usage
+from meshnode.llm.model import EngineKind, FinishReason, MessageRole, ModelState, PullPart, SessionPhase, Usage
 
 # ---- what is asked --------------------------------------------------------------------------------------------------
 
@@ -177,6 +177,7 @@ class ModelFeasibility(msgspec.Struct, frozen=True, kw_only=True):
     digest: str = ""
     held_by: list[str] = []
     pinned: bool = False
+    state: ModelState = "idle"
     tokens_per_s: float | None = None
     first_token_s: float | None = None
     reason: str = ""

@@ -155,6 +155,7 @@ def feasibility(card: ModelCard, plan: PlanReport | None) -> ModelFeasibility:
         digest=card.digest,
         held_by=list(card.held_by),
         pinned=card.pinned,
+        state=card.state,
         tokens_per_s=None if chosen is None else chosen.tokens_per_s,
         first_token_s=None if chosen is None else chosen.first_token_s,
         reason=card.reason or ("" if plan is None else plan.reason),

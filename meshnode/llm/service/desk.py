@@ -30,12 +30,13 @@ from meshnode.llm.service.hosts import Hosts
 from meshnode.llm.service.loads import Loads, Planning
 from meshnode.llm.service.models import Models
 from meshnode.llm.service.offering import Offers
+from meshnode.llm.service.pinned import Pinned
 from meshnode.llm.service.pipelines import Pipelines
 from meshnode.llm.service.prompts import Prompts
 from meshnode.llm.service.served import Served
 from meshnode.llm.service.singles import Singles
 from protocol.ids import NodeId
-from protocol.sharding.pipelines import Pipeline, PipelineId, UnloadWanted
+from protocol.sharding.pipelines import Pipeline, PipelineId
 from protocol.sharding.planner import Plan, Refusal
 
 ASK_S: Final = 3.0
@@ -73,6 +74,7 @@ class Desk:
         calls: Calls,
         models: Models,
         served: Served,
+        pinned: Pinned,
         upstreams: OwnUpstreams,
         generations: Generations,
         singles: Singles,
@@ -90,6 +92,7 @@ class Desk:
         self._calls = calls
         self._models = models
         self._served = served
+        self._pinned = pinned
         self._upstreams = upstreams
         self._generations = generations
         self._singles = singles
@@ -147,7 +150,18 @@ class Desk:
 
     async def cards(self) -> list[ModelCard]:
         """Every model that can be asked for, those that are ready first."""
-        return [*self._models.cards(), *self._served.cards(self._name_of)]
+        reasons = dict(self._pinned.reasons)
+        cards = []
+        for card in self._models.cards():
+            told = [reasons.pop(name) for name in (card.name, *card.aliases) if name in reasons]
+            if told and not card.ready and not card.reason:
+                card = msgspec.structs.replace(card, reason=f"it is pinned, and not loaded: {told[0]}")
+            cards.append(card)
+        absent = [
+            ModelCard(name=name, pinned=True, reason=f"the settings of this node pin it: {why}")
+            for name, why in sorted(reasons.items())
+        ]
+        return [*cards, *self._served.cards(self._name_of), *absent]
 
     async def load(self, model: str, *, stages_min: int = 1) -> AsyncGenerator[Loading, None]:
         """Make a model ready; ends when it is."""
@@ -159,7 +173,7 @@ class Desk:
                     yield step
 
     async def unload(self, model: str) -> None:
-        """Free the memory it takes, on all nodes. Not loaded is no error."""
+        """Free the memory it takes, on all nodes. Not loaded is no error. Raises MeshError NOT_FOUND, FORBIDDEN."""
         known = self._models.find(model)
         leader = self._coordinator()
         if leader is None:
@@ -322,11 +336,6 @@ class Desk:
                 )
             )
         return reports
-
-    async def unload_for(self, digest: str) -> bool:
-        """Somebody asks the coordinator, which this node may be."""
-        self._loads.submit(UnloadWanted(digest))
-        return True
 
 
 def _line(made: Plan) -> PlanLine:

@@ -9,7 +9,7 @@ from typing import Final, Protocol
 import trio
 from msgspec.structs import replace
 
-from meshnode.kernel.errors import MeshError
+from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.logs import Logger
 from meshnode.kernel.machines import MachineRunner
 from meshnode.kernel.offload import Offload
@@ -39,6 +39,7 @@ from protocol.sharding.pipelines import (
     Span,
     StageCommand,
     UnloadStage,
+    UnloadWanted,
 )
 from protocol.sharding.planner import Plan, Refusal, mend, plan
 from protocol.sharding.predict import Estimator
@@ -158,14 +159,17 @@ class Loads:
         planning: Planning,
         shapes: Shapes,
         command: Command,
+        may_unload: Callable[[NodeId], None],
         publish: Callable[[object], object],
         now: Callable[[], float],
         log: Logger,
     ) -> None:
+        """`may_unload` raises MeshError FORBIDDEN for members that may not unload what they hold no part of."""
         self._machine = machine
         self._planning = planning
         self._shapes = shapes
         self._command = command
+        self._may_unload = may_unload
         self._publish = publish
         self._log = log
         self._runner: MachineRunner[LoadingInput] = MachineRunner(handle=machine.handle, perform=self._perform, now=now)
@@ -201,6 +205,21 @@ class Loads:
             del self._asks[ask]
             if not answers:
                 self.submit(AskGone(ask))
+
+    def unload_for(self, peer: NodeId, digest: str) -> bool:
+        """`llm.unload`. Raises MeshError UNAVAILABLE from a node that does not coordinate, FORBIDDEN, CONFLICT."""
+        if not self._machine.is_coordinator:
+            raise MeshError(ErrorCode.UNAVAILABLE, "The coordinator has just changed. Try again.", retryable=True)
+        loaded = [held.pipeline for held in self._machine.pipelines if held.pipeline.model == digest]
+        if loaded and not any(peer in pipeline.nodes for pipeline in loaded):
+            self._may_unload(peer)
+        if digest in self._machine.pinned:
+            raise MeshError(
+                ErrorCode.CONFLICT,
+                "It is pinned (`llm.pinned` in a node's settings) and would be loaded again at once. Unpin it there.",
+            )
+        self.submit(UnloadWanted(digest))
+        return True
 
     async def _perform(self, effect: object) -> None:
         assert self._nursery is not None  # the runner runs in it

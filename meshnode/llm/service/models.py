@@ -5,6 +5,7 @@ from typing import Final, Protocol
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.llm.model import ModelCard
+from meshnode.llm.service.loaded import Told
 from meshnode.llm.service.weights.manifest import Manifest
 from meshnode.llm.templates.model import TemplateSource
 from protocol.ids import NodeId
@@ -57,13 +58,13 @@ class Models:
         aliases: Mapping[str, str],
         default: str,
         pinned: Sequence[str],
-        ready: Callable[[], frozenset[str]],
+        states: Callable[[], Mapping[str, Told]],
     ) -> None:
         self._library = library
         self._aliases = dict(aliases)
         self._default = default
         self._pinned = frozenset(pinned)
-        self._ready = ready
+        self._states = states
 
     def find(self, name: str) -> Manifest:
         """The model of a name, alias or `auto`. Raises MeshError NOT_FOUND with near names."""
@@ -77,7 +78,10 @@ class Models:
         return self._library.named(self._aliases.get(name, name))
 
     def is_pinned(self, digest: str) -> bool:
-        """Whether it stays loaded."""
+        """Whether it stays loaded, by this node's settings or any other's."""
+        told = self._states().get(digest)
+        if told is not None and told.pinned:
+            return True
         found = self._library.manifest(digest)
         return found is not None and (found.name in self._pinned or bool(self._pinned.intersection(found.aliases)))
 
@@ -99,23 +103,37 @@ class Models:
 
     def cards(self) -> list[ModelCard]:
         """Every model, those that are ready first, then the newest."""
-        ready = self._ready()
+        states = self._states()
         aliases: dict[str, list[str]] = {}
         for alias, model in self._aliases.items():
             aliases.setdefault(model, []).append(alias)
-        cards = [self._card(found, ready, aliases.get(found.name, [])) for found in self._library.manifests()]
+        cards = [
+            self._card(found, states.get(found.digest), aliases.get(found.name, []))
+            for found in self._library.manifests()
+        ]
         return sorted(cards, key=lambda card: (not card.ready, -card.created, card.name))
 
-    def _card(self, found: Manifest, ready: frozenset[str], aliases: Sequence[str]) -> ModelCard:
-        holders = self._library.holders(found.digest)
-        held: set[int] = set()
-        for node in holders:
-            for first, last in self._library.holds(node, found.digest):
-                held.update(range(first, last))
+    def _missing(self, found: Manifest) -> str:
+        """Why it cannot be loaded at all: layers of which there is no copy in the mesh, nor anywhere to fetch one."""
+        if found.source:
+            return ""
+        held = {
+            layer
+            for node in self._library.holders(found.digest)
+            for first, last in self._library.holds(node, found.digest)
+            for layer in range(first, last)
+        }
         missing = found.layers - len(held)
-        reason = ""
-        if missing and not found.source:
-            reason = f"no member that is online holds {missing} of its {found.layers} layers"
+        if not missing:
+            return ""
+        return f"no member holds {missing} of its {found.layers} layers; `meshnode pull` it from where it came"
+
+    def _card(self, found: Manifest, told: Told | None, aliases: Sequence[str]) -> ModelCard:
+        reason = self._missing(found)
+        if not reason and told is not None:
+            reason = told.words
+        if told is not None and told.state == "failed":
+            reason += ". Whoever asks for it has it tried again."
         return ModelCard(
             name=found.name,
             digest=found.digest,
@@ -132,8 +150,9 @@ class Models:
             embed_length=found.shape.n_embd,
             licence=found.licence,
             source=found.source,
-            held_by=tuple(holders),
-            ready=found.digest in ready,
+            held_by=tuple(self._library.holders(found.digest)),
+            ready=told is not None and told.state == "ready",
+            state="idle" if told is None else told.state,
             pinned=self.is_pinned(found.digest),
             reason=reason,
             created=found.created,
@@ -144,10 +163,10 @@ class Models:
         if self._default:
             return self._library.find(self._default)
         talking = [found for found in self._library.manifests() if not found.shape.embeds]
-        whole = [found for found in talking if not self._card(found, frozenset(), []).reason]
+        whole = [found for found in talking if not self._missing(found)]
         if not whole:
             raise MeshError(
                 ErrorCode.NOT_FOUND, "There is no model in this mesh yet. `meshnode models --all` lists some to pull."
             )
-        ready = self._ready()
+        ready = {digest for digest, told in self._states().items() if told.state == "ready"}
         return max(whole, key=lambda found: (found.digest in ready, found.shape.parameters, found.name))

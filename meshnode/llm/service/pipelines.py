@@ -93,11 +93,6 @@ class Pipelines:
             self._known[request.model] = (answer.pipeline, self._now())
         return answer
 
-    def ready_models(self) -> frozenset[str]:
-        """Models that were named as ready a moment ago, by digest."""
-        now = self._now()
-        return frozenset(model for model, (_, at) in self._known.items() if now - at < KNOWN_S)
-
     def forget(self, model: str | None = None) -> None:
         """Pipelines changed: ask the coordinator the next time."""
         if model is None:

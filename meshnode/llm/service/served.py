@@ -80,6 +80,7 @@ class Served:
                 source=f"upstream server of {name_of(node)}",
                 held_by=(node,),
                 ready=True,
+                state="ready",
             )
             for name, node in sorted(self.by_model().items())
         ]

@@ -16,8 +16,10 @@ from meshnode.llm.service.calls import Calls
 from meshnode.llm.service.entries import Entries
 from meshnode.llm.service.generate import Generations
 from meshnode.llm.service.hosts import Hosts
+from meshnode.llm.service.loaded import Loaded
 from meshnode.llm.service.loads import Loads
 from meshnode.llm.service.offering import OfferKeeper
+from meshnode.llm.service.pinned import Pinned
 from meshnode.llm.service.pull.pulls import Pulls
 from meshnode.llm.service.served import Served
 from meshnode.llm.service.weights.weights import Weights
@@ -41,6 +43,8 @@ class LlmService:
         generations: Generations,
         keeper: OfferKeeper,
         served: Served,
+        loaded: Loaded,
+        pinned: Pinned,
         weights: Weights,
         pulls: Pulls,
         client: httpx2.AsyncClient,
@@ -50,7 +54,7 @@ class LlmService:
     ) -> None:
         self._calls = calls
         self._methods = methods
-        self._parts = (hosts, loads, entries, generations, keeper, served)
+        self._parts = (hosts, loads, entries, generations, keeper, served, loaded, pinned)
         self._weights = weights
         self._pulls = pulls
         self._client = client

@@ -119,7 +119,7 @@ class OpenAiRoutes:
     async def models(self, request: Request) -> Content:
         # Two meshes that offered each other what they get from elsewhere would never come to an end.
         is_mesh = _hops(request) > 0
-        cards = [card for card in await self._llm.cards() if card.digest or not is_mesh]
+        cards = [card for card in await self._llm.cards() if card.digest or not (is_mesh or card.pinned)]
         return _json({"object": "list", "data": [_model(card) for card in cards]})
 
     async def model(self, request: Request) -> Content:

@@ -54,7 +54,7 @@ async def test_models_have_their_plan(it: Served) -> None:
         },
         "single_node_id": ME, "downloaded_tags": ["demo"], "aliases": ["d"], "architecture": "", "parameters": 0,
         "file_bytes": 700, "context_max": 512, "embeds": False, "licence": "", "source": "", "digest": "",
-        "held_by": [ME, ATTIC], "pinned": False, "tokens_per_s": 31.0, "first_token_s": 0.4,
+        "held_by": [ME, ATTIC], "pinned": False, "state": "idle", "tokens_per_s": 31.0, "first_token_s": 0.4,
         "reason": "fits on den alone",
     }  # fmt: skip
     assert (vectors["can_run"], vectors["is_downloaded"]) == (False, True)

@@ -10,6 +10,7 @@ from protocol.sharding.held import LoadingParameters
 from protocol.sharding.loading import SWEEP_TIMER, LoadingMachine
 from protocol.sharding.pipelines import (
     AnswerEnsure,
+    AskGone,
     CommandStage,
     EnsureAsked,
     EnsureRequest,
@@ -59,6 +60,11 @@ class Coordinator:
         self.asks += 1
         self.tell(EnsureAsked(self.asks, "entry", EnsureRequest(model, 100, **changes)))
         return self.asks
+
+    def pin(self, model: str) -> None:
+        """Somebody asks for it as pinned, and hears an answer or goes away."""
+        self.ask(model, pinned=True)
+        self.tell(AskGone(self.asks))
 
     def wait(self, seconds: float, *, reporting: bool = True) -> None:
         until = self.now + seconds

@@ -1,5 +1,6 @@
 """The coordinator's side: one load that all join, nodes lost on the way, probes, complaints, memory made."""
 
+from protocol.election.events import CoordinatorChanged
 from protocol.membership.events import PeerDown, PeerLeft
 from protocol.sharding.pipelines import (
     FEW_NODES,
@@ -11,7 +12,6 @@ from protocol.sharding.pipelines import (
     LoadFailed,
     Loading,
     LoadStage,
-    ModelPinned,
     PipelineLost,
     PipelineReady,
     PlanWanted,
@@ -235,7 +235,7 @@ def test_memory_is_made_by_the_longest_idle_that_nobody_pinned_or_uses() -> None
     for model in ("pinned", "busy", "older", "newer"):
         pipelines[model] = it.ready(f"node-{model}", model=model)
         it.wait(1.0)
-    it.tell(ModelPinned("pinned", True))
+    it.pin("pinned")
     it.stage("node-busy", pipelines["busy"], "ready", share=1.0, active=1)
     it.ask("m")
     it.no_plan()
@@ -275,6 +275,23 @@ def test_when_nothing_more_can_be_evicted_it_is_refused() -> None:
     assert it.orders(UnloadStage) == []
 
 
+def test_a_pin_counts_as_long_as_it_is_renewed_and_for_one_coordinator() -> None:
+    it = Coordinator(keep_alive_s=60.0, pin_s=30.0)
+    pipeline = it.ready("a", model="pinned")
+    for _ in range(20):
+        it.pin("pinned")
+        it.wait(10.0)
+    assert it.published(PipelineLost) == []
+    it.wait(25.0)
+    assert it.machine.pinned == frozenset(), "whoever pinned it is gone"
+    it.wait(60.0)
+    assert [lost.id for lost in it.published(PipelineLost)] == [pipeline.id]
+    it.pin("pinned")
+    assert it.machine.pinned == {"pinned"}
+    it.tell(CoordinatorChanged(9, "b", True))
+    assert it.machine.pinned == frozenset()
+
+
 def test_a_node_short_of_memory_is_relieved_of_what_is_idle() -> None:
     it = Coordinator()
     pipeline = it.ready("a", "b")
@@ -286,9 +303,9 @@ def test_a_node_short_of_memory_is_relieved_of_what_is_idle() -> None:
 
 
 def test_keep_alive_counts_from_the_last_session_and_spares_the_pinned() -> None:
-    it = Coordinator(keep_alive_s=60.0)
+    it = Coordinator(keep_alive_s=60.0, pin_s=600.0)
     used, pinned = it.ready("a", model="used"), it.ready("b", model="pinned")
-    it.tell(ModelPinned("pinned", True))
+    it.pin("pinned")
     it.stage("a", used, "ready", share=1.0, active=1)
     it.wait(100.0)
     assert it.published(PipelineLost) == []

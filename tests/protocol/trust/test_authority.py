@@ -11,6 +11,7 @@ from protocol.trust.authority import (
     evicting,
     gate,
     leaving,
+    may_delete_models,
     may_forget,
     may_hand_over_root,
     may_invite,
@@ -74,6 +75,17 @@ def test_the_key_counts_and_not_the_id_that_is_claimed(roster: Roster) -> None:
 )  # fmt: skip
 def test_who_may_invite(roster: Roster, who: str, role: Role, members_may: bool, expected: str | None) -> None:
     assert code(may_invite(roster, Policy(members_may_invite=members_may), node(who), role)) == expected
+
+
+@pytest.mark.parametrize(
+    ("who", "members_may", "expected"),
+    [
+        ("admin", False, None), ("admin", True, None), ("member", True, None), ("member", False, "forbidden"),
+        ("evicted", True, "not_a_member"), ("stranger", True, "not_a_member"),
+    ],
+)  # fmt: skip
+def test_who_may_delete_models_of_others(roster: Roster, who: str, members_may: bool, expected: str | None) -> None:
+    assert code(may_delete_models(roster, Policy(members_may_delete_models=members_may), node(who))) == expected
 
 
 Outcome = Literal["signed", "known", "join_refused"]

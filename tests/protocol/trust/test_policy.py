@@ -22,14 +22,20 @@ def test_every_setting_has_a_meaning() -> None:
     assert tuple(MEANINGS) == tuple(Policy.__dataclass_fields__)
 
 
-def test_the_defaults_let_members_invite_and_not_evict() -> None:
-    assert Policy(members_may_invite=True, members_may_evict=False, gossip_key_rotation_s=86_400.0) == DEFAULT
+def test_the_defaults_let_members_invite_and_neither_evict_nor_delete() -> None:
+    expected = Policy(
+        members_may_invite=True,
+        members_may_evict=False,
+        members_may_delete_models=False,
+        gossip_key_rotation_s=86_400.0,
+    )
+    assert expected == DEFAULT
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("members_may_invite", False), ("members_may_evict", True),
+        ("members_may_invite", False), ("members_may_evict", True), ("members_may_delete_models", True),
         ("gossip_key_rotation_s", 60), ("gossip_key_rotation_s", 7200.5),
     ],
 )  # fmt: skip

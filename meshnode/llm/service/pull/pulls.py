@@ -156,15 +156,18 @@ class Pulls:
     ) -> RemovedReport:
         """Delete a model from this node, from `node`, or from all that are up; stops pulls of it here.
 
-        Raises MeshError NOT_FOUND; CONFLICT, nothing deleted here, while it is loaded and not `force`d.
+        Raises MeshError NOT_FOUND; FORBIDDEN, nothing deleted anywhere, if that is not this node's to decide; CONFLICT,
+        nothing deleted here, while it is loaded and not `force`d.
         """
         manifest = self._weights.find(model)
         me = self._weights.me
+        holders = self._weights.records.holders(manifest.digest)
+        wanted = sorted({me, *holders}) if everywhere else [node or me]
+        if wanted != [me]:
+            self._weights.may_delete(me)
         for pull in [pull for pull in self._pulls.values() if pull.digest == manifest.digest]:
             pull.scope.cancel()
         up = {me, *self._alive()}
-        holders = self._weights.records.holders(manifest.digest)
-        wanted = sorted({me, *holders}) if everywhere else [node or me]
         unreachable = [one for one in wanted if one not in up]
         kept = [f"node {one} is not up" for one in unreachable]
         freed, done = 0, list[NodeId]()

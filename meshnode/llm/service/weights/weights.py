@@ -62,6 +62,7 @@ class Weights:
         token: str,
         in_use: Callable[[str], bool],
         pinned: Callable[[str], bool],
+        may_delete: Callable[[NodeId], None],
         other_names: Callable[[], Iterable[str]],
         disk: Disk,
         offload: Offload,
@@ -70,11 +71,13 @@ class Weights:
     ) -> None:
         """`alive`: members that are up. `bytes_max`: llm.disk_bytes_max. `in_use`, `pinned`: by digest.
 
+        `may_delete` raises MeshError FORBIDDEN for members that may not delete models from others' disks.
         `other_names`: what may be pulled by name, for suggestions. The caller hides `token` from logs.
         """
         self.me = me
         self.records = records
         self._in_use = in_use
+        self.may_delete = may_delete
         self._other_names = other_names
         self._claims = Claims()
         self.shelf = Shelf(store=store, records=records, folder=folder, offload=offload, wall=wall, logger=logger)
@@ -248,5 +251,7 @@ class Weights:
         return await self.staging.ask(manifest, request.first, request.last, tail=request.tail, begin=request.begin)
 
     async def drop_for(self, peer: NodeId, request: DropRequest) -> DropAnswer:
-        """`llm.weights.drop`."""
+        """`llm.weights.drop`. Raises MeshError FORBIDDEN."""
+        if peer != self.me:
+            self.may_delete(peer)
         return await self.drop(request.digest, force=request.force)

@@ -14,6 +14,7 @@ import trio.testing
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.llm.service.pull import fetch
 from meshnode.llm.service.pull.introducing import Described
+from meshnode.llm.service.weights.contracts import DropAnswer, DropRequest
 from tests.llm.service.weights.world import World, model, world
 from tests.support.gguf_files import split
 from tests.support.origin_server import origin_server
@@ -224,6 +225,31 @@ async def test_a_model_is_removed_here_or_everywhere_and_not_while_it_is_loaded(
         assert not w.board.rows
         with pytest.raises(MeshError, match="There is no model 'm'"):
             nodes[2].weights.find("m")
+
+
+async def test_who_may_not_delete_from_other_nodes_still_does_from_its_own(tmp_path: Path) -> None:
+    body = model()
+    async with origin_server({"/m.gguf": body}) as origin, world(tmp_path) as w:
+        admin, member = await w.add(), await w.add()
+        w.deleters = {admin.id}
+        w.plan = [(admin.id, 0, 4), (member.id, 4, 8)]
+        await member.pull(origin.url("/m.gguf"))
+        before = admin.on_disk()
+        assert member.on_disk() > 0
+        for target, everywhere in ((admin.id, False), (None, True)):
+            with pytest.raises(MeshError, match="Only admins") as caught:
+                await member.pulls.remove("m", node=target, everywhere=everywhere)
+            assert caught.value.code is ErrorCode.FORBIDDEN
+        assert member.on_disk() > 0, "what is refused is refused as a whole"
+        # A member that asks past its own agent's rules is refused where it asks.
+        request = DropRequest(member.weights.find("m").digest, True)
+        with pytest.raises(MeshError, match="Only admins") as caught:
+            await member.node.links.call(admin.id, "llm.weights.drop", request, DropAnswer, timeout_s=5)
+        assert caught.value.code is ErrorCode.FORBIDDEN
+        assert admin.on_disk() == before > 0
+        assert (await member.pulls.remove("m", everywhere=False)).nodes == (member.id,)
+        assert member.on_disk() == 0
+        assert (await admin.pulls.remove("m", everywhere=True)).nodes == (admin.id,)
 
 
 async def test_names_mean_what_is_known_then_the_catalogue_and_near_ones_are_suggested(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import trio
 
 from meshnode.kernel.database import open_database
 from meshnode.kernel.database.migrations import read_migrations
+from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import BulkStream
 from meshnode.kernel.offload import InlineOffload
 from meshnode.llm.peers.weights import weight_methods
@@ -80,8 +81,6 @@ class Network:
         grant = self.node.links.grant_bulk(peer, PURPOSE)
 
         async def wait() -> None:
-            from meshnode.kernel.errors import MeshError
-
             try:
                 stream = await grant.accept()
                 async with stream:
@@ -153,6 +152,11 @@ class World:
         self.down: set[NodeId] = set()
         self.plan: list[Target] = []
         self.offers = Offers()
+        self.deleters: set[NodeId] | None = None  # None: whoever wants to
+
+    def may_delete(self, peer: NodeId) -> None:
+        if self.deleters is not None and peer not in self.deleters:
+            raise MeshError(ErrorCode.FORBIDDEN, "Only admins delete models from other nodes.")
 
     def alive(self) -> Sequence[NodeId]:
         return [member.id for member in self.members if member.id not in self.down]
@@ -188,6 +192,7 @@ class World:
             token=token,
             in_use=in_use.__contains__,
             pinned=pinned.__contains__,
+            may_delete=self.may_delete,
             other_names=lambda: sorted(self.offers.known),
             disk=lambda where: (disk, disk),
             offload=InlineOffload(),
