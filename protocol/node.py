@@ -293,7 +293,7 @@ class Node:
             if isinstance(message, Gossip):
                 for blob in message.items:
                     stated = self.codec.open(blob, packet.sender, now)
-                    if stated is not None:
+                    if stated is not None and not self.membership.holds(stated):
                         name = "heartbeats" if isinstance(stated.body, Heartbeat) else "membership"
                         self._give(name, StatementReceived(packet.sender, stated), now, wall)
             else:

@@ -28,9 +28,11 @@ class DiskParams:
 class Disk:
     """Durable tables (machine -> key -> value) with commits that take time, fail when full and tear at a crash."""
 
-    __slots__ = ("_in_flight", "full", "params", "records", "rng", "slowness", "tables")
+    __slots__ = ("_in_flight", "_names", "full", "params", "records", "rng", "slowness", "tables")
 
-    def __init__(self, params: DiskParams, rng: Random) -> None:
+    def __init__(self, params: DiskParams, rng: Random, names: dict[bytes, bytes] | None = None) -> None:
+        """`names` is shared by the disks of one world: a key that many of them hold is kept once."""
+        self._names = {} if names is None else names
         self.params = params
         self.rng = rng
         self.tables: dict[str, dict[bytes, bytes]] = {}
@@ -41,7 +43,7 @@ class Disk:
 
     def copy(self, rng: Random) -> "Disk":
         """A disk that holds what this one has durable."""
-        made = Disk(self.params, rng)
+        made = Disk(self.params, rng, self._names)
         made.tables = self.snapshot()
         made.records = deepcopy(self.records)
         return made
@@ -87,4 +89,4 @@ class Disk:
         if write.value is None:
             table.pop(write.key, None)
         else:
-            table[write.key] = write.value
+            table[self._names.setdefault(write.key, write.key)] = write.value

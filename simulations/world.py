@@ -61,6 +61,8 @@ class World:
         self._by_id: dict[NodeId, Computer] = {}
         self._copies: dict[NodeId, list[Computer]] = {}
         self._shorts: dict[NodeId, ShortId] = {}
+        self._columns: dict[NodeId, int] = {}
+        self._names: dict[bytes, bytes] = {}  # keys of durable tables; what all nodes remember is spelled once
         self._checkers: list[Checker] = []
         self._on_published: list[Callable[[Computer, object], None]] = []
         self._sweep_s = sweep_s
@@ -86,7 +88,7 @@ class World:
                 address=_address(index),
                 program=program,
                 rng=rng,
-                disk=Disk(self._disk, rng),
+                disk=Disk(self._disk, rng, self._names),
                 seed=seed.encode(),
             )
             self.computers.append(computer)
@@ -148,6 +150,10 @@ class World:
         if known is None:
             known = self._shorts[node_id] = short_id(node_id)
         return known
+
+    def column(self, node_id: NodeId) -> int:
+        """A small number for this identity, the same for all copies of it: where checkers keep what they note of it."""
+        return self._columns.setdefault(node_id, len(self._columns))
 
     def queue_sizes(self, computer: Computer) -> Sequence[tuple[str, int, int]]:
         """(name, entries, limit) of what a computer's machine holds; nothing when it is off."""

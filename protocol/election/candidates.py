@@ -3,7 +3,8 @@
 The classes are coarse on purpose. A node moves between them rarely, and the incumbent stays whatever its class becomes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from heapq import nlargest
 from typing import Final
 
 from protocol.election.events import Standing
@@ -12,6 +13,7 @@ from protocol.ids import NodeId
 HOUR_S: Final = 3600
 DAY_S: Final = 24 * HOUR_S
 GIB: Final = 1024  # in MiB
+FIRST_COUNT: Final = 3  # a coordinator and its two deputies
 
 
 def stability_class(uptime_s: int, *, on_battery: bool, has_battery: bool) -> int:
@@ -34,13 +36,72 @@ def rank_key(node: NodeId, short: bytes, standings: Mapping[NodeId, Standing]) -
     return (0, 0, short) if standing is None else (standing.stability, standing.capability, short)
 
 
-def best(nodes: Iterable[tuple[NodeId, bytes]], standings: Mapping[NodeId, Standing], count: int) -> tuple[NodeId, ...]:
-    """The `count` best of these (node, short id) pairs, the best first."""
-    ordered = sorted(nodes, key=lambda pair: rank_key(pair[0], pair[1], standings), reverse=True)
-    return tuple(node for node, _ in ordered[:count])
+class Candidates:
+    """This node and the peers that it sees up, by rank. Asked at every change of a view: never sorts all.
 
+    `up` maps those peers to their short ids; others may read it, and nobody else changes it.
+    """
 
-def rank(me: tuple[NodeId, bytes], others: Iterable[tuple[NodeId, bytes]], standings: Mapping[NodeId, Standing]) -> int:
-    """How many of the others are better candidates."""
-    mine = rank_key(me[0], me[1], standings)
-    return sum(rank_key(node, short, standings) > mine for node, short in others)
+    def __init__(self, me: NodeId, short: bytes) -> None:
+        self._me = me
+        self._short = short
+        self._standings: dict[NodeId, Standing] = {}
+        self._mine = rank_key(me, short, self._standings)
+        self._first: list[tuple[tuple[int, int, bytes], NodeId]] | None = None  # the best, this node included
+        self.up: dict[NodeId, bytes] = {}
+        self.better = 0
+        """How many peers that are up are better candidates than this node."""
+
+    def add(self, peer: NodeId, short: bytes) -> None:
+        """The peer is up. Harmless when it was."""
+        if peer in self.up:
+            return
+        self.up[peer] = short
+        self._counted(peer, 1)
+
+    def remove(self, peer: NodeId) -> None:
+        """The peer is not up. Harmless when it was not."""
+        if peer in self.up:
+            self._counted(peer, -1)
+            del self.up[peer]
+
+    def describe(self, standing: Standing) -> bool:
+        """Take what a node says of itself; False if that is no news."""
+        node = standing.node
+        if self._standings.get(node) == standing:
+            return False
+        if node == self._me:
+            self._standings[node] = standing
+            self._mine = rank_key(self._me, self._short, self._standings)
+            self.better = sum(self._key(peer) > self._mine for peer in self.up)
+            self._first = None
+        elif node in self.up:
+            self._counted(node, -1)
+            self._standings[node] = standing
+            self._counted(node, 1)
+        else:
+            self._standings[node] = standing
+        return True
+
+    def deputies(self, leader: NodeId | None) -> tuple[NodeId, ...]:
+        """The two best after the leader."""
+        if self._first is None:
+            everybody = [(self._key(peer), peer) for peer in self.up]
+            self._first = nlargest(FIRST_COUNT, [*everybody, (self._mine, self._me)])
+        return tuple(node for _, node in self._first if node != leader)[: FIRST_COUNT - 1]
+
+    def _key(self, peer: NodeId) -> tuple[int, int, bytes]:
+        return rank_key(peer, self.up[peer], self._standings)
+
+    def _counted(self, peer: NodeId, change: int) -> None:
+        """The peer comes (1) or goes (-1)."""
+        key = self._key(peer)
+        self.better += change if key > self._mine else 0
+        first = self._first
+        if first is None:
+            return
+        if change < 0:
+            if (key, peer) in first:
+                self._first = None
+        elif len(first) < FIRST_COUNT or (key, peer) > first[-1]:
+            self._first = sorted([*first, (key, peer)], reverse=True)[:FIRST_COUNT]

@@ -4,11 +4,12 @@ What a coordinator does is in coordination, what a follower says in following, w
 hands the events in and reports what came of them.
 """
 
+from collections.abc import Mapping
 from math import inf
 from typing import Final
 
 from protocol.effects import CancelTimer, Effect, Publish, Rng, SetTimer, TimerKey
-from protocol.election.candidates import best, rank
+from protocol.election.candidates import Candidates
 from protocol.election.coordination import BEAT, LAPSE, REFORM, RETRY, Coordination, Moment
 from protocol.election.electorate import Ballot
 from protocol.election.events import ElectionCalled, ForgetLostDone, ForgetLostRefused, Standing
@@ -34,8 +35,8 @@ class Contest:
         self._rng = rng
         self._params = params
         self._ledger = ledger
-        self._up: dict[NodeId, bytes] = {}
-        self._standings: dict[NodeId, Standing] = {}
+        self._candidates = Candidates(me, self._short)
+        self._up: Mapping[NodeId, bytes] = self._candidates.up
         self._vacant_since = 0.0
         self._quorate_from = -inf
         self._grace_until = 0.0
@@ -47,10 +48,7 @@ class Contest:
 
     def deputies(self) -> tuple[NodeId, ...]:
         """The two best candidates after the coordinator."""
-        nodes = {**self._up, self._me: self._short}
-        if self.following.leader is not None:
-            nodes.pop(self.following.leader, None)
-        return best(nodes.items(), self._standings, 2)
+        return self._candidates.deputies(self.following.leader)
 
     def start(self, at: Moment) -> list[Effect]:
         """A node alone in its mesh coordinates at once; any other first waits for those who are there."""
@@ -67,10 +65,7 @@ class Contest:
 
     def standing(self, standing: Standing, at: Moment) -> list[Effect]:
         """A node described itself: it counts while nobody coordinates, and changes nothing while somebody does."""
-        if self._standings.get(standing.node) == standing:
-            return []
-        self._standings[standing.node] = standing
-        return self._seek(at)
+        return self._seek(at) if self._candidates.describe(standing) else []
 
     # ---- following ---------------------------------------------------------------------------------------------
 
@@ -214,7 +209,7 @@ class Contest:
         if known is not None and known in self._up:
             # Somebody named it before, only its beacon is missing.
             return self._follow(known, seen, at) + self.following.nudge(at.now)
-        better = rank((self._me, self._short), self._up.items(), self._standings)
+        better = self._candidates.better
         due = self._vacant_since
         if better and self._ledger.ballot.leader != self._short:
             jitter = self._rng.uniform(0.0, self._params.stagger_s / 2)
@@ -285,7 +280,7 @@ class Contest:
     def peer_up(self, peer: NodeId, at: Moment) -> list[Effect]:
         if peer not in self._roster or peer == self._me:
             return []
-        self._up[peer] = bytes(self._roster.short(peer))
+        self._candidates.add(peer, self._roster.short(peer))
         effects = self.coordination.greet(peer, at) if self.coordination is not None else []
         retaken = self._retake_deferred(at)
         if retaken is not None or self.coordination is not None:
@@ -299,7 +294,7 @@ class Contest:
         return self._seek(at)
 
     def peer_down(self, peer: NodeId, at: Moment) -> list[Effect]:
-        self._up.pop(peer, None)
+        self._candidates.remove(peer)
         self.following.forget_deferred(peer)
         if peer == self.following.leader:
             return self._vacate(at, 0.0)
@@ -320,7 +315,7 @@ class Contest:
 
     def roster_changed(self, at: Moment) -> list[Effect]:
         for peer in [peer for peer in self._up if peer not in self._roster]:
-            del self._up[peer]
+            self._candidates.remove(peer)
         if self._me not in self._roster:
             return self.depart(at)
         if self.coordination is not None:

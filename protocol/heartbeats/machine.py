@@ -62,7 +62,7 @@ class Heartbeats:
         self._rng = rng
         self._codec = codec
         self._params = params or HeartbeatParameters()
-        self._order: list[tuple[bytes, NodeId]] = [(roster.short(me), me)]
+        self._order: list[NodeId] = [me]  # who is up, by short id
         self._sample: Sample | None = None
         self._told: Sample | None = None
         self._number = 0
@@ -120,20 +120,17 @@ class Heartbeats:
                     self._passed.pop(peer, None)
                 return []
             case PeerDown(peer) | PeerLeft(peer):
-                entry = (self._roster.short(peer), peer)
-                index = bisect_left(self._order, entry)
-                if index < len(self._order) and self._order[index] == entry:
+                index = self._index(peer)
+                if index is not None:
                     del self._order[index]
                 return []
             case _:
                 return []
 
     def _arrived(self, peer: NodeId, now: float) -> list[Effect]:
-        entry = (self._roster.short(peer), peer)
-        index = bisect_left(self._order, entry)
-        if index < len(self._order) and self._order[index] == entry:
+        if self._index(peer) is not None:
             return []
-        insort(self._order, entry)
+        insort(self._order, peer, key=self._roster.short)
         # A newcomer should not wait a whole period to see this node; in a large mesh it gets only what it hears.
         if self._told is not None and len(self._order) <= GREETED_MAX:
             return self._early(now, self._rng.uniform(0.1, 1.0))
@@ -216,9 +213,9 @@ class Heartbeats:
     # ---- the tree ----------------------------------------------------------------------------------------------
 
     def _index(self, node: NodeId) -> int | None:
-        entry = (self._roster.short(node), node)
-        index = bisect_left(self._order, entry)
-        return index if index < len(self._order) and self._order[index] == entry else None
+        # Short ids are unique among members, and whoever loses one has left before another gets it.
+        index = bisect_left(self._order, self._roster.short(node), key=self._roster.short)
+        return index if index < len(self._order) and self._order[index] == node else None
 
     def _send_down(self, root: NodeId, blobs: list[bytes]) -> list[Effect]:
         """Pass heartbeats to this node's children in the tree of `root`: a heap over the list rotated to the root."""
@@ -229,7 +226,7 @@ class Heartbeats:
         rank = (mine - base) % size
         children = range(rank * fanout + 1, min(rank * fanout + 1 + fanout, size))
         return [
-            Send(self._order[(base + child) % size][1], (Spread(self._roster.short(root), packet),), ahead=True)
+            Send(self._order[(base + child) % size], (Spread(self._roster.short(root), packet),), ahead=True)
             for packet in _packets(blobs)
             for child in children
         ]

@@ -105,6 +105,11 @@ class Membership:
         """Whether another machine runs with this node's key, as far as this node noticed."""
         return self._twin.contests
 
+    def holds(self, stated: Stated) -> bool:
+        """Whether this very statement is what keeps its signer up here, so that hearing it again changes nothing."""
+        view = self._s.view
+        return view.known.get(stated.signer) is stated and stated.signer in view.up and stated.signer != self._s.me
+
     def addresses(self, peer: NodeId) -> tuple[Address, ...]:
         """Where to reach a peer, the best first; empty if nothing is known."""
         return self._s.addresses(peer)

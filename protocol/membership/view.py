@@ -4,7 +4,7 @@ Only bookkeeping; the machine decides. The digest covers who is up, in which boo
 digests have equal views.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, KeysView
 from typing import NamedTuple
 
 from protocol.ids import Address, NodeId, unpack_address
@@ -43,7 +43,8 @@ class View:
         self._me = me
         self._roster = roster
         self.known: dict[NodeId, Stated] = {}  # the newest Alive of each, this node's too
-        self.up: set[NodeId] = set()
+        self._up: dict[NodeId, None] = {}  # half the size of a set
+        self.up: KeysView[NodeId] = self._up.keys()
         self.peers: list[NodeId] = []  # up, without this node; for sampling
         self.down: dict[NodeId, Down] = {}
         self.left: dict[NodeId, Stated] = {}
@@ -65,7 +66,7 @@ class View:
         if was_up:
             self.digest ^= self.known[peer].token
         else:
-            self.up.add(peer)
+            self._up[peer] = None
             if peer != self._me:
                 self.peers.append(peer)
         self.known[peer] = stated
@@ -77,7 +78,7 @@ class View:
 
     def _not_up(self, peer: NodeId, now: float) -> None:
         if peer in self.up:
-            self.up.discard(peer)
+            self._up.pop(peer, None)
             if peer != self._me:
                 self.peers.remove(peer)
             self.digest ^= self.known[peer].token

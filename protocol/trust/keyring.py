@@ -98,7 +98,7 @@ class Keyring:
         self._sending: HeldKey | None = None
         self._learnt_at = 0.0  # when the newest key was learnt, monotonic
         self._retired: dict[bytes, None] = {}  # ids of keys that were dropped, oldest first
-        self._up: set[NodeId] = set()
+        self._up: dict[NodeId, None] = {}  # half the size of a set
         self._coordinating = False
         self._due_published_at = float("-inf")
         self._holders: set[NodeId] = set()  # peers believed to hold the newest key
@@ -114,7 +114,7 @@ class Keyring:
         """(key id, key) to seal with. Raises LookupError while no key is held, which a started member never is."""
         if self._sending is None:
             raise LookupError("no gossip key is held; found or join a mesh first")
-        return self._sending.value.key_id, self._sending.value.key
+        return self._sending.key_id, self._sending.value.key
 
     def receiving(self, key_id: bytes) -> bytes | None:
         """The key with this id, if datagrams under it are still accepted."""
@@ -157,7 +157,7 @@ class Keyring:
             case PeerUp():
                 return self._peer_up(event.peer, now)
             case PeerDown() | PeerLeft():
-                self._up.discard(event.peer)
+                self._up.pop(event.peer, None)
                 self._pending.pop(event.peer, None)
                 return []
             case RosterChanged():
@@ -275,7 +275,7 @@ class Keyring:
         if not event.removed:
             return []
         for peer in event.removed:
-            self._up.discard(peer)
+            self._up.pop(peer, None)
             self._holders.discard(peer)
             for table in (self._pending, self._unconfirmed, self._pushed_at, self._taken):
                 table.pop(peer, None)
@@ -290,7 +290,7 @@ class Keyring:
     # ---- giving -----------------------------------------------------------------------------------------------------
 
     def _peer_up(self, peer: NodeId, now: float) -> list[Effect]:
-        self._up.add(peer)
+        self._up[peer] = None
         newest = self._newest
         if newest is None or peer in self._holders:
             return []

@@ -6,7 +6,7 @@ proven by the pairwise keys derived with it. When keys change hands is protocol.
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Final
 
 import msgspec
@@ -56,6 +56,10 @@ class HeldKey:
     value: GossipKey
     usable_at: float  # seal with it from then on: by then the others have it too
     retire_at: float | None = None  # None while no newer key is in use
+    key_id: bytes = field(init=False)  # kept, because every datagram asks for it
+
+    def __post_init__(self) -> None:
+        self.key_id = self.value.key_id
 
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -31,6 +31,7 @@ class Roster:
         self._admitted: dict[NodeId, Admission] = {}  # admitted and not evicted, colliding ones included
         self._claims: dict[bytes, set[NodeId]] = {}  # the admitted by short id; almost always one
         self._by_short: dict[bytes, NodeId] = {}  # the members
+        self._held: dict[NodeId, Admission] = {}  # the members' admissions; every datagram asks for some
         self._shorts: dict[NodeId, ShortId] = {}
         self._members: tuple[NodeId, ...] | None = None
         self._positions: dict[NodeId, int] = {}
@@ -82,9 +83,13 @@ class Roster:
 
     def _settle(self, short: ShortId, claims: set[NodeId]) -> None:
         """Decide anew whose short id this is."""
-        winner = min(claims, default=None)
-        if winner == self._by_short.get(short):
+        winner, before = min(claims, default=None), self._by_short.get(short)
+        if winner is not None:
+            self._held[winner] = self._admitted[winner]
+        if winner == before:
             return
+        if before is not None:
+            del self._held[before]
         if winner is None:
             del self._by_short[short]
         else:
@@ -139,7 +144,7 @@ class Roster:
         return None if member is None else member.role
 
     def __contains__(self, node_id: object) -> bool:
-        return isinstance(node_id, str) and self.admission(NodeId(node_id)) is not None
+        return node_id in self._held
 
     def __len__(self) -> int:
         return len(self._by_short)
@@ -148,8 +153,7 @@ class Roster:
 
     def admission(self, node_id: NodeId) -> Admission | None:
         """The admission by which a node is a member, or None."""
-        admitted = self._admitted.get(node_id)
-        return admitted if admitted is not None and self._by_short[self._shorts[node_id]] == node_id else None
+        return self._held.get(node_id)
 
     def name(self, node_id: NodeId) -> str | None:
         """The member's name, or None. Names are labels: two members may have the same."""

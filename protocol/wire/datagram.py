@@ -81,7 +81,7 @@ class DatagramCodec:
         self._boots: dict[NodeId, int] = {}
         self._windows: dict[NodeId, ReplayWindow] = {}
         self._outgoing: dict[NodeId, tuple[bytes, int, bytes]] = {}  # (key id, receiver's boot, pair key)
-        self._incoming: dict[NodeId, tuple[bytes, bytes]] = {}  # (key id, pair key)
+        self._incoming: dict[NodeId, tuple[bytes, bytes]] = {}  # (gossip key, pair key)
         self.accepted = 0
         self.drops: Counter[str] = Counter()
         self.version_seen: dict[NodeId, int] = {}  # claimed, not proven: for a message to the person, no decision
@@ -157,7 +157,7 @@ class DatagramCodec:
             self._incoming.pop(sender, None)
             self.drops["unknown_key"] += 1
             return UnknownKey(sender, key_id, source)
-        key = self._incoming_key(sender, key_id, gossip_key)
+        key = self._incoming_key(sender, gossip_key)
         if key is None:
             self._drop("unusable_key")
             return None
@@ -181,16 +181,16 @@ class DatagramCodec:
             del self.version_seen[sender]
         return Opened(sender, boot, messages)
 
-    def _incoming_key(self, sender: NodeId, key_id: bytes, gossip_key: bytes) -> bytes | None:
+    def _incoming_key(self, sender: NodeId, gossip_key: bytes) -> bytes | None:
         cached = self._incoming.get(sender)
-        if cached is None or cached[0] != key_id:
+        if cached is None or cached[0] != gossip_key:
             public_key = self._roster.public_key(sender)
             if public_key is None:
                 return None
             key = self._suite.pair_key(gossip_key, public_key, sender, self._me, self._boot)
             if key is None:
                 return None
-            cached = self._incoming[sender] = (key_id, key)
+            cached = self._incoming[sender] = (gossip_key, key)
         return cached[1]
 
     def _foreign(self, data: bytes) -> None:

@@ -136,7 +136,8 @@ class StatementCodec:
         return self._remember(Stated(blob, body, signer, view_token(body) if isinstance(body, Alive) else 0))
 
     def _remember(self, stated: Stated) -> Stated:
-        if len(self._cache) >= self._cache_max:
+        # Everybody's newest statement finds room beside what is said of the moment, however large the mesh is.
+        if len(self._cache) >= max(self._cache_max, 2 * len(self._roster)):
             # Dicts keep insertion order: the oldest goes. A shared mapping brings its own bound.
             del self._cache[next(iter(self._cache))]
         self._cache[stated.blob] = stated

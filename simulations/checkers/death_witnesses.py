@@ -16,6 +16,23 @@ from simulations.world import World
 _decode = msgspec.msgpack.Decoder(StatementBody).decode
 
 
+class _Row:
+    """Who is up for one computer: a byte for each identity, and how many."""
+
+    __slots__ = ("_bytes", "count")
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+        self.count = 0
+
+    def set(self, column: int, value: int) -> None:
+        """Note whether that identity is up."""
+        if column >= len(self._bytes):
+            self._bytes.extend(bytes(column + 1 - len(self._bytes)))
+        self.count += value - self._bytes[column]
+        self._bytes[column] = value
+
+
 class DeathWitnesses(Checker):
     """Raises when a verdict has too few witnesses, the same one twice, the accused itself, or one who never accused."""
 
@@ -24,7 +41,7 @@ class DeathWitnesses(Checker):
     def attached(self, world: World) -> None:
         self._world = world
         self._accused: set[tuple[NodeId, bytes]] = set()  # (who signed it, short id of the accused)
-        self._up: dict[int, set[NodeId]] = {}
+        self._up: dict[int, _Row] = {}
         world.ring.signed.append(self._signed)
 
     def _signed(self, public_key: bytes, domain: bytes, body: bytes) -> None:
@@ -35,19 +52,19 @@ class DeathWitnesses(Checker):
 
     def started(self, computer: Computer) -> None:
         """An empty view."""
-        self._up[computer.index] = set()
+        self._up[computer.index] = _Row()
 
     def published(self, computer: Computer, event: object) -> None:
         """Weigh every verdict."""
         match event:
             case PeerUp(peer):
-                self._up[computer.index].add(peer)
+                self._up[computer.index].set(self._world.column(peer), 1)
             case PeerLeft(peer):
-                self._up[computer.index].discard(peer)
+                self._up[computer.index].set(self._world.column(peer), 0)
             case PeerDown(peer, witnesses, private):
                 up = self._up[computer.index]
-                up.discard(peer)
-                self._weigh(computer, peer, witnesses, private, len(up))
+                up.set(self._world.column(peer), 0)
+                self._weigh(computer, peer, witnesses, private, up.count)
 
     def _weigh(
         self, computer: Computer, peer: NodeId, witnesses: tuple[NodeId, ...], private: bool, others: int

@@ -3,11 +3,12 @@
 What an attacker replays is refused because these rise; what they must survive is crashes, torn writes and clocks.
 """
 
+from array import array
 from struct import Struct
 
 import msgspec
 
-from protocol.ids import Address, NodeId
+from protocol.ids import Address
 from protocol.membership.events import PeerUp
 from protocol.wire import limits
 from protocol.wire.crypto import STATEMENT_DOMAIN
@@ -34,7 +35,7 @@ class Rising(Checker):
         self._highest: dict[int, int] = {}
         # Datagrams that waited for a disk leave after later ones: those numbers are held here until they show up.
         self._gaps: dict[int, set[int]] = {}
-        self._boots: dict[tuple[int, NodeId], int] = {}
+        self._boots: dict[int, array[int]] = {}  # by computer: every peer's boot, by the column of its identity
         self._stated: dict[tuple[bytes, str, int], tuple[int, int]] = {}
         world.ring.signed.append(self._signed)
 
@@ -80,15 +81,17 @@ class Rising(Checker):
     def published(self, computer: Computer, event: object) -> None:
         """A peer that is up again is not up in an older boot."""
         if isinstance(event, PeerUp):
-            before = self._boots.get((computer.index, event.peer), 0)
+            boots, column = self._boots[computer.index], self._world.column(event.peer)
+            if column >= len(boots):
+                boots.extend([0] * (len(self._world.computers) + column - len(boots)))
+            before = boots[column]
             if event.boot < before:
                 self._object(f"{computer} took {self._world.find(event.peer)} up in boot {event.boot} after {before}")
-            self._boots[(computer.index, event.peer)] = event.boot
+            boots[column] = event.boot
 
     def started(self, computer: Computer) -> None:
         """What a process believed of others dies with it."""
-        for key in [key for key in self._boots if key[0] == computer.index]:
-            del self._boots[key]
+        self._boots[computer.index] = array("I")
 
     def _object(self, words: str) -> None:
         raise Violation(self.name, self._world.now, words)

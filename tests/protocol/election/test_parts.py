@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.effects import Effect, Persist
-from protocol.election.candidates import best, capability_class, rank, stability_class
+from protocol.election.candidates import Candidates, capability_class, rank_key, stability_class
 from protocol.election.electorate import Electorate, apply_toggle, founded, offered
 from protocol.election.events import Standing
 from protocol.election.fence import FENCE_MACHINE, TERM_LEAP_MAX, Fence
@@ -122,15 +122,39 @@ def test_capability(cores: int, ram_mb: int, expected: int) -> None:
     assert capability_class(cores, ram_mb) == expected
 
 
-def test_every_node_sorts_candidates_alike() -> None:
-    nodes = [(node, bytes(short_id(node))) for node in IDS]
+def test_classes_go_before_ids_and_the_undescribed_come_last() -> None:
     standings = {A: Standing(A, 4, 0), B: Standing(B, 2, 3), C: Standing(C, 2, 3)}
-    order = best(nodes, standings, 9)
-    assert order[:3] == (A, C, B)
-    assert order[3] == IDS[-1]
-    for place, node in enumerate(order):
-        others = [pair for pair in nodes if pair[0] != node]
-        assert rank((node, bytes(short_id(node))), others, standings) == place
+    order = sorted(IDS, key=lambda node: rank_key(node, short_id(node), standings), reverse=True)
+    assert order[:4] == [A, C, B, IDS[-1]]
+
+
+_steps = st.lists(
+    st.tuples(st.sampled_from(("add", "remove", "describe")), st.sampled_from(IDS[:7]), st.integers(0, 2)), max_size=60
+)
+
+
+@given(_steps)
+def test_candidates_are_ranked_as_if_sorted_anew_after_every_change(steps: list[tuple[str, NodeId, int]]) -> None:
+    me = IDS[3]
+    candidates = Candidates(me, short_id(me))
+    up: set[NodeId] = set()
+    standings: dict[NodeId, Standing] = {}
+    for step, node, stability in steps:
+        if step == "describe":
+            standing = Standing(node, stability, 1)
+            assert candidates.describe(standing) == (standings.get(node) != standing)
+            standings[node] = standing
+        elif step == "add" and node != me:
+            candidates.add(node, short_id(node))
+            up.add(node)
+        elif step == "remove" and node != me:
+            candidates.remove(node)
+            up.discard(node)
+        order = sorted({*up, me}, key=lambda node: rank_key(node, short_id(node), standings), reverse=True)
+        assert candidates.better == order.index(me)
+        for leader in (None, *order):
+            assert candidates.deputies(leader) == tuple(node for node in order if node != leader)[:2]
+    assert candidates.up == {node: short_id(node) for node in up}
 
 
 # ---- the lease clock and the tally -----------------------------------------------------------------------------------
