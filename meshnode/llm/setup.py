@@ -30,6 +30,7 @@ from meshnode.llm.service.engines.upstream import Upstreams, parse_upstreams
 from meshnode.llm.service.entries import Entries
 from meshnode.llm.service.generate import Generations
 from meshnode.llm.service.hosts import Hosts
+from meshnode.llm.service.learning import Learning, Remembered, weight_bytes
 from meshnode.llm.service.lending import Lent, Measured
 from meshnode.llm.service.loads import Loads, Planning
 from meshnode.llm.service.models import Models, parse_aliases
@@ -65,7 +66,7 @@ from protocol.sharding.loading import LoadingMachine
 from protocol.sharding.offers import Speed
 from protocol.sharding.pipelines import Answer, EnsureRequest, Pipeline, StageCommand
 from protocol.sharding.planner import Refusal
-from protocol.sharding.predict import Estimator
+from protocol.sharding.predict import NOTHING_LEARNT
 
 FIRST_TOKEN: Final = 1_000_000  # record writers' tokens, apart from those of others
 ENSURE_S: Final = 10.0
@@ -73,6 +74,7 @@ REPORT_S: Final = 5.0
 SHIPPED: Final = Path(__file__).parent / "data" / "meshnode-demo.gguf"
 MACHINE: Final = "llm"  # under which rows of the key-value store are kept
 _SPEED: Final = b"speed"
+_LEARNT: Final = b"learnt"
 
 
 def llm_collections() -> list[Collection]:
@@ -152,10 +154,10 @@ class _Assembly:
             offload=ground.offload,
             slots=settings.slots,
             stages_min=settings.stages_min,
-            estimator=Estimator(),
         )
         self._pulls = self._build_pulls()
         self._lent = self._build_lent()
+        self._learning = self._build_learning()
         self._hosts = self._build_hosts()
         self._loads = self._build_loads()
         self._entries = Entries(calls=self._calls, hosts=self._hosts, log=ground.log("llm.entry"))
@@ -222,6 +224,7 @@ class _Assembly:
             entries=self._entries,
             generations=self._generations,
             keeper=self._keeper,
+            learning=self._learning,
             served=served,
             weights=self._weights,
             pulls=self._pulls,
@@ -298,6 +301,27 @@ class _Assembly:
             gpus=ground.gpus,
             rtts=ground.rtts,
             measured=None if stored is None else msgspec.msgpack.decode(stored, type=Measured),
+            learnt=lambda: self._learning.told,
+        )
+
+    def _build_learning(self) -> Learning:
+        ground = self._ground
+        stored = ground.key_value.load_all(MACHINE).get(_LEARNT)
+        before = NOTHING_LEARNT
+        if stored is not None:
+            before = msgspec.msgpack.decode(stored, type=Remembered).learnt(self._lent.speed)
+
+        async def remember(learnt: Remembered) -> None:
+            await ground.key_value.persist([Persist(MACHINE, _LEARNT, msgspec.msgpack.encode(learnt))])
+            self._keeper.hurry()
+
+        return Learning(
+            calls=self._calls,
+            offers=self._offers,
+            shapes=self._shapes,
+            speed=lambda: self._lent.speed,
+            before=before,
+            remember=remember,
         )
 
     def _build_hosts(self) -> Hosts:
@@ -327,6 +351,8 @@ class _Assembly:
             report=report,
             probe=probe,
             remember=remember,
+            weight_bytes=lambda model, first, end: weight_bytes(self._shapes, model, first, end),
+            hear=self._learning.hear,
             now=ground.now,
             log=ground.log("llm.stages"),
         )

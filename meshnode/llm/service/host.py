@@ -79,6 +79,14 @@ class Surroundings(Protocol):
         """Take a measurement in."""
         ...
 
+    def weight_bytes(self, model: str, first: int, end: int) -> int:
+        """What each token reads of these layers; 0 if nobody knows."""
+        ...
+
+    def hear(self, pipeline: Pipeline, span: Span, stats: Stats) -> None:
+        """A stage tells what it did."""
+        ...
+
 
 class EntrySink:
     """Frames for one entry, which wait here for it: a slow one loses its stream before it slows the others down."""
@@ -209,7 +217,9 @@ class StageHost:
     async def _measure(self, engine: Engine) -> None:
         """How fast this node is, on the layers at hand; plans are made with it."""
         told = await engine.calibrate()
-        speed = Speed(max(1, engine.facts.model_bytes), told.seconds_per_token, told.seconds_per_prefill_row)
+        span = self.span
+        read = self._around.weight_bytes(self.pipeline.model, span.first, span.end)
+        speed = Speed(read or max(1, engine.facts.model_bytes), told.seconds_per_token, told.seconds_per_prefill_row)
         if 0 < speed.token_s < math.inf and 0 <= speed.row_s < math.inf:
             await self._around.measured(speed)
 
@@ -388,6 +398,7 @@ class StageHost:
             stats = item.message()
             assert isinstance(stats, Stats)
             self.stats = stats
+            self._around.hear(self.pipeline, self.span, stats)
             if self.is_first:
                 self._around.submit(EngineUsed(self.pipeline.id, stats.active + stats.queued))
         elif item.kind == Kind.ERROR:

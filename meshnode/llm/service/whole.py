@@ -16,6 +16,7 @@ from meshnode.llm.service.calls import Calls
 from meshnode.llm.service.entries import Entries
 from meshnode.llm.service.generate import Generations
 from meshnode.llm.service.hosts import Hosts
+from meshnode.llm.service.learning import Learning
 from meshnode.llm.service.loads import Loads
 from meshnode.llm.service.offering import OfferKeeper
 from meshnode.llm.service.pull.pulls import Pulls
@@ -40,6 +41,7 @@ class LlmService:
         entries: Entries,
         generations: Generations,
         keeper: OfferKeeper,
+        learning: Learning,
         served: Served,
         weights: Weights,
         pulls: Pulls,
@@ -50,7 +52,7 @@ class LlmService:
     ) -> None:
         self._calls = calls
         self._methods = methods
-        self._parts = (hosts, loads, entries, generations, keeper, served)
+        self._parts = (hosts, loads, entries, generations, keeper, learning, served)
         self._weights = weights
         self._pulls = pulls
         self._client = client
