@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from itertools import pairwise
 from statistics import median
 from typing import Final
 
@@ -128,7 +129,7 @@ def streams(shape: Shape, *, rounds: int, tokens: int) -> list[Figure]:
             one_rates.append(one.rate)
             all_rates.append(rate)
             gaps_one += one.gaps
-            gaps_all += [gap for answer in every for gap in answer.gaps]
+            gaps_all += _gaps_together(every)
         for caller in callers:
             caller.close()
     alone = quantile(gaps_one, 0.99)
@@ -164,6 +165,12 @@ def together(answers: Sequence[Answer]) -> float:
     begin, end = max(one.times[0] for one in answers), min(one.times[-1] for one in answers)
     pieces = sum(sum(begin < at <= end for at in one.times) * one.tokens / len(one.times) for one in answers)
     return pieces / (end - begin)
+
+
+def _gaps_together(answers: Sequence[Answer]) -> list[float]:
+    """Seconds between pieces while all streams ran: before that, their prompts are computed between the tokens."""
+    begin, end = max(one.times[0] for one in answers), min(one.times[-1] for one in answers)
+    return [late - early for one in answers for early, late in pairwise(one.times) if early >= begin and late <= end]
 
 
 def prefix(shape: Shape, *, rounds: int, threads: int) -> list[Figure]:
