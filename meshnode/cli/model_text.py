@@ -92,6 +92,8 @@ def plan_text(plan: Answer, width: int | None = None) -> str:
     ]
     headings = ("NODE", "LAYERS", "COUNT", "MEMORY", "ON GPU")
     lines = [head, f"{chosen['engine']}: {speed}", *map(printable, reasons)]
+    if chosen.get("computes_s"):
+        lines.append(_one_token(chosen))
     if rows:
         shown = table(headings, rows, right=("COUNT", "MEMORY", "ON GPU"), width=width, expendable=("COUNT", "ON GPU"))
         lines += ["", shown]
@@ -99,6 +101,16 @@ def plan_text(plan: Answer, width: int | None = None) -> str:
     if others:
         lines += ["", "Not chosen:", *(f"  {_other(way)}" for way in others)]
     return "\n".join(lines)
+
+
+def _one_token(way: Answer) -> str:
+    """`A token takes den 21.5 ms, attic 20.9 ms, the way 0.8 ms, as sessions of this model showed.`"""
+    stages = zip(way["stages"], way["computes_s"], strict=True)
+    parts = [f"{printable(stage['node_name'])} {duration_exact(seconds)}" for stage, seconds in stages]
+    if len(parts) > 1:
+        parts.append(f"the way {duration_exact(way.get('wire_s', 0.0))}")
+    known = "as sessions of this model showed" if way.get("learnt") else "by a short trial; no session has shown it yet"
+    return f"A token takes {', '.join(parts)}, {known}."
 
 
 def answer_text(shards: Iterable[Answer], usage: Answer) -> str:

@@ -267,6 +267,9 @@ class PlanLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     first_token_s: float
     reason: str
     chosen: bool = False
+    computes_s: tuple[float, ...] = ()  # of each stage, for one token
+    wire_s: float = 0.0  # all hops of one token, the way back included
+    learnt: bool = False  # whether sessions of this model have taught these figures
 
 
 class PlanReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -330,6 +333,7 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 0
     rows: int = 0
     compute_s: float = 0.0
+    row_s: float = 0.0  # one row of a lone stream, lately; 0: not known
     wait_s: float = 0.0
     bytes_in: int = 0
     bytes_out: int = 0

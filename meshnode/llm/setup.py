@@ -30,6 +30,7 @@ from meshnode.llm.service.engines.upstream import Upstreams, parse_upstreams
 from meshnode.llm.service.entries import Entries
 from meshnode.llm.service.generate import Generations
 from meshnode.llm.service.hosts import Hosts
+from meshnode.llm.service.learning import Learning, Remembered, weight_bytes
 from meshnode.llm.service.lending import Lent, Measured
 from meshnode.llm.service.loaded import Loaded, loaded_collection
 from meshnode.llm.service.loads import Loads, Planning
@@ -67,7 +68,7 @@ from protocol.sharding.loading import LoadingMachine
 from protocol.sharding.offers import Speed
 from protocol.sharding.pipelines import Answer, EnsureRequest, MembersUp, Pipeline, StageCommand
 from protocol.sharding.planner import Refusal
-from protocol.sharding.predict import Estimator
+from protocol.sharding.predict import NOTHING_LEARNT
 from protocol.trust import authority
 
 FIRST_TOKEN: Final = 1_000_000  # record writers' tokens, apart from those of others
@@ -76,6 +77,7 @@ REPORT_S: Final = 5.0
 SHIPPED: Final = Path(__file__).parent / "data" / "meshnode-demo.gguf"
 MACHINE: Final = "llm"  # under which rows of the key-value store are kept
 _SPEED: Final = b"speed"
+_LEARNT: Final = b"learnt"
 
 
 def llm_collections() -> list[Collection]:
@@ -155,10 +157,10 @@ class _Assembly:
             offload=ground.offload,
             slots=settings.slots,
             stages_min=settings.stages_min,
-            estimator=Estimator(),
         )
         self._pulls = self._build_pulls()
         self._lent = self._build_lent()
+        self._learning = self._build_learning()
         self._hosts = self._build_hosts()
         self._loads = self._build_loads()
         self._loaded = Loaded(
@@ -242,6 +244,7 @@ class _Assembly:
             entries=self._entries,
             generations=self._generations,
             keeper=self._keeper,
+            learning=self._learning,
             served=served,
             loaded=self._loaded,
             pinned=self._pinned,
@@ -321,6 +324,27 @@ class _Assembly:
             gpus=ground.gpus,
             rtts=ground.rtts,
             measured=None if stored is None else msgspec.msgpack.decode(stored, type=Measured),
+            learnt=lambda: self._learning.told,
+        )
+
+    def _build_learning(self) -> Learning:
+        ground = self._ground
+        stored = ground.key_value.load_all(MACHINE).get(_LEARNT)
+        before = NOTHING_LEARNT
+        if stored is not None:
+            before = msgspec.msgpack.decode(stored, type=Remembered).learnt(self._lent.speed)
+
+        async def remember(learnt: Remembered) -> None:
+            await ground.key_value.persist([Persist(MACHINE, _LEARNT, msgspec.msgpack.encode(learnt))])
+            self._keeper.hurry()
+
+        return Learning(
+            calls=self._calls,
+            offers=self._offers,
+            shapes=self._shapes,
+            speed=lambda: self._lent.speed,
+            before=before,
+            remember=remember,
         )
 
     def _build_hosts(self) -> Hosts:
@@ -350,6 +374,8 @@ class _Assembly:
             report=report,
             probe=probe,
             remember=remember,
+            weight_bytes=lambda model, first, end: weight_bytes(self._shapes, model, first, end),
+            hear=self._learning.hear,
             now=ground.now,
             log=ground.log("llm.stages"),
         )

@@ -16,6 +16,7 @@ from protocol.sharding.shapes import ModelShape
 
 COMPUTE_FIXED_BYTES: Final = 48 * 1024 * 1024
 COMPUTE_ROW_VALUES: Final = 12  # values of n_embd width that a graph keeps a row
+ATTENTION_ROWS: Final = 256  # rows of a step: what each of them pays to each token of the context is kept a head
 
 
 class Wish(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,11 +62,14 @@ class Fitting:
         """Weights that every token reads in these layers, the head included."""
         return self._weights[end] - self._weights[first] + (self.shape.output_bytes if end == self.shape.layers else 0)
 
-    def compute_bytes(self, end: int) -> int:
-        """Scratch memory of a stage's graph; the last one also holds logits."""
+    def compute_bytes(self, end: int, *, on_device: bool = False) -> int:
+        """Scratch memory of a stage's graph; the last one also holds logits. Devices never hold the whole attention of
+        a step, processors do (decision 17).
+        """
+        attention = 0 if on_device else ATTENTION_ROWS * self.wish.context * self.shape.heads * 4
         rows = MICRO_BATCH_ROWS * self.shape.n_embd * 4 * COMPUTE_ROW_VALUES
         logits = self.wish.slots * self.shape.n_vocab * 4 if end == self.shape.layers else 0
-        return COMPUTE_FIXED_BYTES + rows + logits
+        return COMPUTE_FIXED_BYTES + rows + logits + attention
 
     def needed_bytes(self, stages: int) -> int:
         """All that the model takes, wherever, in so many stages."""
@@ -83,8 +87,8 @@ class Fitting:
 
     def _place(self, offer: NodeOffer, first: int, end: int) -> Placement | None:
         shape, both, weights = self.shape, self._both, self._weights
-        compute = self.compute_bytes(end)
-        top, vram, parts, taken_compute = end, [], [], compute
+        compute = self.compute_bytes(end, on_device=True)
+        top, vram, parts, taken_compute = end, [], [], 0
         for device in offer.devices:
             room = device.vram_free_bytes - compute
             low = max(first, bisect_left(both, both[top] - room)) if room > 0 else top
@@ -100,6 +104,9 @@ class Fitting:
         embed = shape.embed_bytes if first == 0 else 0
         # A tied head is the embedding: where both are in the RAM of one stage, it lies there once.
         once = shape.tied_bytes if head and first == 0 else 0
+        if top > first:
+            compute = self.compute_bytes(end)
+        taken_compute += compute
         ram = both[top] - both[first] + compute + embed + shape.shared_bytes
         head_speed = offer.speed
         if head and top == first:
@@ -147,6 +154,6 @@ class Fitting:
 
     def room(self, offer: NodeOffer) -> int:
         """Bytes that weights and KV may take on the node, its own graph's scratch memory taken off."""
-        scratch = self.compute_bytes(0)
+        scratch = self.compute_bytes(0, on_device=True)
         devices = sum(max(0, device.vram_free_bytes - scratch) for device in offer.devices)
-        return max(0, offer.ram_free_bytes - scratch) + devices
+        return max(0, offer.ram_free_bytes - self.compute_bytes(0)) + devices

@@ -255,7 +255,9 @@ class StageError(_Body, frozen=True):
 
 
 class Stats(_Body, frozen=True):
-    """A stage to its agent, about once a second while it works: sums since it was loaded."""
+    """A stage to its agent, some times a second while it works: sums since it was loaded, and what a row takes lately:
+    `row_s` here, `round_s`, on the first stage, through all stages and back for a stream that is alone. 0: not known.
+    """
 
     compute_s: _Seconds
     wait_s: _Seconds
@@ -269,6 +271,8 @@ class Stats(_Body, frozen=True):
     drafted: _Count
     drafts_accepted: _Count
     rss_bytes: _Count
+    row_s: _Seconds = 0.0
+    round_s: _Seconds = 0.0
 
 
 _MESSAGES: Final[dict[type[_Body], Kind]] = {

@@ -67,6 +67,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     streams_tokens_per_s: float
     prompt_tokens: int
     first_token_s: float
+    wire_s: float  # all hops of one token, the way back included
+    learnt: bool  # whether sessions of this model have taught the speed of a stage
     exact: bool
     reasons: tuple[str, ...]
     alternatives: tuple[Alternative, ...] = ()
@@ -255,6 +257,8 @@ def _plan(
         streams_tokens_per_s=prediction.tokens_per_s(wish.streams),
         prompt_tokens=wish.prompt_tokens,
         first_token_s=prediction.first_token_s(wish.prompt_tokens),
+        wire_s=prediction.round_s() - sum(computes),
+        learnt=any(stage.node in constants.factors for stage in stages),
         exact=best.exact,
         reasons=tuple(reasons),
         alternatives=tuple(alternatives),

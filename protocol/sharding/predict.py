@@ -1,8 +1,9 @@
 """How fast a pipeline will be: one documented formula, and an estimator that learns its constants from sessions.
+Each node learns its own and tells them with what it lends; planning puts together what all have told.
 
 For stages 0..S-1 with weights w_i (bytes), hidden width d (4 bytes a value), rows r in a step:
 
-    compute_i(r) = f_i · (token_s + row_s·(r-1)) · w_i / layer_bytes     f_i: the node's factor, learnt, 1 at first
+    compute_i(r) = f_i · (token_s + row_s·(r-1)) · w_i / layer_bytes     f_i: the node's for this model, learnt
     hop_i(r)     = rtt/2 + (r·4·d + HEADER_BYTES) / bytes_per_s + o       o: overhead per hop, learnt
     back         = rtt(last, first)/2 + o                                 the token itself; 0 for one stage
     round(r)     = Σ compute_i(r) + Σ hop_i(r) + back
@@ -15,7 +16,7 @@ The output head is read once a step on the last stage and counts into w there; t
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, isfinite
 from typing import Final
 
@@ -27,7 +28,8 @@ HOP_OVERHEAD_S: Final = 0.0002  # framing, TLS, two agents' queues: until sessio
 MICRO_BATCH_ROWS: Final = 512
 WINDOW: Final = 31  # observations kept a constant; their median counts, so that fifteen bad ones do no harm
 FACTOR_MIN, FACTOR_MAX = 0.2, 5.0
-NODES_MAX: Final = 4096
+HOP_OVERHEAD_MAX_S: Final = 0.1
+MODELS_MAX: Final = 32  # a node remembers its factors of so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class StageCost:
 
 @dataclass(frozen=True, slots=True)
 class Constants:
-    """What sessions have taught: factors by node, overhead per hop in seconds."""
+    """What sessions have taught, for one model: factors by node, overhead per hop in seconds."""
 
     factors: Mapping[NodeId, float]
     hop_overhead_s: float = HOP_OVERHEAD_S
@@ -117,41 +119,55 @@ def back_s(links: Links, first: NodeId, last: NodeId, overhead_s: float) -> floa
 
 
 @dataclass(frozen=True, slots=True)
-class Observed:
-    """One session's means per decoded token. Values of no sense (negative, not finite) are left out, not believed."""
+class Learnt:
+    """What one node knows by its own sessions: its factor by model digest, the overhead per hop of its pipelines."""
 
-    computes: tuple[tuple[NodeId, float, float], ...]  # node, seconds predicted without its factor, seconds measured
-    round_s: float  # measured from token to token
-    rtts_s: tuple[float, ...]  # round trip of every hop, the way back included
+    factors: Mapping[str, float] = field(default_factory=dict)
+    hop_overhead_s: float | None = None
+
+
+NOTHING_LEARNT: Final = Learnt()
 
 
 class Estimator:
-    """Learns factors and overhead: the median of the last WINDOW observations of each."""
+    """Learns one node's factors and its overhead: the median of the last WINDOW observations of each, on top of what it
+    knew before. Values of no sense (negative, not finite) are left out, not believed.
+    """
 
-    def __init__(self) -> None:
-        self._ratios: dict[NodeId, deque[float]] = {}
+    def __init__(self, before: Learnt = NOTHING_LEARNT) -> None:
+        self._before = before
+        self._ratios: dict[str, deque[float]] = {}
         self._overheads: deque[float] = deque(maxlen=WINDOW)
 
-    def observe(self, seen: Observed) -> None:
-        """Take one session in."""
-        measured = 0.0
-        for _, predicted_s, measured_s in seen.computes:
-            if not (isfinite(measured_s) and isfinite(predicted_s) and measured_s > 0.0 and predicted_s > 0.0):
-                return
-            measured += measured_s
-        for node, predicted_s, measured_s in seen.computes:
-            if node not in self._ratios and len(self._ratios) >= NODES_MAX:
-                self._ratios.pop(next(iter(self._ratios)))
-            ratio = min(FACTOR_MAX, max(FACTOR_MIN, measured_s / predicted_s))
-            self._ratios.setdefault(node, deque(maxlen=WINDOW)).append(ratio)
-        if seen.rtts_s and isfinite(seen.round_s) and all(isfinite(rtt) for rtt in seen.rtts_s):
-            left = seen.round_s - measured - sum(seen.rtts_s) / 2
-            self._overheads.append(max(0.0, left / len(seen.rtts_s)))
+    def computed(self, model: str, predicted_s: float, measured_s: float) -> None:
+        """This node's stage of a model took so long for a row; `predicted_s` is without a factor."""
+        if not (isfinite(measured_s) and isfinite(predicted_s) and measured_s > 0.0 and predicted_s > 0.0):
+            return
+        if model not in self._ratios and len(self._ratios) >= MODELS_MAX:
+            self._ratios.pop(next(iter(self._ratios)))
+        ratio = min(FACTOR_MAX, max(FACTOR_MIN, measured_s / predicted_s))
+        self._ratios.setdefault(model, deque(maxlen=WINDOW)).append(ratio)
 
-    def constants(self) -> Constants:
+    def travelled(self, round_s: float, known_s: float, hops: int) -> None:
+        """A token of a pipeline that this node begins came round; `known_s` is what computing and the wire account for,
+        `hops` counts the way back.
+        """
+        if hops > 0 and isfinite(round_s) and isfinite(known_s) and round_s > 0.0:
+            self._overheads.append(min(HOP_OVERHEAD_MAX_S, max(0.0, (round_s - known_s) / hops)))
+
+    def learnt(self) -> Learnt:
         """What is known now."""
-        overhead = _median(self._overheads) if self._overheads else HOP_OVERHEAD_S
-        return Constants({node: _median(ratios) for node, ratios in self._ratios.items()}, overhead)
+        factors = {**self._before.factors, **{model: _median(ratios) for model, ratios in self._ratios.items()}}
+        newest = list(factors)[-MODELS_MAX:]
+        overhead = _median(self._overheads) if self._overheads else self._before.hop_overhead_s
+        return Learnt({model: factors[model] for model in newest}, overhead)
+
+
+def constants_of(model: str, learnt: Mapping[NodeId, Learnt]) -> Constants:
+    """What all nodes have told, for one model. The overhead of a hop is the median of theirs."""
+    factors = {node: one.factors[model] for node, one in learnt.items() if model in one.factors}
+    overheads = deque(one.hop_overhead_s for one in learnt.values() if one.hop_overhead_s is not None)
+    return Constants(factors, _median(overheads) if overheads else HOP_OVERHEAD_S)
 
 
 def _median(values: deque[float]) -> float:

@@ -62,13 +62,13 @@ class Search:
         self._bounds: dict[tuple[int, int, int], float] = {}
         # What any layer costs at least, the fastest memory first: (seconds a byte, bytes, node, which of its memories).
         pieces: list[tuple[float, int, int, int]] = []
-        scratch = fitting.compute_bytes(0)
+        scratches = (fitting.compute_bytes(0), fitting.compute_bytes(0, on_device=True))
         for index, offer in enumerate(offers):
             speeds = [(offer.speed, offer.ram_free_bytes)]
             speeds += [(device.speed, device.vram_free_bytes) for device in offer.devices]
             for kind, (speed, room) in enumerate(speeds):
                 rate = speed.token_s / speed.layer_bytes * self._factors[index]
-                pieces.append((rate, max(0, room - scratch), 1 << index, kind))
+                pieces.append((rate, max(0, room - scratches[min(kind, 1)]), 1 << index, kind))
         self._pieces = sorted(pieces)
         # So much of each kind of memory can so many nodes have at most: [stages][kind] bytes.
         kinds = max(kind for *_, kind in pieces) + 1

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from itertools import pairwise
 from statistics import median
 from typing import Final
 
@@ -43,25 +44,27 @@ def speed(shape: Shape, *, rounds: int, tokens: int, threads: int) -> list[Figur
     """Goals 3 and 11."""
     path = str(random_models.model(shape))
     rates: dict[int, list[float]] = {count: [] for count in (0, *SHARE_GOALS)}
-    predicted: dict[int, float] = {}
     with ExitStack() as stack:
         bare = stack.enter_context(Bare(path, threads))
-        callers = {}
+        callers, meshes = {}, {}
         for count in SHARE_GOALS:
             mesh = stack.enter_context(serving_mesh(count, options=common(count, threads)))
             model, _ = pull(mesh.agents[0], path)
             load(mesh.agents[0], model, count)
+            meshes[count] = mesh
             callers[count] = Caller(mesh.agents[0])
             stack.callback(callers[count].close)
-            predicted[count] = _predicted(mesh, model, count)
         for number in range(rounds + 1):
             prompt = prompt_of(shape, number, PROMPT_TOKENS)
             turns = {0: bare.turn(prompt, tokens)[1]}
             for count, caller in callers.items():
                 turns[count] = caller.complete(model, prompt, tokens).rate
-            if number:  # the first warms the page cache
+            if number:
                 for count, rate in turns.items():
                     rates[count].append(rate)
+                continue
+            # The first warms the page cache, and from it every node learns; the others are predicted.
+            predicted = {count: _predicted(mesh, model, count) for count, mesh in meshes.items()}
     made = [figure("bare llama.cpp, whole", median(rates[0]), "tok/s", note=f"{threads} threads, {shape.name}")]
     for count, goal in SHARE_GOALS.items():
         ratios = [one / other for one, other in zip(rates[count], rates[0], strict=True)]
@@ -89,15 +92,16 @@ def speed(shape: Shape, *, rounds: int, tokens: int, threads: int) -> list[Figur
 
 
 def _predicted(mesh: LocalMesh, model: str, count: int) -> float:
-    """What a plan says after the load has measured the nodes and they have told so."""
+    """What a plan says when the nodes have learnt from a session and told so."""
     found: list[float] = []
+    agree = 50  # more than LOOK_S of what is learnt, in polls
 
     def planned() -> bool:
         plan = mesh.agents[0].ask("GET", f"/api/llm/plan?model={model}")
-        if plan["fits"] and len(plan["plans"][0]["stages"]) == count:
+        if plan["fits"] and len(plan["plans"][0]["stages"]) == count and plan["plans"][0].get("learnt"):
             found.append(plan["plans"][0]["tokens_per_s"])
-        # Speeds travel as records: the last two plans agree once all have come.
-        return len(found) > 10 and found[-1] == found[-10]
+        # What is learnt travels as records: plans agree for a while once all have come.
+        return len(found) > agree and found[-1] == found[-agree]
 
     until(planned, 30, "plans that agree")
     return found[-1]
@@ -125,7 +129,7 @@ def streams(shape: Shape, *, rounds: int, tokens: int) -> list[Figure]:
             one_rates.append(one.rate)
             all_rates.append(rate)
             gaps_one += one.gaps
-            gaps_all += [gap for answer in every for gap in answer.gaps]
+            gaps_all += _gaps_together(every)
         for caller in callers:
             caller.close()
     alone = quantile(gaps_one, 0.99)
@@ -161,6 +165,12 @@ def together(answers: Sequence[Answer]) -> float:
     begin, end = max(one.times[0] for one in answers), min(one.times[-1] for one in answers)
     pieces = sum(sum(begin < at <= end for at in one.times) * one.tokens / len(one.times) for one in answers)
     return pieces / (end - begin)
+
+
+def _gaps_together(answers: Sequence[Answer]) -> list[float]:
+    """Seconds between pieces while all streams ran: before that, their prompts are computed between the tokens."""
+    begin, end = max(one.times[0] for one in answers), min(one.times[-1] for one in answers)
+    return [late - early for one in answers for early, late in pairwise(one.times) if early >= begin and late <= end]
 
 
 def prefix(shape: Shape, *, rounds: int, threads: int) -> list[Figure]:

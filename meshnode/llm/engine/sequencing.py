@@ -104,6 +104,11 @@ class Sequencer:
         llama_cpp.llama_sampler_free(compile_grammar(self._vocabulary, gbnf))
         return replace(request, sampling=replace(request.sampling, grammar=Grammar(GrammarKind.GBNF, gbnf)))
 
+    @property
+    def round_s(self) -> float:
+        """From a token of a lone stream to its next, lately; 0 before the first."""
+        return self._round_s
+
     def actions(self) -> list[Action]:
         """What to do next, in order."""
         return self.batcher.actions()

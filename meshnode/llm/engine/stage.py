@@ -6,8 +6,10 @@ sequencing.py, the last one's in answering.py.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import median
 from typing import Final, NamedTuple
 
 import msgspec
@@ -42,6 +44,8 @@ from protocol.sharding.steps import Run, Sampled, Step, Taken, decode_step, enco
 IDLE_WAIT_S: Final = 0.5
 STATS_INTERVAL_S: Final = 0.25
 SIGN_OF_LIFE_S: Final = 0.8
+ROWS_TIMED: Final = 31
+ROWS_TIMED_MIN: Final = 8
 _REQUESTS: Final = frozenset(REQUEST_KINDS.values())
 
 
@@ -68,6 +72,7 @@ class Stage:
         self._process = psutil.Process()
         self._compute_s = self._wait_s = 0.0
         self._steps = self._rows = 0
+        self._row_s: deque[float] = deque(maxlen=ROWS_TIMED)
         self._stats_at = self._life_at = 0.0
         self._stats_steps = -1
 
@@ -210,7 +215,10 @@ class Stage:
         seconds = time.monotonic() - began
         self._compute_s += seconds
         self._steps += 1
-        self._rows += sum(run.rows for run in runs)
+        rows = sum(run.rows for run in runs)
+        self._rows += rows
+        if rows == 1 and runs[0].outputs == 1:
+            self._row_s.append(seconds)
         return seconds
 
     def _pass_on_nothing(self, number: int) -> None:
@@ -412,6 +420,8 @@ class Stage:
             drafted=0 if batcher is None else batcher.drafted,
             drafts_accepted=0 if batcher is None else batcher.drafts_accepted,
             rss_bytes=self._process.memory_info().rss,
+            row_s=median(self._row_s) if len(self._row_s) >= ROWS_TIMED_MIN else 0.0,
+            round_s=0.0 if self._sequencer is None else self._sequencer.round_s,
         )
 
 

@@ -6,9 +6,10 @@ from typing import Any
 from meshnode.kernel.links.contracts import PeerMethod
 from meshnode.llm.model import SessionReport, StageReport
 from meshnode.llm.service.calls import Attach, Granted
-from meshnode.llm.service.desk import Desk, SessionsRequest, StatsRequest, UnloadRequest
+from meshnode.llm.service.desk import Desk, SessionsRequest, UnloadRequest
 from meshnode.llm.service.forwarding import EMBED, FORWARD, EmbedRequest, ForwardRequest
 from meshnode.llm.service.hosts import Hosts
+from meshnode.llm.service.learning import StatsRequest
 from meshnode.llm.service.loads import Loads
 from meshnode.llm.service.prompts import Tokenised, TokeniseRequest
 from protocol.ids import NodeId

@@ -27,6 +27,7 @@ from meshnode.llm.service.calls import Calls
 from meshnode.llm.service.forwarding import Forwarding
 from meshnode.llm.service.generate import Active, Generations
 from meshnode.llm.service.hosts import Hosts
+from meshnode.llm.service.learning import StatsRequest
 from meshnode.llm.service.loads import Loads, Planning
 from meshnode.llm.service.models import Models
 from meshnode.llm.service.offering import Offers
@@ -36,16 +37,10 @@ from meshnode.llm.service.prompts import Prompts
 from meshnode.llm.service.served import Served
 from meshnode.llm.service.singles import Singles
 from protocol.ids import NodeId
-from protocol.sharding.pipelines import Pipeline, PipelineId
+from protocol.sharding.pipelines import Pipeline
 from protocol.sharding.planner import Plan, Refusal
 
 ASK_S: Final = 3.0
-
-
-class StatsRequest(msgspec.Struct, frozen=True, array_like=True):
-    """What a stage did since it was loaded."""
-
-    pipeline: PipelineId
 
 
 class SessionsRequest(msgspec.Struct, frozen=True, array_like=True):
@@ -314,6 +309,7 @@ class Desk:
             steps=stats.steps,
             rows=stats.rows,
             compute_s=stats.compute_s,
+            row_s=stats.row_s,
             wait_s=stats.wait_s,
             bytes_in=stats.bytes_in,
             bytes_out=stats.bytes_out,
@@ -354,6 +350,9 @@ def _line(made: Plan) -> PlanLine:
         ),
         tokens_per_s=made.tokens_per_s,
         first_token_s=made.first_token_s,
+        computes_s=tuple(stage.compute_s for stage in made.stages),
+        wire_s=made.wire_s,
+        learnt=made.learnt,
         reason="; ".join(made.reasons),
         chosen=True,
     )

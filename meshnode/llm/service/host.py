@@ -78,6 +78,14 @@ class Surroundings(Protocol):
         """Take a measurement in."""
         ...
 
+    def weight_bytes(self, model: str, first: int, end: int) -> int:
+        """What each token reads of these layers; 0 if nobody knows."""
+        ...
+
+    def hear(self, pipeline: Pipeline, span: Span, stats: Stats) -> None:
+        """A stage tells what it did."""
+        ...
+
 
 async def _nothing_else(frame: Frame) -> None:
     """Whatever but a pulse comes back from a neighbour is wrong."""
@@ -214,7 +222,9 @@ class StageHost:
     async def _measure(self, engine: Engine) -> None:
         """How fast this node is, on the layers at hand; plans are made with it."""
         told = await engine.calibrate()
-        speed = Speed(max(1, engine.facts.model_bytes), told.seconds_per_token, told.seconds_per_prefill_row)
+        span = self.span
+        read = self._around.weight_bytes(self.pipeline.model, span.first, span.end)
+        speed = Speed(read or max(1, engine.facts.model_bytes), told.seconds_per_token, told.seconds_per_prefill_row)
         if 0 < speed.token_s < math.inf and 0 <= speed.row_s < math.inf:
             await self._around.measured(speed)
 
@@ -404,6 +414,7 @@ class StageHost:
             stats = item.message()
             assert isinstance(stats, Stats)
             self.stats = stats
+            self._around.hear(self.pipeline, self.span, stats)
             if self.is_first:
                 self._around.submit(EngineUsed(self.pipeline.id, stats.active + stats.queued))
         elif item.kind == Kind.ERROR:

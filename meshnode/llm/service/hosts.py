@@ -18,6 +18,7 @@ from meshnode.llm.service.calls import Attach, Calls, Granted
 from meshnode.llm.service.host import StageHost, Weights
 from protocol.effects import Persist
 from protocol.ids import NodeId
+from protocol.sharding.frames import Stats
 from protocol.sharding.hosting import (
     AnswerCommand,
     EngineChanged,
@@ -59,10 +60,14 @@ class Hosts:
         report: Callable[[NodeId, object], Awaitable[None]],
         probe: Callable[[Pipeline], Awaitable[None]],
         remember: Callable[[Speed], Awaitable[None]],
+        weight_bytes: Callable[[str, int, int], int],
+        hear: Callable[[Pipeline, Span, Stats], None],
         now: Callable[[], float],
         log: Logger,
     ) -> None:
-        """`report` tells the coordinator; `probe` generates a token; both raise MeshError. `remember` keeps a speed."""
+        """`report` tells the coordinator; `probe` generates a token; both raise MeshError. `remember` keeps a speed;
+        `hear` is told what stages did.
+        """
         self.calls = calls
         self.weights = weights
         self._lent = lent
@@ -72,6 +77,8 @@ class Hosts:
         self._report = report
         self._probe = probe
         self._remember = remember
+        self._weight_bytes = weight_bytes
+        self._hear = hear
         self._runner: MachineRunner[HostingInput] = MachineRunner(handle=machine.handle, perform=self._perform, now=now)
         self._stages: dict[bytes, StageHost] = {}
         self._answers: dict[int, tuple[trio.Event, list[str]]] = {}
@@ -90,6 +97,14 @@ class Hosts:
     async def measured(self, speed: Speed) -> None:
         """Keep it."""
         await self._remember(speed)
+
+    def weight_bytes(self, model: str, first: int, end: int) -> int:
+        """What each token reads of these layers; 0 if nobody knows."""
+        return self._weight_bytes(model, first, end)
+
+    def hear(self, pipeline: Pipeline, span: Span, stats: Stats) -> None:
+        """A stage tells what it did."""
+        self._hear(pipeline, span, stats)
 
     @property
     def stages(self) -> Mapping[bytes, StageHost]:

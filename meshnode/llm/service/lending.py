@@ -14,6 +14,7 @@ from meshnode.kernel.resources.memory import ControlGroups, effective_memory
 from meshnode.llm.service.offering import PEERS_TOLD_MAX, Device, Offer
 from protocol.ids import NodeId
 from protocol.sharding.offers import Speed
+from protocol.sharding.predict import Learnt
 
 RESERVE_SHARE: Final = 0.125  # of the machine's memory stays for others
 GPU_RESERVE_SHARE: Final = 0.1
@@ -56,6 +57,7 @@ class Lent:
         gpus: Callable[[], Sequence[GpuDevice]],
         rtts: Callable[[], Mapping[NodeId, float]],
         measured: Measured | None,
+        learnt: Callable[[], Learnt],
     ) -> None:
         self._name = name
         self._lends = lends
@@ -65,6 +67,7 @@ class Lent:
         self._loaded_bytes = loaded_bytes
         self._gpus = gpus
         self._rtts = rtts
+        self._learnt = learnt
         self._groups = ControlGroups()
         self.version = engine_version()
         fits = measured is not None and measured.llama == self.version and measured.threads == self.threads
@@ -79,6 +82,11 @@ class Lent:
     def can_load(self) -> bool:
         """Whether this node computes layers at all."""
         return self._lends and bool(self.version)
+
+    @property
+    def speed(self) -> Speed | None:
+        """What was measured; None before."""
+        return self._speed
 
     @property
     def is_measured(self) -> bool:
@@ -103,6 +111,7 @@ class Lent:
     def offer(self) -> Offer:
         """See offering.Lending."""
         rtts = sorted(self._rtts().items(), key=lambda entry: entry[1])[:PEERS_TOLD_MAX]
+        learnt = self._learnt()
         return Offer(
             name=self._name(),
             has_engine=self.can_load,
@@ -112,6 +121,8 @@ class Lent:
             speed=self._speed or GUESSED,
             devices=tuple(self._devices()),
             rtts_us={node: int(rtt * 1e6) for node, rtt in rtts},
+            factors=dict(learnt.factors),
+            hop_overhead_s=learnt.hop_overhead_s,
         )
 
     def _devices(self) -> list[Device]:

@@ -42,7 +42,7 @@ from protocol.sharding.pipelines import (
     UnloadWanted,
 )
 from protocol.sharding.planner import Plan, Refusal, mend, plan
-from protocol.sharding.predict import Estimator
+from protocol.sharding.predict import Constants, constants_of
 from protocol.sharding.shapes import ModelShape
 
 PROMPT_TOKENS_EXPECTED: Final = 512
@@ -65,15 +65,12 @@ Command = Callable[[NodeId, StageCommand], Awaitable[str]]
 class Planning:
     """The planner with this mesh's facts; the same for a load and for those who only ask."""
 
-    def __init__(
-        self, *, shapes: Shapes, offers: Offers, offload: Offload, slots: int, stages_min: int, estimator: Estimator
-    ) -> None:
+    def __init__(self, *, shapes: Shapes, offers: Offers, offload: Offload, slots: int, stages_min: int) -> None:
         self._shapes = shapes
         self._offers = offers
         self._offload = offload
         self._slots = slots
         self._stages_min = stages_min
-        self._estimator = estimator
 
     async def plan(
         self,
@@ -128,7 +125,8 @@ class Planning:
             stages_min=min(max(self._stages_min, stages_min), max(1, len(offers))),
         )
         siblings = self._shapes.siblings(digest)
-        return lambda: self._plan(shape, wish, offers, links, kept, siblings)
+        constants = constants_of(digest, self._offers.learnt())
+        return lambda: self._plan(shape, wish, offers, links, constants, kept, siblings)
 
     def _plan(
         self,
@@ -136,11 +134,11 @@ class Planning:
         wish: Wish,
         offers: list[NodeOffer],
         links: Links,
+        constants: Constants,
         kept: tuple[Span, ...],
         siblings: Sequence[tuple[str, int]],
     ) -> Plan | Refusal:
         """In a thread: a large mesh takes a fifth of a second."""
-        constants = self._estimator.constants()
         if kept:
             standing = {NodeId(span.node): (span.first, span.end) for span in kept}
             mended = mend(shape, wish, standing, offers, links, constants=constants)

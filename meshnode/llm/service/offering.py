@@ -17,6 +17,7 @@ from protocol.ids import NodeId
 from protocol.node import Node
 from protocol.records.collection import Collection, only_owner
 from protocol.sharding.offers import DeviceOffer, LinkFacts, Links, NodeOffer, Speed
+from protocol.sharding.predict import FACTOR_MAX, FACTOR_MIN, HOP_OVERHEAD_MAX_S, Learnt
 from protocol.wire import limits
 
 OFFERS: Final = "llm/offers"
@@ -51,6 +52,8 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     speed: Speed
     devices: tuple[Device, ...] = ()
     rtts_us: dict[str, int] = {}  # to peers, by node id
+    factors: dict[str, float] = {}  # what sessions taught, by model digest: see protocol/sharding/predict.py
+    hop_overhead_s: float | None = None
 
 
 class Lending(Protocol):
@@ -81,6 +84,16 @@ class Offers:
         """Those of the nodes that are up."""
         found = {node: self.of(node) for node in sorted(self.hub.membership.view.up)}
         return {node: offer for node, offer in found.items() if offer is not None}
+
+    def learnt(self) -> dict[NodeId, Learnt]:
+        """What the sessions of each node have taught it, as far as that can be true."""
+        found: dict[NodeId, Learnt] = {}
+        for node, offer in self.online().items():
+            factors = {model: one for model, one in offer.factors.items() if FACTOR_MIN <= one <= FACTOR_MAX}
+            overhead = offer.hop_overhead_s
+            believable = overhead is not None and 0.0 <= overhead <= HOP_OVERHEAD_MAX_S
+            found[node] = Learnt(factors, overhead if believable else None)
+        return found
 
     def unheard(self) -> list[NodeId]:
         """Nodes that are up and have not said yet what they lend."""

@@ -16,6 +16,7 @@ from meshnode.llm.service.calls import Calls
 from meshnode.llm.service.entries import Entries
 from meshnode.llm.service.generate import Generations
 from meshnode.llm.service.hosts import Hosts
+from meshnode.llm.service.learning import Learning
 from meshnode.llm.service.loaded import Loaded
 from meshnode.llm.service.loads import Loads
 from meshnode.llm.service.offering import OfferKeeper
@@ -42,6 +43,7 @@ class LlmService:
         entries: Entries,
         generations: Generations,
         keeper: OfferKeeper,
+        learning: Learning,
         served: Served,
         loaded: Loaded,
         pinned: Pinned,
@@ -54,7 +56,7 @@ class LlmService:
     ) -> None:
         self._calls = calls
         self._methods = methods
-        self._parts = (hosts, loads, entries, generations, keeper, served, loaded, pinned)
+        self._parts = (hosts, loads, entries, generations, keeper, learning, served, loaded, pinned)
         self._weights = weights
         self._pulls = pulls
         self._client = client

@@ -197,6 +197,20 @@ def test_groups_share_the_stages() -> None:
     assert [len(plan.runs) for plan in plans] == [2, 2, 2, 2]
 
 
+def test_a_group_is_of_neighbouring_slots_for_only_those_are_computed_at_once() -> None:
+    limits = replace(LIMITS, slots=4, cells=400, stages=2, draft_tokens_max=0)
+    batcher, chain = Batcher(limits), Stages(limits)
+    for number, length in enumerate((4, 60, 4, 4)):
+        ask(batcher, chain, number, [number * 80 + place for place in range(length)], max_tokens=18)
+    plans = run_to_end(batcher, chain)
+    pairs = [sorted(run.slot for run in plan.runs) for plan in plans if [run.rows for run in plan.runs] == [1, 1]]
+    assert [0, 1] in pairs
+    assert [2, 3] in pairs
+    settled = pairs[pairs.index([0, 1]) :]
+    apart = [pair for pair in settled if pair[1] - pair[0] != 1]
+    assert not apart
+
+
 REFUSED = {
     "no prompt": (Open(session(1), ENTRY, ()), RefusalCode.BAD_REQUEST, False),
     "too long": (opening(1, [1] * 80), RefusalCode.CONTEXT_FULL, False),

@@ -9,13 +9,16 @@ from protocol.sharding.offers import LinkFacts, Links, Speed
 from protocol.sharding.predict import (
     FACTOR_MAX,
     HEADER_BYTES,
+    HOP_OVERHEAD_MAX_S,
     HOP_OVERHEAD_S,
+    MODELS_MAX,
     WINDOW,
     Constants,
     Estimator,
-    Observed,
+    Learnt,
     Prediction,
     StageCost,
+    constants_of,
 )
 
 SPEED = Speed(1000, 0.010, 0.001)
@@ -64,31 +67,57 @@ def test_after_some_sessions_predictions_are_within_15_percent(seed: int) -> Non
     factors = {"a": rng.uniform(0.7, 1.6), "b": rng.uniform(0.7, 1.6)}
     overhead = rng.uniform(0.0001, 0.003)
     truth = two(Constants(factors, overhead)).round_s()
-    estimator = Estimator()
+    nodes = {"a": Estimator(), "b": Estimator()}
     for _ in range(31):
         disturbed = rng.uniform(1.0, 4.0) if rng.random() < 0.2 else 1.0
-        computes = tuple(
-            (node, base, base * factors[node] * rng.uniform(0.9, 1.1) * disturbed)
-            for node, base in (("a", 0.020), ("b", 0.010))
-        )
-        wire = 0.004 + 464e-6 + 2 * overhead * rng.uniform(0.5, 1.5)
-        estimator.observe(Observed(computes, sum(each[2] for each in computes) + wire, (0.004, 0.004)))
-    assert two(estimator.constants()).round_s() == pytest.approx(truth, rel=0.15)
+        computed = 0.0
+        for node, base in (("a", 0.020), ("b", 0.010)):
+            took = base * factors[node] * rng.uniform(0.9, 1.1) * disturbed
+            nodes[node].computed("model", base, took)
+            computed += took
+        wire = 0.004 + 464e-6
+        nodes["a"].travelled(computed + wire + 2 * overhead * rng.uniform(0.5, 1.5), computed + wire, 2)
+    told = {node: estimator.learnt() for node, estimator in nodes.items()}
+    assert two(constants_of("model", told)).round_s() == pytest.approx(truth, rel=0.15)
+    assert constants_of("another", told).factors == {}
 
 
 @pytest.mark.parametrize("wrong", [nan, inf, -1.0, 0.0])
 def test_values_of_no_sense_are_left_out(wrong: float) -> None:
     estimator = Estimator()
-    estimator.observe(Observed((("a", 0.01, wrong),), 0.02, (0.001,)))
-    assert estimator.constants() == Constants({})
-    estimator.observe(Observed((("a", 0.01, 0.01),), wrong if wrong != 0.0 else nan, (0.001,)))
-    assert estimator.constants().hop_overhead_s in (HOP_OVERHEAD_S, 0.0)
+    estimator.computed("m", 0.01, wrong)
+    estimator.computed("m", wrong, 0.01)
+    estimator.travelled(wrong, 0.01, 2)
+    assert estimator.learnt() == Learnt()
 
 
-def test_one_absurd_node_is_held_within_bounds_and_old_sessions_are_forgotten() -> None:
+def test_one_absurd_stage_is_held_within_bounds_and_old_sessions_are_forgotten() -> None:
     estimator = Estimator()
-    estimator.observe(Observed((("a", 0.01, 1e9),), 1e9, ()))
-    assert estimator.constants().factor("a") == FACTOR_MAX
+    estimator.computed("m", 0.01, 1e9)
+    estimator.travelled(1e9, 0.0, 1)
+    assert estimator.learnt() == Learnt({"m": FACTOR_MAX}, HOP_OVERHEAD_MAX_S)
     for _ in range(WINDOW):
-        estimator.observe(Observed((("a", 0.01, 0.01),), 0.01, ()))
-    assert estimator.constants().factor("a") == pytest.approx(1.0)
+        estimator.computed("m", 0.01, 0.01)
+        estimator.travelled(0.012, 0.01, 2)
+    assert estimator.learnt().factors["m"] == pytest.approx(1.0)
+    assert estimator.learnt().hop_overhead_s == pytest.approx(0.001)
+
+
+def test_what_was_known_before_holds_until_something_is_seen() -> None:
+    estimator = Estimator(Learnt({"old": 1.3, "m": 1.1}, 0.0004))
+    assert estimator.learnt() == Learnt({"old": 1.3, "m": 1.1}, 0.0004)
+    estimator.computed("m", 0.01, 0.02)
+    assert estimator.learnt() == Learnt({"old": 1.3, "m": 2.0}, 0.0004)
+
+
+def test_factors_of_many_models_are_forgotten_the_oldest_first() -> None:
+    estimator = Estimator(Learnt({"old": 1.3}))
+    for number in range(MODELS_MAX + 1):
+        estimator.computed(str(number), 0.01, 0.01)
+    assert list(estimator.learnt().factors) == [str(number) for number in range(1, MODELS_MAX + 1)]
+
+
+def test_the_overhead_of_a_hop_is_the_median_of_what_nodes_told() -> None:
+    told = {"a": Learnt({}, 0.001), "b": Learnt({}, 0.0002), "c": Learnt(), "d": Learnt({}, 0.0004)}
+    assert constants_of("m", told).hop_overhead_s == pytest.approx(0.0004)
+    assert constants_of("m", {"c": Learnt()}) == Constants({})
