@@ -7,8 +7,9 @@ import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.llm.model import Message
+from meshnode.llm.templates import client
 from meshnode.llm.templates.client import RENDER_S_MAX, START_S_MAX, TemplateWorker
-from meshnode.llm.templates.model import TemplateSource
+from meshnode.llm.templates.model import PROMPT_CHARS_MAX, TemplateSource
 from meshnode.llm.templates.worker import MEMORY_BYTES_MAX
 
 HI = (Message(role="user", content="Hi"),)
@@ -91,6 +92,29 @@ async def test_case_36_a_template_that_broke_a_limit_costs_its_time_once(worker)
     with pytest.raises(MeshError, match="a moment ago"):
         await worker.render(TemplateSource(template=HOSTILE["loop"]), HI)
     assert time.monotonic() - begun < RENDER_S_MAX / 2
+
+
+@pytest.mark.parametrize("defended", [True, False])
+async def test_case_36_a_conversation_that_is_too_much_takes_the_model_from_nobody(worker, monkeypatch, defended):
+    """Whoever sends it is refused; the template is a good one, and others go on using it."""
+    if not defended:
+        monkeypatch.setattr(client, "BLAMED_BYTES_MAX", 1 << 40)
+        monkeypatch.setattr(client, "BLAMED_MESSAGES_MAX", 1 << 40)
+    slow = TemplateSource(template="{% for a in messages %}{% for b in messages %}{{ a.role }}{% endfor %}{% endfor %}")
+    with pytest.raises(MeshError, match=r"longer than|without end"):
+        await worker.render(slow, HI * 4000)
+    if defended:
+        assert (await worker.render(slow, HI)).text == "user"
+    else:
+        with pytest.raises(MeshError, match="a moment ago"):
+            await worker.render(slow, HI)
+
+
+async def test_case_36_a_conversation_longer_than_any_prompt_is_told_so(worker):
+    with pytest.raises(MeshError, match="Shorten the conversation") as refused:
+        await worker.render(GOOD, [Message(role="user", content="x" * (PROMPT_CHARS_MAX + 1))])
+    assert refused.value.detail["openai_code"] == "context_length_exceeded"
+    assert (await worker.render(GOOD, HI)).text == "Hi"
 
 
 async def test_case_36_what_the_messages_say_is_never_a_template(worker):

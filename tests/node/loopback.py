@@ -65,6 +65,7 @@ class Agent:
     onboarding_port: int
     more: dict[str, Any] = field(default_factory=dict)
     clock_ahead_s: float = 0.0
+    python_path: str = str(REPOSITORY)
     process: "subprocess.Popen[bytes] | None" = None
     node_id: str = ""
     mesh_id: str = ""
@@ -100,7 +101,7 @@ class Agent:
             self.process = subprocess.Popen(
                 [sys.executable, str(PROCESS), json.dumps(order)],
                 cwd=REPOSITORY,
-                env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+                env={**os.environ, "PYTHONPATH": self.python_path},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

@@ -164,6 +164,15 @@ class Models:
             return self._library.find(self._default)
         talking = [found for found in self._library.manifests() if not found.shape.embeds]
         whole = [found for found in talking if not self._missing(found)]
+        if talking and not whole:
+            # Who holds it is starting, or was lost a moment ago: that there is a model is known.
+            first = min(talking, key=lambda found: found.name)
+            raise MeshError(
+                ErrorCode.UNAVAILABLE,
+                f"No model can be run now; of {first.name}, {self._missing(first)}. Try again when the nodes that hold "
+                "it are up.",
+                retryable=True,
+            )
         if not whole:
             raise MeshError(
                 ErrorCode.NOT_FOUND, "There is no model in this mesh yet. `meshnode models --all` lists some to pull."

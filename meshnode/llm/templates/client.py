@@ -35,6 +35,10 @@ START_S_MAX: Final = 20.0
 REPLY_BYTES_MAX: Final = 4 * PROMPT_CHARS_MAX + 4096
 HOSTILE_KEPT_MAX: Final = 64
 HOSTILE_S: Final = 60.0  # for so long a template that broke a limit is not tried again
+BLAMED_BYTES_MAX: Final = 64 * 1024
+BLAMED_MESSAGES_MAX: Final = 64
+"""With more than this it may be the conversation that is too much: nobody else is to lose the model for it."""
+
 _READ_BYTES: Final = 256 * 1024
 _ENVIRONMENT_KEPT: Final = ("HOME", "LANG", "LC_ALL", "PYTHONHOME", "PYTHONPATH", "TZ", "VIRTUAL_ENV")
 
@@ -72,6 +76,9 @@ class TemplateWorker:
             raise MeshError(
                 ErrorCode.BAD_REQUEST, f"{len(messages)} messages were sent; at most {MESSAGES_MAX} are taken."
             )
+        length = sum(len(message.content) for message in messages)
+        if length > PROMPT_CHARS_MAX:
+            raise _too_long(f"The messages have {length} characters, more than any context here takes.")
         text = (source.tool_template if shown else None) or source.template or ""
         if len(text) > TEMPLATE_CHARS_MAX:
             raise _refused(f"it has {len(text)} characters, and {TEMPLATE_CHARS_MAX} are the limit")
@@ -91,7 +98,8 @@ class TemplateWorker:
             answer = await self._exchange(body)
             if isinstance(answer, RenderedPrompt):
                 return answer
-            if answer.hostile:
+            said_bytes = len(body) - len(text.encode(errors="surrogatepass"))
+            if answer.hostile and said_bytes <= BLAMED_BYTES_MAX and len(messages) <= BLAMED_MESSAGES_MAX:
                 self._remember(digest)
             raise _refused(answer.words)
 
@@ -164,10 +172,7 @@ def _encoded(request: RenderRequest) -> bytes:
     except (UnicodeEncodeError, OverflowError, RecursionError, TypeError) as error:
         raise MeshError(ErrorCode.BAD_REQUEST, f"The messages cannot be written down: {str(error)[:200]}.") from error
     if len(body) > REQUEST_BYTES_MAX:
-        raise MeshError(
-            ErrorCode.BAD_REQUEST,
-            f"Messages, tools and template have {len(body)} bytes; at most {REQUEST_BYTES_MAX} are taken.",
-        )
+        raise _too_long(f"Messages, tools and template have {len(body)} bytes; at most {REQUEST_BYTES_MAX} are taken.")
     return body
 
 
@@ -196,6 +201,14 @@ def _stdin(process: trio.Process) -> trio.abc.SendStream:
 def _stdout(process: trio.Process) -> trio.abc.ReceiveStream:
     assert process.stdout is not None, "the process was opened with pipes"
     return process.stdout
+
+
+def _too_long(words: str) -> MeshError:
+    return MeshError(
+        ErrorCode.BAD_REQUEST,
+        f"{words} Shorten the conversation.",
+        detail={"openai_code": "context_length_exceeded", "param": "messages"},
+    )
 
 
 def _refused(words: str) -> MeshError:

@@ -102,7 +102,7 @@ async def test_what_is_imported_late_is_there(worker):
         (SOURCE, HI, [Tool(name=f"t{i}") for i in range(10_000)], f"at most {TOOLS_MAX}"),
         (SOURCE, HI * (MESSAGES_MAX + 1), (), f"at most {MESSAGES_MAX}"),
         (TemplateSource(template="x" * (TEMPLATE_CHARS_MAX + 1)), HI, (), str(TEMPLATE_CHARS_MAX)),
-        (SOURCE, [Message(role="user", content="x" * 17_000_000)], (), "bytes"),
+        (SOURCE, [Message(role="user", content="x" * 17_000_000)], (), "characters"),
         (SOURCE, [Message(role="user", content="\ud800")], (), "written down"),
         (TemplateSource(template="{{ raise_exception('no') }}"), HI, (), "refuses this conversation: no"),
         (TemplateSource(template="{{ '\\ud800' }}"), HI, (), "surrogate"),

@@ -88,7 +88,10 @@ class Scripted:
         return Embedded(model=request.model, vectors=((0.5, -0.25), (1.0, 0.0)), prompt_tokens=9)
 
     async def cards(self) -> list[ModelCard]:
-        return [ModelCard(name="demo", aliases=("d",), created=5, ready=True), ModelCard(name="up/x:1")]
+        return [
+            ModelCard(name="demo", digest="d" * 64, aliases=("d",), created=5, ready=True),
+            ModelCard(name="up/x:1"),
+        ]
 
 
 class Served:

@@ -8,7 +8,7 @@ from meshnode.surfaces.openai.errors import invalid, unsupported
 from meshnode.surfaces.openai.schema import CallIn, FormatIn, MeshnodeIn, MessageIn, Part, SamplingIn, ToolIn
 
 STOPS_MAX: Final = 16
-TOOLS_MAX: Final = 1_000
+TOOLS_MAX: Final = 128
 TOKEN_MAX: Final = 2**31 - 1
 TEXT_ONLY: Final = "models here read and write text only."
 
