@@ -299,6 +299,7 @@ class _Assembly:
             alive=self._alive,
             planner=self._where,
             offers=PullOffers(shipped_catalogue()),
+            name_of=ground.name_of,
             client=self._client,
             hub=ground.settings.hub_url,
             token=ground.settings.hub_token,
