@@ -226,6 +226,7 @@ class _Assembly:
             prompts=self._prompts,
             planning=self._planning,
             offers=self._offers,
+            expected=PullOffers(shipped_catalogue()).expected,
             hosts=self._hosts,
             loads=self._loads,
             coordinator=self._coordinator,
