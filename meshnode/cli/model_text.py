@@ -11,15 +11,15 @@ Answer = Mapping[str, Any]
 _LABEL_COLUMNS: Final = 13
 
 
-def models_text(models: Sequence[Answer], names: Mapping[str, str], width: int | None = None) -> str:
-    """`meshnode models`: one line for each, those that are ready first. `names` of nodes by id."""
+def models_text(models: Sequence[Answer], names: Mapping[str, str], width: int | None = None, *, me: str = "") -> str:
+    """`meshnode models`: one line for each, those that are ready first. `names` of nodes by id; `me`: this node's."""
     headings = ("MODEL", "SIZE", "QUANT", "STATE", "SPEED", "WHERE")
     rows = [
         (
             printable(model["model"]),
             size_text(model["file_bytes"]) if model.get("file_bytes") else "",
             printable(model.get("quantization") or ""),
-            coloured(state_of(model)),
+            coloured(state_of(model, me)),
             speed_text(model.get("tokens_per_s")),
             _where(model, names),
         )
@@ -29,8 +29,8 @@ def models_text(models: Sequence[Answer], names: Mapping[str, str], width: int |
     return "\n".join([shown, *_troubles(models)])
 
 
-def state_of(model: Answer) -> str:
-    """`ready`, where it fits, or by how much it does not."""
+def state_of(model: Answer, me: str = "") -> str:
+    """`ready`, where it fits, or by how much it does not. `me`: this node's id."""
     if model["ollama_ready"]:
         return "ready"
     if model.get("state") in ("loading", "failed"):
@@ -39,14 +39,16 @@ def state_of(model: Answer) -> str:
         return "makes vectors"
     if model["can_run"]:
         shards = model.get("shard_plan", {}).get("shards", ())
-        return f"fits on {len(shards)} nodes" if len(shards) > 1 else "fits on one node"
+        if len(shards) > 1:
+            return f"fits on {len(shards)} nodes"
+        return "fits here" if me and model.get("single_node_id") == me else "fits on one node"
     missing = model["required_ram"] - model["cluster_ram"]
     if model["cluster_ram"] and missing > 0:
         return f"needs {size_text(missing)} more"
     return "cannot run" if model["is_downloaded"] else "not fetched"
 
 
-def model_text(model: Answer, names: Mapping[str, str]) -> str:
+def model_text(model: Answer, names: Mapping[str, str], *, me: str = "") -> str:
     """`meshnode models NAME`: everything known of one."""
     needs = f"{size_text(model['required_ram'])} of memory"
     free = f", {size_text(model['cluster_ram'])} free in the mesh" if model["cluster_ram"] else ""
@@ -54,7 +56,7 @@ def model_text(model: Answer, names: Mapping[str, str]) -> str:
         ("model", printable(model["model"])),
         ("aliases", ", ".join(map(printable, model.get("aliases", ())))),
         ("about", printable(model.get("description") or "")),
-        ("state", coloured(state_of(model))),
+        ("state", coloured(state_of(model, me))),
         ("why", printable(model.get("reason") or "")),
         ("needs", needs + free if model["required_ram"] else ""),
         ("speed", speed_text(model.get("tokens_per_s"))),
@@ -159,4 +161,5 @@ def _other(way: Answer) -> str:
 
 
 def _where(model: Answer, names: Mapping[str, str]) -> str:
-    return ", ".join(printable(names.get(node, node[:8])) for node in model.get("held_by", ()))
+    held = ", ".join(printable(names.get(node, node[:8])) for node in model.get("held_by", ()))
+    return held or ("not fetched" if not model["ollama_ready"] else "")

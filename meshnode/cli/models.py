@@ -8,6 +8,7 @@ import click
 from meshnode.cli.client import AgentClient
 from meshnode.cli.near import nearest
 from meshnode.cli.session import Session
+from meshnode.cli.units import size_text
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.redaction import printable
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 AUTO: Final = "auto"
 """The best model that is ready, or the one that the settings name."""
 _MODELS: Final = "/api/llm/models"
+_CATALOGUE: Final = "/api/llm/catalogue"
+_PLAN_TIMEOUT_S: Final = 60.0
 _COMPLETION_TIMEOUT_S: Final = 1.0
 
 
@@ -49,12 +52,38 @@ def check_model(client: AgentClient, name: str) -> None:
     """Raise MeshError NOT_FOUND, before anybody types a question, when there is no such model, or none at all."""
     models = list_models(client, planned=False)
     if name != AUTO:
-        choose(models, name)
+        try:
+            choose(models, name)
+        except MeshError as error:
+            raise not_pulled(client, name) or error from error
     elif not models:
         raise MeshError(
             ErrorCode.NOT_FOUND,
             "This mesh has no model yet. `meshnode models --all` lists what can be had, `meshnode pull` fetches it.",
         )
+
+
+def not_pulled(client: AgentClient, name: str) -> MeshError | None:
+    """What to do for a model that can be pulled by this name and is not here: how large it is, and whether it fits.
+
+    None when there is no such model, or when that cannot be asked: then what failed first says more.
+    """
+    try:
+        offered = client.pages(f"{_CATALOGUE}?plan=false")
+        found = next((model for model in offered if name in (model["model"], *model.get("aliases", ()))), None)
+        if found is None:
+            return None
+        plan = client.get(f"/api/llm/plan?{urlencode({'model': found['model']})}", timeout_s=_PLAN_TIMEOUT_S)
+    except MeshError:
+        return None
+    if plan["fits"]:
+        stages = len(next((way["stages"] for way in plan["plans"] if way.get("chosen")), ()))
+        where = f"over {stages} nodes" if stages > 1 else "on one node"
+        words = f"would run {where}. Fetch it first:\n  meshnode pull {printable(found['model'])}"
+    else:
+        words = f"would not fit. {printable(plan['reason'])} `meshnode models --all` lists what does."
+    size = size_text(found["file_bytes"])
+    return MeshError(ErrorCode.NOT_FOUND, f"{printable(name)} is not in this mesh yet. It has {size}, and {words}")
 
 
 def complete_model(ctx: click.Context, _param: click.Parameter, incomplete: str) -> "list[CompletionItem]":

@@ -99,7 +99,7 @@ def test_models(models: FakeAgent, command: Command) -> None:
     assert "absent" not in done.out
     every = command("models", "--all")
     assert "absent" in every.out
-    assert "not fetched" in every.out
+    assert "not fetched" in every.out.splitlines()[-1]
     assert json.loads(command("models", "--json").out) == [LARGE, model()]
     assert json.loads(command("models", "--json", "--all").out) == [LARGE, model(), ABSENT]
 
@@ -113,6 +113,23 @@ def test_one_model(models: FakeAgent, command: Command) -> None:
         done = command("models", wrong)
         assert done.code == 1
         assert f"did you mean '{LARGE['model'] if wrong == 'larg' else 'demo'}'" in done.err
+
+
+def test_a_model_that_can_be_pulled_is_named_with_its_size_and_whether_it_fits(
+    models: FakeAgent, command: Command
+) -> None:
+    models.on("GET /api/llm/catalogue?plan=false&limit=500", Answer([ABSENT]))
+    models.on(CHAT, refusal(404, "not_found", "No node has the model."))
+    for plan, words in (
+        (PLAN, "It has 2.0 GiB, and would run on one node. Fetch it first:\n  meshnode pull absent"),
+        (PLAN | {"fits": False, "plans": [], "reason": "It lacks 3 GiB."}, "would not fit. It lacks 3 GiB."),
+    ):
+        models.on("GET /api/llm/plan?model=absent", Answer(plan))
+        for asked in (["chat", "absent"], ["ask", "--model", "absent", "hi"]):
+            done = command(*asked)
+            assert done.code == 1
+            assert words in done.err
+    assert "No node has the model." in command("ask", "--model", "nothing", "hi").err
 
 
 def test_no_model_yet(agent: FakeAgent, command: Command) -> None:

@@ -8,11 +8,12 @@ from typing import Any, Final
 
 import click
 
-from meshnode.cli.models import AUTO, complete_model
+from meshnode.cli.models import AUTO, complete_model, not_pulled
 from meshnode.cli.sampling import with_sampling
 from meshnode.cli.screen import Progress, note, paragraph, say_json
 from meshnode.cli.session import Session, example, with_session
 from meshnode.cli.stream import Turn, follow
+from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.redaction import printable
 
 CONTEXT_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -43,12 +44,16 @@ def ask(session: Session, fields: dict[str, Any], question: tuple[str, ...], mod
     messages.append({"role": "user", "content": words})
     turn = Turn()
     asked = {"model": model, "messages": messages, **fields}
-    with (
-        session.agent() as agent,
-        Printed(quiet=session.as_json) as printed,
-        closing(agent.post_events("/api/llm/chat", asked)) as events,
-    ):
-        follow(events, turn, printed)
+    with session.agent() as agent:
+        try:
+            with (
+                Printed(quiet=session.as_json) as printed,
+                closing(agent.post_events("/api/llm/chat", asked)) as events,
+            ):
+                follow(events, turn, printed)
+        except MeshError as error:
+            # Only then is it worth asking whether it could be fetched.
+            raise (error.code is ErrorCode.NOT_FOUND and not_pulled(agent, model)) or error from error
     if session.as_json:
         say_json(turn.report())
     elif turn.finish_reason == "length":

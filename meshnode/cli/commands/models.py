@@ -34,13 +34,15 @@ def models(session: Session, name: str | None, all_known: bool) -> None:
             if all_known or name is not None:
                 listed = {model["model"] for model in found}
                 found += [model for model in agent.pages("/api/llm/catalogue") if model["model"] not in listed]
-        names = {} if session.as_json else {node["id"]: node["name"] for node in agent.pages("/api/nodes")}
+        nodes = [] if session.as_json else agent.pages("/api/nodes")
+    names = {node["id"]: node["name"] for node in nodes}
+    me = next((node["id"] for node in nodes if node.get("this_node")), "")
     if name is not None:
         one = choose(found, name)
         if session.as_json:
             say_json(one)
         else:
-            say(model_text(one, names))
+            say(model_text(one, names, me=me))
         return
     shown = [
         model for model in found if all_known or model["is_downloaded"] or model["ollama_ready"] or model.get("pinned")
@@ -48,7 +50,7 @@ def models(session: Session, name: str | None, all_known: bool) -> None:
     if session.as_json:
         say_json(shown)
     elif shown:
-        say(models_text(shown, names, terminal_columns()))
+        say(models_text(shown, names, terminal_columns(), me=me))
     else:
         say("No model yet. `meshnode models --all` lists what can be had, `meshnode pull` fetches it.")
 

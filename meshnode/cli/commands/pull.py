@@ -57,7 +57,10 @@ def pull(session: Session, ref: str, node: str | None, whole: bool) -> None:
             again = " ".join(
                 ("meshnode pull", ref, *(("--node", node) if node else ()), *(("--whole",) if whole else ()))
             )
-            note(f"Stopped. What was fetched is kept; go on with\n  {printable(again)}")
+            note(
+                "The agent goes on fetching, and takes it up again after a restart. To watch it, say the same again:\n"
+                f"  {printable(again)}\nTo stop it and delete what came: `meshnode rm-model` with the model's name."
+            )
             raise
     if session.as_json:
         return

@@ -54,7 +54,8 @@ class ModelRoutes:
     async def catalogue(self, request: Request) -> Reply:
         cards = self._library.catalogue()
         page, cursor = page_of(cards, lambda card: card.name, request.limit, request.cursor)
-        return Reply([feasibility(card, None) for card in page], next_cursor=cursor)
+        planned = request.query.plan
+        return Reply([await self._feasibility(card, planned=planned) for card in page], next_cursor=cursor)
 
     async def plan(self, request: Request) -> PlanReport:
         return await self._llm.plan(request.query.model, context=request.query.context)
@@ -118,7 +119,7 @@ class ModelRoutes:
             ),
             Route(
                 method="GET", path="/api/llm/catalogue", summary="Models that can be pulled by name.",
-                handler=self.catalogue, response=list[ModelFeasibility], paginated=True, tag=TAG,
+                handler=self.catalogue, query=ModelsQuery, response=list[ModelFeasibility], paginated=True, tag=TAG,
             ),
             Route(
                 method="GET", path="/api/llm/plan", summary="Where a model's layers would go, how fast, and why.",

@@ -39,6 +39,7 @@ from meshnode.llm.service.singles import Singles
 from protocol.ids import NodeId
 from protocol.sharding.pipelines import Pipeline
 from protocol.sharding.planner import Plan, Refusal
+from protocol.sharding.shapes import ModelShape
 
 ASK_S: Final = 3.0
 
@@ -77,6 +78,7 @@ class Desk:
         prompts: Prompts,
         planning: Planning,
         offers: Offers,
+        expected: Callable[[str], ModelShape | None],
         hosts: Hosts,
         loads: Loads,
         coordinator: Callable[[], NodeId | None],
@@ -84,6 +86,7 @@ class Desk:
         name_of: Callable[[NodeId], str],
         wall: Callable[[], float],
     ) -> None:
+        """`expected`: about what a model of the catalogue needs, by any of its names."""
         self._calls = calls
         self._models = models
         self._served = served
@@ -95,6 +98,7 @@ class Desk:
         self._prompts = prompts
         self._planning = planning
         self._offers = offers
+        self._expected = expected
         self._hosts = hosts
         self._loads = loads
         self._coordinator = coordinator
@@ -177,11 +181,18 @@ class Desk:
         await self._calls.call(leader, "llm.unload", UnloadRequest(known.digest), bool, timeout_s=ASK_S)
 
     async def plan(self, model: str, *, context: int | None = None) -> PlanReport:
-        """Where its layers would go now, how fast, and why."""
-        known = self._models.find(model)
-        wanted = context or self._prompts.wanted_context(known)
-        made = await self._planning.plan(known.digest, wanted)
-        shape = known.shape
+        """Where its layers would go now, how fast, and why; of the catalogue's models also before they are pulled."""
+        try:
+            found = self._models.find(model)
+            name, shape = found.name, found.shape
+        except MeshError as error:
+            expected = self._expected(model) if error.code is ErrorCode.NOT_FOUND else None
+            if expected is None:
+                raise
+            name, shape = expected.name, expected
+        wanted = context or self._prompts.usual_context(shape)
+        planning = self._planning
+        made = await (planning.plan(shape.digest, wanted) if shape.digest else planning.plan_shape(shape, wanted))
         free = sum(
             offer.ram_free_bytes + sum(device.vram_free_bytes for device in offer.devices)
             for offer in self._offers.online().values()
@@ -192,7 +203,7 @@ class Desk:
             if made.would_fit:
                 words += f" Would fit: {', '.join(made.would_fit)}."
             return PlanReport(
-                model=known.name,
+                model=name,
                 fits=False,
                 reason=words,
                 context=wanted,
@@ -201,7 +212,7 @@ class Desk:
                 plans=(),
             )
         return PlanReport(
-            model=known.name,
+            model=name,
             fits=True,
             reason="; ".join(made.reasons),
             context=wanted,

@@ -86,7 +86,9 @@ class Planning:
         """The plan for a model as the mesh stands now. Nodes that have just come are waited for if they are needed."""
         patience = OFFER_WAIT_S
         while True:
-            asked = self._prepared(digest, context, without, freed or {}, taken or {}, tuple(kept), stages_min)
+            asked = self._prepared(
+                self._shapes.shape(digest), context, without, freed or {}, taken or {}, tuple(kept), stages_min
+            )
             made = await self._offload(asked)
             if isinstance(made, Plan) or patience <= 0 or not self._offers.unheard():
                 return made
@@ -95,11 +97,15 @@ class Planning:
 
     def now(self, digest: str, context: int) -> Plan | Refusal:
         """The same at once, for those who cannot wait: up to a fifth of a second in a large mesh."""
-        return self._prepared(digest, context, frozenset(), {}, {}, (), 1)()
+        return self._prepared(self._shapes.shape(digest), context, frozenset(), {}, {}, (), 1)()
+
+    async def plan_shape(self, shape: ModelShape, context: int) -> Plan | Refusal:
+        """The plan for a model that nobody has yet, by what is known of it beforehand."""
+        return await self._offload(self._prepared(shape, context, frozenset(), {}, {}, (), 1))
 
     def _prepared(
         self,
-        digest: str,
+        shape: ModelShape | None,
         context: int,
         without: frozenset[NodeId],
         freed: dict[NodeId, tuple[int, int]],
@@ -108,10 +114,9 @@ class Planning:
         stages_min: int,
     ) -> Callable[[], Plan | Refusal]:
         """The question with all its facts, to be answered in a thread."""
-        shape = self._shapes.shape(digest)
         if shape is None:
             return lambda: Refusal(code="no_nodes", words="No node knows that model any more. Pull it again.")
-        offers, links = self._offers.planning(lambda node: self._shapes.holds(node, digest))
+        offers, links = self._offers.planning(lambda node: self._shapes.holds(node, shape.digest))
         offers = [_shifted(offer, freed, taken) for offer in offers if offer.node not in without]
         able = sum(offer.has_engine for offer in offers)
         if able < stages_min:
@@ -124,8 +129,8 @@ class Planning:
             streams=1,
             stages_min=min(max(self._stages_min, stages_min), max(1, len(offers))),
         )
-        siblings = self._shapes.siblings(digest)
-        constants = constants_of(digest, self._offers.learnt())
+        siblings = self._shapes.siblings(shape.digest)
+        constants = constants_of(shape.digest, self._offers.learnt())
         return lambda: self._plan(shape, wish, offers, links, constants, kept, siblings)
 
     def _plan(

@@ -19,6 +19,7 @@ from meshnode.llm.templates.model import Family, RenderedPrompt
 from protocol.sharding.frames import Tokens
 from protocol.sharding.pipelines import Pipeline, PipelineId
 from protocol.sharding.sampling import Grammar, GrammarKind, Sampling
+from protocol.sharding.shapes import ModelShape
 
 CONTEXT_DEFAULT: Final = 4096
 ANSWER_ROOM: Final = 512  # tokens of an answer that a context must have room for when nobody says how many
@@ -114,7 +115,11 @@ class Prompts:
         raise MeshError(ErrorCode.UNAVAILABLE, f"The model's stages do not answer: {words}", retryable=True)
 
     def wanted_context(self, known: Known, tokens: int = 0) -> int:
-        return min(known.shape.context_max, max(self._context or CONTEXT_DEFAULT, tokens))
+        return self.usual_context(known.shape, tokens)
+
+    def usual_context(self, shape: ModelShape, tokens: int = 0) -> int:
+        """As the settings say, or as a prompt of so many tokens needs; no longer than the model knows."""
+        return min(shape.context_max, max(self._context or CONTEXT_DEFAULT, tokens))
 
     def context_for(self, known: Known, pipeline: Pipeline, tokens: tuple[int, ...], wishes: Wishes) -> int:
         """How long a context the session needs. Raises MeshError, as OpenAI's clients know it, if no model has it."""

@@ -27,6 +27,11 @@ class Offers:
         names, model = entry.names, entry.model
         return entry.file.ref, Described(names[0], entry.file.ref, model.description, model.licence, names[1:])
 
+    def expected(self, name: str) -> ModelShape | None:
+        """About what a model needs before it is pulled, by any of its names."""
+        entry = self.catalogue.find(name)
+        return None if entry is None else expected_shape(entry)
+
 
 def expected_shape(entry: CatalogueEntry) -> ModelShape:
     """About what a model of the catalogue needs and where it can be cut, before its header is known."""

@@ -4,7 +4,7 @@ A pull makes the model known and then has each node get what it needs; how bytes
 reader leaves, is joined by whoever asks for the same, and is taken up again after a restart.
 """
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -17,7 +17,7 @@ from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.logs import Logger
 from meshnode.kernel.offload import Offload
 from meshnode.kernel.service import Policy
-from meshnode.llm.model import PullProgress, RemovedReport
+from meshnode.llm.model import PullPart, PullProgress, RemovedReport
 from meshnode.llm.service.pull.introducing import Described, read_files, read_origin
 from meshnode.llm.service.pull.refs import LocalRef, NamedRef, Ref, RemoteRef, parse_ref
 from meshnode.llm.service.pull.stopping import until_stopped
@@ -61,9 +61,23 @@ class _Pull:
     over: bool = False
     error: MeshError | None = None
 
-    def tell(self, status: str, completed: int = 0, total: int = 0, speed: float = 0.0, source: str = "") -> None:
+    def tell(
+        self,
+        status: str,
+        completed: int = 0,
+        total: int = 0,
+        speed: float = 0.0,
+        source: str = "",
+        parts: tuple[PullPart, ...] = (),
+    ) -> None:
         self.told = PullProgress(
-            model=self.told.model, status=status, completed=completed, total=total, bytes_per_s=speed, source=source
+            model=self.told.model,
+            status=status,
+            completed=completed,
+            total=total,
+            bytes_per_s=speed,
+            source=source,
+            parts=parts,
         )
         self.wake()
 
@@ -87,6 +101,7 @@ class Pulls:
         alive: Callable[[], Sequence[NodeId]],
         planner: Planner,
         offers: Offers,
+        name_of: Callable[[NodeId], str],
         client: httpx2.AsyncClient,
         hub: str,
         token: str,
@@ -95,6 +110,7 @@ class Pulls:
         logger: Logger,
     ) -> None:
         """The caller hides `token` from logs."""
+        self._name_of = name_of
         self._weights = weights
         self._store = store
         self._network = network
@@ -258,7 +274,7 @@ class Pulls:
         else:
             targets = self._planner(manifest)
         await self._spread(pull, manifest, targets)
-        pull.tell("success", manifest.bytes, manifest.bytes, source=manifest.source)
+        pull.tell("success", manifest.bytes, manifest.bytes, source=manifest.source, parts=pull.told.parts)
 
     def _resolve(self, text: str) -> Manifest | tuple[Ref, Described]:
         """What a reference means: a model that the mesh knows, or one to be made known."""
@@ -321,7 +337,7 @@ class Pulls:
                 speed = measured if not speed else speed + SPEED_SHARE * (measured - speed)
                 last = now, done
             words = next((answer.words for answer in told.values() if not answer.finished), "fetching")
-            pull.tell(words, min(done, total), total, speed, manifest.source)
+            pull.tell(words, min(done, total), total, speed, manifest.source, self._parts(manifest, targets, told))
 
         failures: list[MeshError] = []
 
@@ -343,6 +359,20 @@ class Pulls:
                 nursery.start_soon(one, target, nursery.cancel_scope)
         if failures:
             raise failures[0]
+
+    def _parts(
+        self, manifest: Manifest, targets: Sequence[Target], told: Mapping[Target, WantAnswer]
+    ) -> tuple[PullPart, ...]:
+        """How far each node is; one that has not answered yet has nothing of what its layers are expected to take."""
+        parts: list[PullPart] = []
+        for target in sorted(targets, key=lambda target: target[1]):
+            node, first, last = target
+            answer = told.get(target)
+            total = _estimate(manifest, target) if answer is None else answer.total
+            done = 0 if answer is None else min(answer.done, total)
+            name = self._name_of(node)
+            parts.append(PullPart(node_id=node, node_name=name, first=first, last=last, completed=done, total=total))
+        return tuple(parts)
 
     async def _wanting(self, manifest: Manifest, target: Target) -> AsyncGenerator[WantAnswer, None]:
         """How far one node is, until it has its layers. A node that is lost for a while is waited for."""

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import aclosing
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,22 @@ async def test_a_model_is_removed_here_or_everywhere_and_not_while_it_is_loaded(
         assert not w.board.rows
         with pytest.raises(MeshError, match="There is no model 'm'"):
             nodes[2].weights.find("m")
+
+
+async def test_progress_is_told_for_each_node_that_takes_part(tmp_path: Path) -> None:
+    body = model()
+    async with origin_server({"/m.gguf": body}) as origin, world(tmp_path) as w:
+        a, b = await w.add(), await w.add()
+        w.plan = [(b.id, 4, 8), (a.id, 0, 4)]
+        told = [one for one in await a.pull(origin.url("/m.gguf")) if one.parts]
+        assert all([part.node_id for part in one.parts] == [a.id, b.id] for one in told), "in the order of the layers"
+        last = told[-1]
+        assert last.status == "success"
+        assert [(part.first, part.last) for part in last.parts] == [(0, 4), (4, 8)]
+        assert [part.node_name for part in last.parts] == [f"node {a.id[:4]}", f"node {b.id[:4]}"]
+        assert all(part.completed == part.total > 0 for part in last.parts)
+        for before, after in pairwise(told):
+            assert all(x.completed <= y.completed <= y.total for x, y in zip(before.parts, after.parts, strict=True))
 
 
 async def test_who_may_not_delete_from_other_nodes_still_does_from_its_own(tmp_path: Path) -> None:

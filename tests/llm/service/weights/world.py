@@ -206,6 +206,7 @@ class World:
             alive=self.alive,
             planner=lambda manifest: list(self.plan),
             offers=self.offers,
+            name_of=lambda node: f"node {node[:4]}",
             client=client,
             hub=hub,
             token=token,
