@@ -84,7 +84,13 @@ class Tending:
         load = next((load for load in self._s.loads.values() if load.job == event.job), None)
         if load is None or load.pipeline is not None or load.layout is not None:
             return
+        if event.plan is not None and len(event.plan.stages) < load.stages_min and not load.replaces:
+            # Loading it would serve nobody: whoever wants more stages would have it loaded again and again.
+            words = f"It can be split over {len(event.plan.stages)} nodes here, not over {load.stages_min}."
+            self.give_up(load, FEW_NODES, words, now)
+            return
         if event.plan is not None:
+            load.stages_min = min(load.stages_min, len(event.plan.stages))
             load.layout = event.plan
             load.words = event.plan.words[:LOAD_WORDS_CHARS_MAX]
             nodes = {span.node for span in event.plan.stages}

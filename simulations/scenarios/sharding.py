@@ -133,7 +133,10 @@ class _Run:
         model = rng.choice(tuple(SHAPES))
         leaves = rng.randrange(1, 20) if rng.random() < 0.1 else None
         stops = rng.randrange(1, 20) if rng.random() < 0.1 else None
-        rng.choice(up).ask(model, prompt, rng.randrange(1, 150), leaves_after=leaves, stops_after=stops)
+        stages = rng.choice((1, 1, 1, 2, 3))
+        member = rng.choice(up)
+        tokens = rng.randrange(1, 150)
+        member.ask(model, prompt, tokens, leaves_after=leaves, stops_after=stops, stages_min=stages)
 
     def fault(self) -> None:
         """One of the chosen kinds, for a while."""

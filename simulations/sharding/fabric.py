@@ -13,7 +13,7 @@ from protocol.ids import NodeId
 from protocol.sharding.fitting import Wish
 from protocol.sharding.held import LoadingParameters
 from protocol.sharding.offers import Links, NodeOffer, Speed
-from protocol.sharding.pipelines import Layout, Planned, PlanWanted, Span
+from protocol.sharding.pipelines import FEW_NODES, Layout, Planned, PlanWanted, Span
 from protocol.sharding.planner import Plan, Refusal, mend, plan
 from protocol.sharding.shapes import ModelShape
 from simulations.checkers.checker import Checker
@@ -132,11 +132,15 @@ class Fabric(Checker):
                 # Some are twice as fast as others, always the same ones.
                 speed = Speed(GB, 0.01 * (1 + other.computer.index % 2), 0.001)
                 offers.append(NodeOffer(node=node, name=repr(other.computer), ram_free_bytes=max(0, free), speed=speed))
-        wish = Wish(context=wanted.context, slots=self.params.slots)
+        if len(offers) < wanted.stages_min:
+            return Planned(wanted.job, None, FEW_NODES, f"{len(offers)} nodes can run models.")
+        wish = Wish(context=wanted.context, slots=self.params.slots, stages_min=wanted.stages_min)
         made: Plan | Refusal | None = None
         if wanted.kept:
             kept = {NodeId(span.node): (span.first, span.end) for span in wanted.kept}
             made = mend(shape, wish, kept, offers, Links())
+            if made is not None and len(made.stages) < wish.stages_min:
+                made = None
         made = made or plan(shape, wish, offers, Links())
         if isinstance(made, Refusal):
             code = "no_memory" if made.code == "no_nodes" else made.code

@@ -56,6 +56,7 @@ from protocol.sharding.pipelines import (
     CommandStage,
     EnsureAsked,
     EnsureRequest,
+    MembersUp,
     NodeReport,
     PlanWanted,
     Reported,
@@ -123,6 +124,9 @@ class Member:
             self.coordinator = event.leader
             self.loaded(event)
             self.hosted(event)
+            self.loaded(
+                MembersUp(frozenset({self.computer.node_id, *self.computer.program.believed_up(self.computer)}))
+            )
         elif isinstance(event, PeerDown | PeerLeft):
             self.loaded(event)
             for stem in list(self.clients):
@@ -195,12 +199,12 @@ class Member:
         self.client(session[:STEM_BYTES], event)
 
     def ask(self, model: str, prompt: tuple[int, ...], max_tokens: int, *, leaves_after: int | None = None,
-            stops_after: int | None = None) -> Client:  # fmt: skip
+            stops_after: int | None = None, stages_min: int = 1) -> Client:  # fmt: skip
         """A client comes to this computer."""
         stem = self.fabric.rng.randbytes(STEM_BYTES)
         session = Session(
             stem=stem, model=model, prompt=prompt, max_tokens=max_tokens, context=self.fabric.context,
-            rng=self.fabric.rng,
+            rng=self.fabric.rng, stages_min=stages_min,
         )  # fmt: skip
         client = Client(session, model, prompt, max_tokens, self.fabric.world.now, leaves_after, stops_after)
         self.clients[stem] = client
@@ -271,7 +275,8 @@ class Member:
             self.later(0.01, lambda: self.client(stem, EnsureFailed(effect.ask, "no coordinator is known")))
             return
         failed, failure = effect.complaint or (None, "")
-        body = _encode(EnsureRequest(effect.model, effect.context, effect.without, failed, failure))
+        request = EnsureRequest(effect.model, effect.context, effect.without, failed, failure, effect.stages_min)
+        body = _encode(request)
         me = self.computer.node_id
 
         def replied(answer: bytes | None) -> None:

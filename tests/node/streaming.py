@@ -4,6 +4,7 @@ import http.client
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -51,7 +52,10 @@ def stream(
     after: int = 0,
     harm: Callable[[], object] = lambda: None,
 ) -> Streamed:
-    """A greedy answer of so many tokens; `harm` is called when `after` pieces of it have come."""
+    """A greedy answer of so many tokens; `harm` is called when `after` pieces of it have come.
+
+    A connection that breaks off ends it where it was: without a finish.
+    """
     body = {
         "model": model,
         "messages": [{"role": "user", "content": words}],
@@ -70,11 +74,12 @@ def stream(
         if answer.status != 200:
             got.errors.append((answer.status, json.loads(answer.read())))
             return got
-        while line := answer.readline():
-            _take(got, line)
-            if after and len(got.pieces) == after:
-                after = 0
-                harm()
+        with suppress(http.client.IncompleteRead, ConnectionResetError):
+            while line := answer.readline():
+                _take(got, line)
+                if after and len(got.pieces) == after:
+                    after = 0
+                    harm()
     finally:
         connection.close()
         got.ended = time.monotonic()

@@ -147,7 +147,7 @@ class Planning:
         if kept:
             standing = {NodeId(span.node): (span.first, span.end) for span in kept}
             mended = mend(shape, wish, standing, offers, links, constants=constants)
-            if mended is not None:
+            if mended is not None and len(mended.stages) >= wish.stages_min:
                 return mended
         return plan(shape, wish, offers, links, constants=constants, siblings=siblings)
 

@@ -345,3 +345,11 @@ def test_a_wish_for_stages_holds_for_what_replaces_a_broken_pipeline_as_far_as_i
     it.no_plan(FEW_NODES)
     assert it.answer(ask).code == FEW_NODES
     assert it.answer(it.ask(stages_min=2)) == Ready(mended)
+
+
+def test_a_plan_of_fewer_stages_than_wished_for_is_not_loaded_again_and_again() -> None:
+    it = Coordinator()
+    ask = it.ask(stages_min=3)
+    it.plan("a", "b")
+    assert it.orders(LoadStage) == []
+    assert it.answer(ask) == Refused(FEW_NODES, "It can be split over 2 nodes here, not over 3.", True)

@@ -366,9 +366,6 @@ def test_with_fewer_nodes_than_stages_were_wished_for_an_answer_goes_on_and_says
     entry.ready("c", name=b"another-")
     entry.pieces(3, 13)
     assert entry.emitted == [10, 11, 12, 13]
-
-
-def test_an_answer_that_has_not_begun_fails_at_once_with_too_few_nodes() -> None:
-    entry = Entry(stages_min=3)
-    entry.tell(EnsureAnswered(entry.last(Ensure).ask, Refused(FEW_NODES, "Too few are there.", True)))
-    assert entry.last(Fail) == Fail("unavailable", "Too few are there.", True)
+    not_begun = Entry(stages_min=3)
+    not_begun.tell(EnsureAnswered(1, Refused(FEW_NODES, "Too few are there.", True)))
+    assert not_begun.last(Fail) == Fail("unavailable", "Too few are there.", True)
