@@ -10,16 +10,10 @@ import httpx2
 import msgspec
 
 from meshnode.api.routing import Mount
-from meshnode.kernel.database import Database, KeyValue
-from meshnode.kernel.driver import Driver
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.kernel.links import Links
 from meshnode.kernel.links.contracts import PeerMethod
-from meshnode.kernel.logs import Logger
-from meshnode.kernel.offload import Offload
 from meshnode.kernel.records import RecordWriter
-from meshnode.kernel.redaction import SecretSet
-from meshnode.kernel.resources.gpu import GpuDevice
+from meshnode.llm.ground import LlmGround
 from meshnode.llm.peers.stages import stage_methods
 from meshnode.llm.peers.weights import weight_methods
 from meshnode.llm.routes.mount import llm_routes
@@ -54,13 +48,10 @@ from meshnode.llm.service.weights.weights import Weights
 from meshnode.llm.service.whole import LlmService
 from meshnode.llm.store import WeightStore
 from meshnode.llm.templates.client import TemplateWorker
-from meshnode.settings.tree import LlmSettings
 from protocol.effects import Persist
 from protocol.election.events import CoordinatorChanged
-from protocol.election.fence import Fence
 from protocol.ids import NodeId
 from protocol.membership.events import PeerDown, PeerLeft, PeerUp
-from protocol.node import Node
 from protocol.records.collection import Collection
 from protocol.sharding.held import LoadingParameters
 from protocol.sharding.hosting import Hosting
@@ -83,30 +74,6 @@ _LEARNT: Final = b"learnt"
 def llm_collections() -> list[Collection]:
     """The collections of records of this subsystem."""
     return [chats_collection(), offers_collection(), served_collection(), loaded_collection(), *model_collections()]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LlmGround:
-    """What the subsystem stands on."""
-
-    settings: LlmSettings
-    data_dir: Path
-    hub: Node
-    driver: Driver
-    links: Links
-    database: Database
-    key_value: KeyValue
-    fence: Fence
-    name_of: Callable[[NodeId], str]
-    find_node: Callable[[str], NodeId]
-    gpus: Callable[[], Sequence[GpuDevice]]
-    rtts: Callable[[], Mapping[NodeId, float]]
-    publish: Callable[[object], object]
-    hidden: SecretSet
-    offload: Offload
-    now: Callable[[], float]
-    wall: Callable[[], float]
-    log: Callable[[str], Logger]
 
 
 @dataclass(frozen=True)

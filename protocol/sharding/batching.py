@@ -24,6 +24,7 @@ from protocol.sharding.slots import (
     Session,
     Slot,
     common_prefix,
+    neighbours,
 )
 from protocol.sharding.steps import OUTPUTS_MAX, Run, Sampled, Taken
 
@@ -310,7 +311,7 @@ class Batcher:
         ready = sorted((session for session in decoding if not session.awaiting), key=lambda session: session.order)
         cap = math.ceil(len(decoding) / self._limits.stages)
         rows = 0
-        for session in _neighbours(ready, cap):
+        for session in neighbours(ready, cap):
             if session.slot is None:
                 continue  # it had to make room for an older one a moment ago
             at = len(session.text) - 1
@@ -432,25 +433,3 @@ class Batcher:
         if taken.finish is Finish.ERROR:
             self.forget(run.slot)
         return True
-
-
-def _neighbours(ready: list[Session], count: int) -> list[Session]:
-    """The session that waits longest, then those whose slots lie next to its own, for only rows of slots that follow
-    each other are computed at once; then the others.
-    """
-    if not ready:
-        return []
-    by_slot = {session.slot: session for session in ready}
-    chosen = [ready[0]]
-    low = high = ready[0].slot or 0
-    while len(chosen) < count:
-        if high + 1 in by_slot:
-            high += 1
-            chosen.append(by_slot[high])
-        elif low - 1 in by_slot:
-            low -= 1
-            chosen.append(by_slot[low])
-        else:
-            break
-    rest = [session for session in ready if all(session is not one for one in chosen)]
-    return [*chosen, *rest][:count]

@@ -123,3 +123,25 @@ def common_prefix(one: Sequence[int], other: Sequence[int], length_max: int) -> 
         else:
             high = middle - 1
     return low
+
+
+def neighbours(ready: list[Session], count: int) -> list[Session]:
+    """The session that waits longest, then those whose slots lie next to its own, for only rows of slots that follow
+    each other are computed at once; then the others.
+    """
+    if not ready:
+        return []
+    by_slot = {session.slot: session for session in ready}
+    chosen = [ready[0]]
+    low = high = ready[0].slot or 0
+    while len(chosen) < count:
+        if high + 1 in by_slot:
+            high += 1
+            chosen.append(by_slot[high])
+        elif low - 1 in by_slot:
+            low -= 1
+            chosen.append(by_slot[low])
+        else:
+            break
+    rest = [session for session in ready if all(session is not one for one in chosen)]
+    return [*chosen, *rest][:count]

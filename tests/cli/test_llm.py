@@ -11,7 +11,7 @@ import pytest
 
 from meshnode.cli.main import run
 from meshnode.cli.models import complete_model
-from meshnode.cli.prompt import HISTORY_LINES_MAX, Prompt, read_history, write_history
+from meshnode.cli.prompt import HISTORY_LINES_MAX, read_history, write_history
 from tests.cli.answers import ME, PEER, node, peer
 from tests.cli.conftest import Command
 from tests.cli.fake_agent import Answer, FakeAgent, refusal
@@ -402,37 +402,6 @@ def test_the_history_is_the_users_own(tmp_path: Path) -> None:
     write_history(tmp_path / "file" / "x" / "y", ["a"])
     (tmp_path / "file2").touch()
     write_history(tmp_path / "file2" / "y", ["a"])  # nothing to be done about it
-
-
-@pytest.mark.parametrize(
-    ("typed", "read"),
-    [
-        (["plain"], ["plain"]),
-        (['"""one line"""'], ["one line"]),
-        (['"""', "a", "", "b", '"""', "c"], ["a\n\nb", "c"]),
-        (['  """a', 'b"""'], ["a\nb"]),
-        (['"""', "never closed"], ["never closed"]),
-        (['"""', '"""'], [""]),
-    ],
-)
-def test_texts_of_several_lines(monkeypatch: pytest.MonkeyPatch, typed: list[str], read: list[str]) -> None:
-    lines = iter(typed)
-
-    def take(_prompt: str) -> str:
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", take)
-    seen = []
-    with Prompt(interactive=False) as prompt:
-        while True:
-            try:
-                seen.append(prompt.read())
-            except EOFError:
-                break
-    assert seen == read
 
 
 def test_model_names_are_completed(models: FakeAgent) -> None:
