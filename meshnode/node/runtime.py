@@ -49,8 +49,8 @@ from meshnode.kernel.resources.nvidia import NvidiaSource
 from meshnode.kernel.resources.sampler import IdleActivity, ResourceSampler
 from meshnode.kernel.service import Service
 from meshnode.kernel.supervisor import Supervisor, serve_until_signal
-from meshnode.llm.ground import LlmGround
-from meshnode.llm.setup import Llm, build_llm
+from meshnode.llm.setup.assembly import Llm, build_llm
+from meshnode.llm.setup.ground import LlmGround
 from meshnode.node.adapters import AgentFacts, Book, Contact, Gate, KeyMinter
 from meshnode.node.figures import FiguresKeeper
 from meshnode.node.founding import (

@@ -13,7 +13,6 @@ from meshnode.api.routing import Mount
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links.contracts import PeerMethod
 from meshnode.kernel.records import RecordWriter
-from meshnode.llm.ground import LlmGround
 from meshnode.llm.peers.stages import stage_methods
 from meshnode.llm.peers.weights import weight_methods
 from meshnode.llm.routes.mount import llm_routes
@@ -46,6 +45,7 @@ from meshnode.llm.service.weights.room import disk_sizes
 from meshnode.llm.service.weights.shapes import Shapes
 from meshnode.llm.service.weights.weights import Weights
 from meshnode.llm.service.whole import LlmService
+from meshnode.llm.setup.ground import LlmGround
 from meshnode.llm.store import WeightStore
 from meshnode.llm.templates.client import TemplateWorker
 from protocol.effects import Persist
@@ -65,7 +65,7 @@ from protocol.trust import authority
 FIRST_TOKEN: Final = 1_000_000  # record writers' tokens, apart from those of others
 ENSURE_S: Final = 10.0
 REPORT_S: Final = 5.0
-SHIPPED: Final = Path(__file__).parent / "data" / "meshnode-demo.gguf"
+SHIPPED: Final = Path(__file__).parents[1] / "data" / "meshnode-demo.gguf"
 MACHINE: Final = "llm"  # under which rows of the key-value store are kept
 _SPEED: Final = b"speed"
 _LEARNT: Final = b"learnt"

@@ -1,0 +1,1 @@
+"""Building the llm subsystem: what it stands on (`ground`), and how its parts are put together (`assembly`)."""
