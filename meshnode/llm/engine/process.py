@@ -20,7 +20,7 @@ from meshnode.llm.engine.environment import engine_command, engine_environment, 
 from meshnode.llm.engine.spec import LOAD, MEMORY_EXIT_CODE, StageSpec
 from protocol.sharding.frames import FrameError, Kind
 
-BEATS_LOST_S: Final = 3.0
+BEATS_LOST_S: Final = 2.5
 LOAD_DEADLINE_S: Final = 900.0
 STOP_GRACE_S: Final = 2.0
 STDERR_LINES_MAX: Final = 20
