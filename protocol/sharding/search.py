@@ -288,20 +288,47 @@ def filled(fitting: Fitting, offers: list[NodeOffer]) -> tuple[Cut, ...] | None:
 
 
 def proportional(fitting: Fitting, offers: list[NodeOffer], stages: int) -> tuple[Cut, ...] | None:
-    """The roomiest nodes, each with layers in proportion to its room; None where rounding breaks a limit."""
+    """The roomiest nodes, each with a share of what a token reads (the head too) in proportion to its room; None where
+    rounding breaks a limit.
+    """
     chosen = sorted(offers, key=lambda offer: (-fitting.room(offer), offer.node))[:stages]
     rooms = [fitting.room(offer) for offer in chosen]
     cuts: list[Cut] = []
     at, end, passed = 0, fitting.shape.layers, 0
     for offer, room in zip(chosen, rooms, strict=True):
         passed += room
-        wanted = end * passed / max(1, sum(rooms))
-        cut = end if len(cuts) == stages - 1 else min(fitting.cuts, key=lambda cut: abs(cut - wanted))
+        wanted = fitting.between(0, end) * passed / max(1, sum(rooms))
+        cut = (
+            end if len(cuts) == stages - 1 else min(fitting.cuts, key=lambda cut: abs(fitting.between(0, cut) - wanted))
+        )
         if cut <= at or fitting.place(offer, at, cut) is None:
             return None
         cuts.append((offer, at, cut))
         at = cut
     return tuple(cuts) if at == end else None
+
+
+def held(fitting: Fitting, offers: list[NodeOffer], stages: int) -> tuple[Cut, ...] | None:
+    """So many shares that lie on disks already, each a node's longest run of layers; None where they do not add up."""
+    runs = {offer.node: max(offer.holds, key=lambda run: run[1] - run[0]) for offer in offers if offer.holds}
+    able = [offer for offer in sorted(offers, key=lambda offer: offer.node) if offer.node in runs]
+    cuts: list[Cut] = []
+    at, end = 0, fitting.shape.layers
+    while at < end and len(cuts) < stages:
+        wanted = fitting.between(0, end) * (len(cuts) + 1) / stages
+        fits = [
+            (abs(fitting.between(0, runs[offer.node][1]) - wanted), offer.node, offer)
+            for offer in able
+            if runs[offer.node][0] == at and fitting.place(offer, *runs[offer.node]) is not None
+        ]
+        if not fits:
+            return None
+        offer = min(fits, key=lambda one: one[:2])[2]
+        cuts.append((offer, *runs[offer.node]))
+        at = runs[offer.node][1]
+    edges = {0, end, *fitting.cuts}
+    whole = at == end and len(cuts) == stages and all(cut[1] in edges and cut[2] in edges for cut in cuts)
+    return tuple(cuts) if whole else None
 
 
 def thinned(fitting: Fitting, offers: list[NodeOffer], links: Links, fewest: int) -> list[NodeOffer]:
