@@ -115,23 +115,6 @@ def test_one_model(models: FakeAgent, command: Command) -> None:
         assert f"did you mean '{LARGE['model'] if wrong == 'larg' else 'demo'}'" in done.err
 
 
-def test_a_model_that_can_be_pulled_is_named_with_its_size_and_whether_it_fits(
-    models: FakeAgent, command: Command
-) -> None:
-    models.on("GET /api/llm/catalogue?plan=false&limit=500", Answer([ABSENT]))
-    models.on(CHAT, refusal(404, "not_found", "No node has the model."))
-    for plan, words in (
-        (PLAN, "It has 2.0 GiB, and would run on one node. Fetch it first:\n  meshnode pull absent"),
-        (PLAN | {"fits": False, "plans": [], "reason": "It lacks 3 GiB."}, "would not fit. It lacks 3 GiB."),
-    ):
-        models.on("GET /api/llm/plan?model=absent", Answer(plan))
-        for asked in (["chat", "absent"], ["ask", "--model", "absent", "hi"]):
-            done = command(*asked)
-            assert done.code == 1
-            assert words in done.err
-    assert "No node has the model." in command("ask", "--model", "nothing", "hi").err
-
-
 def test_no_model_yet(agent: FakeAgent, command: Command) -> None:
     agent.on(MODELS, Answer([]))
     agent.on(NODES, Answer([node()]))
@@ -413,12 +396,3 @@ def test_model_names_are_completed(models: FakeAgent) -> None:
     assert [item.value for item in complete_model(ctx, click.Argument(["x"]), "hf:o")] == ["hf:o/r/large.gguf"]
     ctx.params = {"api_port": 1}
     assert complete_model(ctx, click.Argument(["x"]), "d") == []
-
-
-def test_why_a_pinned_model_is_not_loaded_stands_below_the_list(command: Command, agent: FakeAgent) -> None:
-    agent.on(NODES, Answer([node(), peer()]))
-    pinned = model(ollama_ready=False, pinned=True, state="failed", reason="attic: out of memory")
-    agent.on(MODELS, Answer([pinned]))
-    done = command("models")
-    assert (done.code, done.out.splitlines()[-1]) == (0, f"{pinned['model']}: attic: out of memory")
-    assert "failed" in done.out.splitlines()[1]

@@ -164,9 +164,19 @@ class Engine:
 
     # ---- requests
 
-    async def tokenise(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> tuple[int, ...]:
-        """The tokens of a text. Raises MeshError; only first and last stages can."""
-        return (await self._ask(lambda number: Tokenise(number, text, add_special, parse_special))).tokens
+    async def tokenise(
+        self,
+        text: str,
+        *,
+        add_special: bool = True,
+        parse_special: bool = True,
+        quoted: tuple[tuple[int, int], ...] = (),
+    ) -> tuple[int, ...]:
+        """The tokens of a text; names of control tokens in the `quoted` spans of characters mean nothing.
+
+        Raises MeshError; only first and last stages can.
+        """
+        return (await self._ask(lambda number: Tokenise(number, text, add_special, parse_special, quoted))).tokens
 
     async def detokenise(self, tokens: tuple[int, ...], *, special: bool = False) -> bytes:
         """The bytes of tokens. Raises MeshError; only first and last stages can."""

@@ -56,11 +56,12 @@ class Requests:
 
     def _do(self, request: Request) -> Answer:
         match request:
-            case Tokenise(number, text, add_special, parse_special):
+            case Tokenise(number, text, add_special, parse_special, quoted):
                 words = self._words()
                 if len(text) > TEXT_BYTES_MAX:
                     raise ValueError(f"The text has more than {TEXT_BYTES_MAX} characters.")
-                return Answer(number, tokens=words.tokenise(text, add_special=add_special, parse_special=parse_special))
+                tokens = words.tokenise(text, add_special=add_special, parse_special=parse_special, quoted=quoted)
+                return Answer(number, tokens=tokens)
             case Detokenise(number, tokens, special):
                 return Answer(number, data=self._words().detokenise(tokens, special=special))
             case TakeSnapshot(number, slot):

@@ -123,12 +123,13 @@ class Loading(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Tokenise(msgspec.Struct, frozen=True, array_like=True):
-    """Text to tokens. `parse_special`: names of control tokens in the text mean those tokens."""
+    """Text to tokens. `parse_special`: names of control tokens mean those tokens, but for those in `quoted` spans."""
 
     request: int
     text: str
     add_special: bool = True
     parse_special: bool = True
+    quoted: tuple[tuple[int, int], ...] = ()
 
 
 class Detokenise(msgspec.Struct, frozen=True, array_like=True):

@@ -2,9 +2,11 @@
 
 import ctypes
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Final
 
 from meshnode.llm.engine.library import llama_cpp
+from meshnode.llm.engine.quoting import cuts
 
 PIECE_BYTES_START: Final = 64
 
@@ -17,9 +19,38 @@ class Vocabulary:
         self.size: int = llama_cpp.llama_vocab_n_tokens(self.pointer)
         self._pieces: dict[tuple[int, bool], bytes] = {}
         self._eog: tuple[int, ...] | None = None
+        self._controls: tuple[str, ...] | None = None
 
-    def tokenise(self, text: str, *, add_special: bool, parse_special: bool) -> tuple[int, ...]:
-        """The tokens of a text. Raises ValueError if llama.cpp cannot tell them."""
+    def tokenise(
+        self, text: str, *, add_special: bool, parse_special: bool, quoted: Sequence[tuple[int, int]] = ()
+    ) -> tuple[int, ...]:
+        """The tokens of a text. Raises ValueError if llama.cpp cannot tell them.
+
+        `parse_special`: names of control tokens mean those tokens, but for those in the `quoted` spans (of characters).
+        """
+        where = cuts(text, quoted, self._control_names()) if parse_special and quoted else []
+        if not where:
+            return self._tokenised(text, add_special, parse_special)
+        tokens = self._tokenised(text[: where[0]], add_special, True)
+        if add_special and llama_cpp.llama_vocab_get_add_eos(self.pointer):
+            tokens = tokens[:-1]
+        for first, end in pairwise([*where, len(text)]):
+            tokens += self._tokenised(text[first:end], False, True)
+        return tokens
+
+    def _control_names(self) -> tuple[str, ...]:
+        """The texts that llama.cpp takes for control tokens where it parses them; looked up once."""
+        if self._controls is None:
+            marks = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+            found = [
+                llama_cpp.llama_vocab_get_text(self.pointer, token).decode("utf-8", "replace")
+                for token in range(self.size)
+                if llama_cpp.llama_vocab_get_attr(self.pointer, token) & marks
+            ]
+            self._controls = tuple(found)
+        return self._controls
+
+    def _tokenised(self, text: str, add_special: bool, parse_special: bool) -> tuple[int, ...]:
         raw = text.encode("utf-8", "replace")
         room = len(raw) + 8
         for _ in range(2):

@@ -62,14 +62,16 @@ class _Entry(msgspec.Struct, frozen=True):
 
 
 def slice_layers(weights: Weights, first: int, last: int, *, tail: bool = False) -> Slice:
-    """The file for layers `first` up to, not including, `last`. A tail is never added to the model's end.
+    """The file for layers `first` up to, not including, `last`.
 
+    A tail is added neither at the model's end nor where llama.cpp has no use for one: engines of some architectures
+    (gemma3) abort over its zeros, whatever a member's record says of them.
     Reads a few per-layer arrays from the first source, nothing else. Raises GgufError where the cut is not allowed.
     """
     rule = rule_of(weights)
     if isinstance(rule, str):
         raise GgufError(rule)
-    tail = tail and last < weights.layers
+    tail = tail and last < weights.layers and rule.layer_input
     refusal = why_not(weights, rule, first, last)
     if refusal is not None:
         raise GgufError(refusal)

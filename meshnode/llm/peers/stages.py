@@ -36,7 +36,9 @@ def stage_methods(hosts: Hosts, loads: Loads, desk: Desk) -> Mapping[str, PeerMe
 
     async def tokenise(peer: NodeId, wanted: TokeniseRequest) -> Tokenised:
         engine = hosts.engine(wanted.pipeline)
-        tokens = await engine.tokenise(wanted.text, add_special=wanted.add_special, parse_special=wanted.parse_special)
+        tokens = await engine.tokenise(
+            wanted.text, add_special=wanted.add_special, parse_special=wanted.parse_special, quoted=wanted.quoted
+        )
         return Tokenised(tokens)
 
     async def stats(peer: NodeId, wanted: StatsRequest) -> StageReport:

@@ -4,7 +4,7 @@ chosen.
 
 import random
 from collections.abc import Callable
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -15,7 +15,7 @@ from meshnode.llm.service.calls import CALL_S, Calls
 from meshnode.llm.service.models import Known, Models
 from meshnode.llm.templates.client import TemplateWorker
 from meshnode.llm.templates.forcing import grammar_for
-from meshnode.llm.templates.model import Family, RenderedPrompt
+from meshnode.llm.templates.model import PROMPT_CHARS_MAX, QUOTED_MAX, Family, RenderedPrompt
 from protocol.sharding.frames import Tokens
 from protocol.sharding.pipelines import Pipeline, PipelineId
 from protocol.sharding.sampling import Grammar, GrammarKind, Sampling
@@ -31,6 +31,10 @@ MIN_P: Final = 0.05
 """llama.cpp's defaults, for those who say nothing."""
 
 
+_Place = Annotated[int, msgspec.Meta(ge=0, le=PROMPT_CHARS_MAX)]
+Quoted = Annotated[tuple[tuple[_Place, _Place], ...], msgspec.Meta(max_length=QUOTED_MAX)]
+
+
 class TokeniseRequest(msgspec.Struct, frozen=True, array_like=True):
     """Text to tokens, asked of a node that holds the vocabulary."""
 
@@ -38,6 +42,7 @@ class TokeniseRequest(msgspec.Struct, frozen=True, array_like=True):
     text: str
     add_special: bool
     parse_special: bool
+    quoted: Quoted = ()  # characters, each [first, end), that may name no control tokens
 
 
 class Tokenised(msgspec.Struct, frozen=True, array_like=True):
@@ -80,7 +85,11 @@ class Prompts:
         self, pipeline: Pipeline, request: GenerationRequest, prompt: RenderedPrompt | None
     ) -> tuple[int, ...]:
         if prompt is not None:
-            tokens = await self.tokenise(pipeline, prompt.text, add_special=prompt.add_bos, parse_special=True)
+            if prompt.quoted is None:
+                await self._check_innocent(pipeline, request)
+            tokens = await self.tokenise(
+                pipeline, prompt.text, add_special=prompt.add_bos, parse_special=True, quoted=prompt.quoted or ()
+            )
         elif isinstance(request.prompt, str):
             tokens = await self.tokenise(pipeline, request.prompt, add_special=True, parse_special=False)
         else:
@@ -91,11 +100,27 @@ class Prompts:
             raise MeshError(ErrorCode.BAD_REQUEST, "The prompt is empty. Say something.")
         return tokens
 
+    async def _check_innocent(self, pipeline: Pipeline, request: GenerationRequest) -> None:
+        """Where the template hides what was said, nobody may say control tokens. Raises MeshError BAD_REQUEST."""
+        said = "\n".join(
+            part
+            for message in request.messages
+            for part in (message.content, message.reasoning or "", *(call.arguments for call in message.tool_calls))
+        )
+        said += "\n".join(msgspec.json.encode(tool).decode() for tool in request.tools)
+        plain = await self.tokenise(pipeline, said, add_special=False, parse_special=False)
+        if plain != await self.tokenise(pipeline, said, add_special=False, parse_special=True):
+            raise MeshError(
+                ErrorCode.BAD_REQUEST,
+                "Something said in this conversation names a control token of the model, and its chat template changes "
+                "what was said, so that it could be mistaken for one. Leave it out, or write it with a blank inside.",
+            )
+
     async def tokenise(
-        self, pipeline: Pipeline, text: str, *, add_special: bool, parse_special: bool
+        self, pipeline: Pipeline, text: str, *, add_special: bool, parse_special: bool, quoted: Quoted = ()
     ) -> tuple[int, ...]:
         """Ask the first stage, then the last: both hold the vocabulary. Raises MeshError."""
-        wanted = TokeniseRequest(pipeline.id, text, add_special, parse_special)
+        wanted = TokeniseRequest(pipeline.id, text, add_special, parse_special, quoted)
         nodes = tuple(dict.fromkeys((pipeline.nodes[0], pipeline.nodes[-1])))
         words = ""
         for node in nodes:

@@ -17,7 +17,8 @@ from meshnode.llm.templates.capabilities import Capabilities, probed
 from meshnode.llm.templates.defaults import default_template
 from meshnode.llm.templates.families import FAMILY_DEFAULT, described, family_of, tool_section, written
 from meshnode.llm.templates.ids import CALL_ID_CHARS
-from meshnode.llm.templates.model import Family, Refusal, RenderedPrompt, RenderRequest
+from meshnode.llm.templates.marking import Marked, Span
+from meshnode.llm.templates.model import QUOTED_MAX, Family, Refusal, RenderedPrompt, RenderRequest
 from meshnode.llm.templates.sandbox import (
     TEMPLATE_ERRORS,
     PromptTooLongError,
@@ -71,12 +72,16 @@ class Composer:
             return Refusal(words="the template takes more memory than it may", hostile=True)
         except TEMPLATE_ERRORS as error:
             return Refusal(words=f"the template fails with {type(error).__name__}: {str(error)[:300]}")
+        quoted = _quoted(ready, request, values, made)
         if source.adds_bos and source.bos:
             while made.startswith(source.bos):
                 made = made.removeprefix(source.bos)
+                quoted = _moved(quoted, len(source.bos))
         family = ready.family if ready.can.tools else FAMILY_DEFAULT
         thinking = request.add_generation_prompt and made.rstrip().endswith(_THOUGHT_OPENS)
-        return RenderedPrompt(text=made, add_bos=source.adds_bos, family=family, thinking=thinking, stops=stops)
+        return RenderedPrompt(
+            text=made, add_bos=source.adds_bos, family=family, thinking=thinking, stops=stops, quoted=quoted
+        )
 
     def _prepared(self, text: str, values: dict[str, Any]) -> _Ready:
         key = (
@@ -106,6 +111,23 @@ def _written(ready: _Ready, request: RenderRequest, values: dict[str, Any]) -> s
         if len(merged) == len(messages):
             raise
         return filled(ready.template, {**values, "messages": merged})
+
+
+def _quoted(ready: _Ready, request: RenderRequest, values: dict[str, Any], made: str) -> tuple[Span, ...] | None:
+    """Which characters of `made` were said by somebody; None if the template does not let them be told apart."""
+    try:
+        marked = Marked(request)
+        spans = marked.spans(_written(ready, marked.request, values), made)
+    except (*TEMPLATE_ERRORS, PromptTooLongError):
+        return None
+    return None if spans is None or len(spans) > QUOTED_MAX else spans
+
+
+def _moved(spans: tuple[Span, ...] | None, by: int) -> tuple[Span, ...] | None:
+    """After `by` characters were taken from the beginning."""
+    if spans is None:
+        return None
+    return tuple((max(0, first - by), end - by) for first, end in spans if end > by)
 
 
 def _as_dicts(request: RenderRequest, ready: _Ready) -> list[dict[str, Any]]:

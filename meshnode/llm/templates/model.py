@@ -12,6 +12,7 @@ REQUEST_BYTES_MAX: Final = 16 * 1024 * 1024
 PROMPT_CHARS_MAX: Final = 4 * 1024 * 1024
 TOOLS_MAX: Final = 128
 MESSAGES_MAX: Final = 4096
+QUOTED_MAX: Final = 16_384
 LENGTH: Final = struct.Struct("<I")  # before each frame between client and worker
 
 Family = Literal["hermes", "llama3", "mistral", "mistral_args"]
@@ -47,6 +48,7 @@ class RenderedPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="prompt"):
 
     `text` never begins with the bos token when the tokeniser adds it (`add_bos`). `thinking`: the prompt ends inside
     `<think>`. `stops`: what ends a turn under a default template, which the model's tokens may not know.
+    `quoted`: the characters of `text` that somebody said, each [first, end); None where that is not known.
     """
 
     text: str
@@ -54,6 +56,7 @@ class RenderedPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="prompt"):
     family: Family
     thinking: bool = False
     stops: tuple[str, ...] = ()
+    quoted: tuple[tuple[int, int], ...] | None = None
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True, tag="refusal"):

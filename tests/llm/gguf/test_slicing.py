@@ -134,7 +134,20 @@ def test_windows_keep_their_place() -> None:
     weights = opened(tiny_model("gemma3", layers=12))
     key = "gemma3.attention.sliding_window_pattern"
     assert items(weights, slice_layers(weights, 4, 9), key) == [1, 0, 1, 1, 1]
-    assert items(weights, slice_layers(weights, 4, 9, tail=True), key) == [1, 0, 1, 1, 1, 1]
+    weights = opened(tiny_model("gpt-oss", layers=12))
+    key = "gpt-oss.attention.sliding_window_pattern"
+    assert items(weights, slice_layers(weights, 4, 9), key) == [1, 0, 1, 0, 1]
+    assert items(weights, slice_layers(weights, 4, 9, tail=True), key) == [1, 0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_a_tail_is_added_only_where_a_layers_input_can_be_read(architecture: str) -> None:
+    weights = opened(tiny_model(architecture))
+    edge = shape_of(weights).cuts[0]
+    cut = slice_layers(weights, 0, edge, tail=True)
+    assert cut.tail is shape_of(weights).layer_input
+    if not cut.tail:
+        assert content(weights, cut) == content(weights, slice_layers(weights, 0, edge))
 
 
 def test_dense_layers_at_the_front_are_counted_off() -> None:

@@ -239,3 +239,19 @@ def test_every_path_and_event_is_documented() -> None:
     names = [f"`{route.method} {route.path}`" for route in routes]
     names += [f"`{event}`" for route in routes for event in route.events]
     assert [name for name in names if name not in text] == []
+
+
+async def test_the_paths_that_clients_know_are_there(it: Served) -> None:
+    document = await it.get("/openapi.json")
+    described = {(method.upper(), path) for path, operations in document["paths"].items() for method in operations}
+    for method, path in (
+        ("GET", "/api/llm/models"), ("DELETE", "/api/llm/models/{model}"), ("GET", "/api/llm/status"),
+        ("POST", "/api/llm/pull"), ("POST", "/api/llm/chat"), ("GET", "/api/llm/sessions"),
+        ("POST", "/api/llm/sessions"), ("GET", "/api/llm/sessions/{id}"), ("DELETE", "/api/llm/sessions/{id}"),
+        ("PUT", "/api/llm/sessions/{id}/title"), ("GET", "/api/llm/inference/sessions"),
+        ("GET", "/api/llm/inference/sessions/{id}"), ("GET", "/api/llm/inference/capabilities"),
+    ):  # fmt: skip
+        assert (method, path) in described
+    for field, value in (("use_brain", True), ("use_memory", True), ("mcp_servers", ["files"])):
+        body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], field: value}
+        await it.refused("POST", "/api/llm/chat", body, 501, field.split("_")[-1])

@@ -152,3 +152,20 @@ async def test_an_architecture_that_cannot_be_cut_is_had_whole_only(tmp_path: Pa
         with pytest.raises(MeshError, match="cannot be split"):
             await node.stage(manifest, 0, 2)
         assert (await node.stage(manifest, 0, 4)).read_bytes() == body
+
+
+async def test_no_record_talks_a_node_into_a_tail_that_aborts_its_engine(tmp_path: Path) -> None:
+    body = model("gemma3", "F16", layers=12)
+    async with origin_server({"/m.gguf": body}) as origin, world(tmp_path) as w:
+        node = await w.add()
+        await node.pull(origin.url("/m.gguf"), whole=True)
+        honest = node.weights.find("m")
+        edge = honest.shape.cuts[0]
+        _, has_tail = await node.weights.stage_file(
+            honest.digest, 0, edge, tail=True, progress=lambda done, total, words: None
+        )
+        assert not has_tail
+        lie = msgspec.structs.replace(honest, shape=msgspec.structs.replace(honest.shape, layer_input=True))
+        await node.weights.records.put_manifest(lie)
+        path = await node.stage(honest, 0, edge, tail=True)
+        assert path.read_bytes() == cut(body, tmp_path, 0, edge, tail=False)
