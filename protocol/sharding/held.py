@@ -129,6 +129,7 @@ class LoadingState:
         self.asks: dict[int, Ask] = {}
         self.strays: dict[bytes, Stray] = {}
         self.pressed: set[NodeId] = set()
+        self.silent: set[NodeId] = set()  # a stage there was lost, as others say: not planned with until it reports
         self.out: list[LoadingEffect] = []
 
     def answer(self, ask: int, answer: Ready | Loading | Refused) -> None:

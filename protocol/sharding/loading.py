@@ -147,6 +147,7 @@ class LoadingMachine:
         self._s.loads.clear()
         self._s.strays.clear()
         self._s.pressed.clear()
+        self._s.silent.clear()
         self._s.unheard.clear()
         self._s.pinned.clear()
         self._s.term = term

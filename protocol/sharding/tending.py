@@ -70,7 +70,7 @@ class Tending:
         ]
         old = self._s.held.get(load.replaces) if load.replaces else None
         kept: tuple[Span, ...] = ()
-        avoided = load.without | load.lost
+        avoided = load.without | load.lost | self._s.silent
         if old is not None:
             kept = tuple(
                 span for span in old.pipeline.stages if stands(old, NodeId(span.node)) and span.node not in avoided
@@ -191,6 +191,7 @@ class Tending:
 
     def reported(self, event: Reported, now: float) -> None:
         (self._s.pressed.add if event.report.pressed else self._s.pressed.discard)(event.node)
+        self._s.silent.discard(event.node)
         told = {report.pipeline.id: report for report in event.report.stages}
         for name, report in told.items():
             held = self._s.held.get(name)
@@ -221,6 +222,8 @@ class Tending:
         if report.state in ("broken", "unloading"):
             blamed = report.blamed
             guilty = held.pipeline.nodes[blamed] if blamed is not None and blamed < len(held.pipeline.stages) else node
+            if guilty != node:
+                self._s.silent.add(guilty)
             self.lose(held, f"{guilty}: {report.words or report.state}", now, guilty=guilty)
         elif held.state == "loading" and self._all(held, "ready"):
             self._probe_it(held, self._s.params.probe_s, now)
@@ -300,6 +303,7 @@ class Tending:
     def lost(self, node: NodeId, now: float) -> None:
         """A node is down or left: with it goes every stage that it held."""
         self._s.pressed.discard(node)
+        self._s.silent.discard(node)
         for held in list(self._s.held.values()):
             if node in held.pipeline.nodes:
                 held.reports.pop(node, None)

@@ -353,3 +353,15 @@ def test_a_plan_of_fewer_stages_than_wished_for_is_not_loaded_again_and_again() 
     it.plan("a", "b")
     assert it.orders(LoadStage) == []
     assert it.answer(ask) == Refused(FEW_NODES, "It can be split over 2 nodes here, not over 3.", True)
+
+
+def test_a_node_whose_stage_neighbours_lost_is_not_planned_with_until_it_reports() -> None:
+    it = Coordinator()
+    pipeline = it.ready("a", "b", "c")
+    it.stage("a", pipeline, "broken", blamed=1)
+    assert it.of(PlanWanted)[-1].without == {"b"}
+    it.ask("n")
+    assert it.of(PlanWanted)[-1].without == {"b"}, "nor with other models"
+    it.report("b")
+    it.ask("o")
+    assert it.of(PlanWanted)[-1].without == frozenset()
