@@ -288,15 +288,19 @@ def filled(fitting: Fitting, offers: list[NodeOffer]) -> tuple[Cut, ...] | None:
 
 
 def proportional(fitting: Fitting, offers: list[NodeOffer], stages: int) -> tuple[Cut, ...] | None:
-    """The roomiest nodes, each with layers in proportion to its room; None where rounding breaks a limit."""
+    """The roomiest nodes, each with a share of what a token reads (the head too) in proportion to its room; None where
+    rounding breaks a limit.
+    """
     chosen = sorted(offers, key=lambda offer: (-fitting.room(offer), offer.node))[:stages]
     rooms = [fitting.room(offer) for offer in chosen]
     cuts: list[Cut] = []
     at, end, passed = 0, fitting.shape.layers, 0
     for offer, room in zip(chosen, rooms, strict=True):
         passed += room
-        wanted = end * passed / max(1, sum(rooms))
-        cut = end if len(cuts) == stages - 1 else min(fitting.cuts, key=lambda cut: abs(cut - wanted))
+        wanted = fitting.between(0, end) * passed / max(1, sum(rooms))
+        cut = (
+            end if len(cuts) == stages - 1 else min(fitting.cuts, key=lambda cut: abs(fitting.between(0, cut) - wanted))
+        )
         if cut <= at or fitting.place(offer, at, cut) is None:
             return None
         cuts.append((offer, at, cut))

@@ -263,3 +263,27 @@ def test_a_slow_link_is_avoided() -> None:
     facts = {("a", "b"): LinkFacts(0.2, 1e6), ("b", "c"): LinkFacts(0.2, 1e6), ("a", "c"): LinkFacts(0.001, 1e8)}
     found = made(plan(shape(), Wish(), offers, Links(facts)))
     assert {stage.node for stage in found.stages} == {"a", "c"}
+
+
+def test_shares_that_were_asked_for_are_equal_in_what_a_token_reads_the_head_included() -> None:
+    layer = GB // 20
+    model = shape(22, 22 * layer / GB, output_bytes=int(1.35 * layer))
+    offers = [node(name, 8.0) for name in "abcd"]
+    found = made(plan(model, Wish(stages_min=4), offers, links()))
+    assert [stage.end - stage.first for stage in found.stages] == [6, 6, 6, 4]
+
+
+def test_processors_keep_the_attention_of_a_step_and_devices_do_not() -> None:
+    model = shape(heads=32)
+    wish = Wish(context=8192)
+    fitting, without = Fitting(model, wish), Fitting(shape(), wish)
+    kept = 256 * 8192 * 32 * 4
+    assert fitting.compute_bytes(4) - without.compute_bytes(4) == kept
+    assert fitting.compute_bytes(4, on_device=True) == without.compute_bytes(4)
+    plain, gpu = node("a", 16.0), node("b", 16.0, devices=(DeviceOffer("gpu", 32 * GB, LAYER),))
+    for offer, more in ((plain, kept), (gpu, 0)):
+        here, there = fitting.place(offer, 0, 4), without.place(offer, 0, 4)
+        assert here is not None
+        assert there is not None
+        assert here.ram_bytes - there.ram_bytes == more
+        assert here.compute_bytes - there.compute_bytes == more
