@@ -5,23 +5,25 @@ its rows in one step, so how many are made follows how many were right. Who veri
 Source: Saxena, "Prompt Lookup Decoding" (2023); Leviathan et al., arXiv:2211.17192, for the verification.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
-GRAM_MAX: Final = 3
-GRAM_MIN: Final = 2
+GRAM: Final = 2  # so many words must have stood before
+SUFFIX_MAX: Final = 16  # of the places where they stood, the one whose words before agree furthest is the best guess
+PLACES_MAX: Final = 16  # that are looked at, the latest
 GUESSES_START: Final = 4
 REST_STEPS_MAX: Final = 32
 
 
 class Drafter:
-    """The guesses of one session. Memory: one entry for each token and length of gram."""
+    """The guesses of one session. Memory: one place for each token, PLACES_MAX for each gram."""
 
     def __init__(self, guesses_max: int, tokens: Sequence[int] = ()) -> None:
         self._guesses_max = guesses_max
         self._tokens: list[int] = []
-        # Where the tokens after the latest occurrence of a gram begin; the end of the text itself is not yet in it.
-        self._after: dict[tuple[int, ...], int] = {}
+        # Where the tokens after each gram begin; the end of the text itself is not yet in it.
+        self._after: dict[tuple[int, ...], deque[int]] = {}
         self._guesses = min(GUESSES_START, guesses_max)
         self._rest = 0
         self._rest_next = 1
@@ -31,8 +33,8 @@ class Drafter:
         """The text went on with these."""
         for token in tokens:
             end = len(self._tokens)
-            for size in range(GRAM_MIN, min(GRAM_MAX, end) + 1):
-                self._after[tuple(self._tokens[end - size :])] = end
+            if end >= GRAM:
+                self._after.setdefault(tuple(self._tokens[-GRAM:]), deque(maxlen=PLACES_MAX)).append(end)
             self._tokens.append(token)
 
     def draft(self, room: int) -> tuple[int, ...]:
@@ -43,13 +45,17 @@ class Drafter:
         count = min(self._guesses, room)
         if count <= 0:
             return ()
-        for size in range(GRAM_MAX, GRAM_MIN - 1, -1):
-            if len(self._tokens) < size:
-                continue
-            begin = self._after.get(tuple(self._tokens[-size:]))
-            if begin is not None:
-                return tuple(self._tokens[begin : begin + count])
-        return ()
+        places = self._after.get(tuple(self._tokens[-GRAM:]), ())
+        begin = max(places, key=lambda place: (self._agreeing(place), place), default=None)
+        return () if begin is None else tuple(self._tokens[begin : begin + count])
+
+    def _agreeing(self, place: int) -> int:
+        """How many words before a place are those that the text ends with."""
+        tokens, length = self._tokens, len(self._tokens)
+        for back in range(GRAM, min(SUFFIX_MAX, place)):
+            if tokens[place - 1 - back] != tokens[length - 1 - back]:
+                return back
+        return min(SUFFIX_MAX, place)
 
     def judge(self, drafted: int, accepted: int) -> None:
         """Of `drafted` guesses so many were right. All: guess more. None: rest, longer each time."""

@@ -21,6 +21,7 @@ from protocol.sharding.search import (
     Found,
     Search,
     filled,
+    held,
     proportional,
     thinned,
 )
@@ -186,7 +187,8 @@ def _best(fitting: Fitting, group: list[NodeOffer], links: Links, constants: Con
     """The best pipeline of one group of nodes."""
     candidates: list[Found] = []
     if fitting.wish.stages_min > 1:
-        asked = proportional(fitting, group, fitting.wish.stages_min)
+        stages = fitting.wish.stages_min
+        asked = held(fitting, group, stages) or proportional(fitting, group, stages)
         if asked is not None:
             return Found(asked, _prediction(fitting, asked, links, constants).round_s(), False)
     full = filled(fitting, group)

@@ -308,6 +308,29 @@ def proportional(fitting: Fitting, offers: list[NodeOffer], stages: int) -> tupl
     return tuple(cuts) if at == end else None
 
 
+def held(fitting: Fitting, offers: list[NodeOffer], stages: int) -> tuple[Cut, ...] | None:
+    """So many shares that lie on disks already, each a node's longest run of layers; None where they do not add up."""
+    runs = {offer.node: max(offer.holds, key=lambda run: run[1] - run[0]) for offer in offers if offer.holds}
+    able = [offer for offer in sorted(offers, key=lambda offer: offer.node) if offer.node in runs]
+    cuts: list[Cut] = []
+    at, end = 0, fitting.shape.layers
+    while at < end and len(cuts) < stages:
+        wanted = fitting.between(0, end) * (len(cuts) + 1) / stages
+        fits = [
+            (abs(fitting.between(0, runs[offer.node][1]) - wanted), offer.node, offer)
+            for offer in able
+            if runs[offer.node][0] == at and fitting.place(offer, *runs[offer.node]) is not None
+        ]
+        if not fits:
+            return None
+        offer = min(fits, key=lambda one: one[:2])[2]
+        cuts.append((offer, *runs[offer.node]))
+        at = runs[offer.node][1]
+    edges = {0, end, *fitting.cuts}
+    whole = at == end and len(cuts) == stages and all(cut[1] in edges and cut[2] in edges for cut in cuts)
+    return tuple(cuts) if whole else None
+
+
 def thinned(fitting: Fitting, offers: list[NodeOffer], links: Links, fewest: int) -> list[NodeOffer]:
     """The nodes worth an exact search: the roomiest that hold it, the fastest, and those nearest to the fastest."""
     if len(offers) <= EXACT_NODES:

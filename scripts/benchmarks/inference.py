@@ -15,7 +15,7 @@ from scripts.benchmarks.inference_failures import failures
 from scripts.benchmarks.inference_framing import framing
 from scripts.benchmarks.inference_speed import overhead, prefix, speed, streams
 from scripts.benchmarks.inference_storage import memory, weights
-from scripts.benchmarks.inference_wire import wire
+from scripts.benchmarks.inference_wire import speculation, wire
 from scripts.benchmarks.random_models import BIG, TINY
 
 HELD_BY_TESTS: Final = {
@@ -26,7 +26,7 @@ HELD_BY_TESTS: Final = {
 
 def inference(*, only: str = "", model: str = "big", rounds: int = 4, tokens: int = 32, threads: int = 0) -> Outcome:
     """The goals of distributed inference. --only takes names of parts, with commas: speed, streams, prefix, failures,
-    weights, wire, framing, overhead, memory. --model: big (1.2 GB of random weights) or tiny. --threads: of each
+    weights, wire, speculation, framing, overhead, memory. --model: big (1.2 GB of random weights) or tiny. --threads: of each
     engine and of bare llama.cpp; 0: half the cores, for llama.cpp's threads wait for each other, and one that finds no
     core holds up all.
     """
@@ -41,7 +41,8 @@ def inference(*, only: str = "", model: str = "big", rounds: int = 4, tokens: in
         "prefix": lambda: prefix(shape, rounds=max(1, rounds // 4), threads=threads),
         "failures": lambda: failures(shape, tokens=2 * tokens, threads=threads),
         "weights": lambda: weights(shape),
-        "wire": lambda: wire(shape, tokens=tokens, rounds=max(1, rounds // 2)),
+        "wire": lambda: wire(shape, tokens=tokens),
+        "speculation": lambda: speculation(rounds=rounds),
         "framing": lambda: framing(shape),
         "overhead": lambda: overhead(rounds=10 * rounds),
         "memory": memory,

@@ -7,6 +7,8 @@ counts what TLS sends and holds it back for as long as it is told.
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import median
 from typing import Any, Final, Self
 
@@ -84,29 +86,41 @@ class Proxies:
                 pipe.close()
 
 
-def wire(shape: Shape, *, tokens: int, rounds: int) -> list[Figure]:
-    """Goals 1, 2 and 12, on one mesh of five. The founder, which coordinates, computes nothing."""
-    made: list[Figure] = []
+@contextmanager
+def _behind_proxies(count: int) -> Iterator[tuple[LocalMesh, Proxies]]:
+    """Agents whose ways lead through proxies. The founder, which coordinates, computes nothing."""
     with Proxies() as proxies:
 
         def each(mesh: LocalMesh, number: int) -> list[str]:
             return [*proxies.options(mesh, number), *(["llm.lend=false"] if number == 0 else [])]
 
-        with serving_mesh(5, options=common(1, 1), each=each, before=proxies.start) as mesh:
-            entry = mesh.agents[1]
-            for one in dict.fromkeys((shape, TINY)):
-                model, _ = pull(entry, str(random_models.model(one)))
-                for stages in (2, 4):
-                    before = len(proxies.tell())
-                    load(entry, model, stages)
-                    agent = _holder_of_last(mesh, model, one, stages)
-                    made.append(_bytes(proxies, before, agent, model, one, stages, tokens))
-                    if one is TINY:
-                        made.append(_hops(proxies, agent, model, stages, tokens))
-                    unload(mesh, model)
-            load(entry, SHIPPED, 2)
-            made += _speculation(proxies, entry, rounds)
+        with serving_mesh(count, options=common(1, 1), each=each, before=proxies.start) as mesh:
+            yield mesh, proxies
+
+
+def wire(shape: Shape, *, tokens: int) -> list[Figure]:
+    """Goals 1 and 2, on one mesh of five."""
+    made: list[Figure] = []
+    with _behind_proxies(5) as (mesh, proxies):
+        entry = mesh.agents[1]
+        for one in dict.fromkeys((shape, TINY)):
+            model, _ = pull(entry, str(random_models.model(one)))
+            for stages in (2, 4):
+                before = len(proxies.tell())
+                load(entry, model, stages)
+                agent = _holder_of_last(mesh, model, one, stages)
+                made.append(_bytes(proxies, before, agent, model, one, stages, tokens))
+                if one is TINY:
+                    made.append(_hops(proxies, agent, model, stages, tokens))
+                unload(mesh, model)
     return made
+
+
+def speculation(*, rounds: int) -> list[Figure]:
+    """Goal 12, on a mesh of three."""
+    with _behind_proxies(3) as (mesh, proxies):
+        load(mesh.agents[1], SHIPPED, 2)
+        return _speculation(proxies, mesh.agents[1], rounds)
 
 
 def _holder_of_last(mesh: LocalMesh, model: str, shape: Shape, stages: int) -> LocalAgent:
@@ -159,7 +173,9 @@ def _hops(proxies: Proxies, agent: LocalAgent, model: str, stages: int, tokens: 
 
 
 def _speculation(proxies: Proxies, entry: LocalAgent, rounds: int) -> list[Figure]:
-    """Goal 12: the shipped model must say a text of code, which a grammar holds it to; 20 ms there and back."""
+    """Goal 12: the model that ships must write the code of its prompt once more, to which a grammar holds it: what
+    editors ask for, and what so small a model cannot do by itself. 20 ms there and back.
+    """
     proxies.tell(delay_s=HOP_S)
     caller = Caller(entry)
     grammar = {"type": "grammar", "grammar": f'root ::= "{CODE}"'}
@@ -167,7 +183,7 @@ def _speculation(proxies: Proxies, entry: LocalAgent, rounds: int) -> list[Figur
     texts: set[str] = set()
     for number in range(rounds + 1):
         for speculate in rates:
-            words = "Write the class again. " + CODE.replace("\\n", "\n").replace("names", f"keys{number}")
+            words = f"{number}. Write this class again:\n" + CODE.replace("\\n", "\n")
             answer = caller.chat(
                 SHIPPED,
                 words,

@@ -12,6 +12,7 @@ TABLE = {
     "the pair stood before": ([1, 2, 3, 4, 1, 2], 2, (3, 4)),
     "the latest place wins": ([1, 2, 3, 1, 2, 4, 1, 2], 1, (4,)),
     "three say more than two": ([9, 1, 2, 5, 8, 1, 2, 6, 9, 1, 2], 1, (5,)),
+    "the furthest agreement wins": ([5, 8, 1, 2, 3, 6, 7, 1, 2, 4, 5, 8, 1, 2], 1, (3,)),
     "no room": ([1, 2, 3, 1, 2], 0, ()),
     "a run of one token": ([7, 7, 7, 7], 3, (7,)),
 }

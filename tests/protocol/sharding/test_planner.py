@@ -287,3 +287,16 @@ def test_processors_keep_the_attention_of_a_step_and_devices_do_not() -> None:
         assert there is not None
         assert here.ram_bytes - there.ram_bytes == more
         assert here.compute_bytes - there.compute_bytes == more
+
+
+def test_shares_that_were_asked_for_stay_where_they_lie() -> None:
+    model = shape(8, 8.0)
+    lie = {"a": (4, 8), "b": (0, 4), "c": (0, 8)}
+    # Their free memory has changed a little since they were pulled.
+    rooms = {"a": 8.0, "b": 7.9, "c": 8.1}
+    offers = [node(name, rooms[name], holds=(lie[name],)) for name in "abc"]
+    found = made(plan(model, Wish(stages_min=2), offers, links()))
+    assert [(stage.node, stage.first, stage.end) for stage in found.stages] == [("b", 0, 4), ("a", 4, 8)]
+    assert [stage.layers_held for stage in found.stages] == [4, 4]
+    apart = [node(name, rooms[name], holds=((0, 3),)) for name in "abc"]
+    assert len(made(plan(model, Wish(stages_min=2), apart, links())).stages) == 2
