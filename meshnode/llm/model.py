@@ -15,6 +15,9 @@ EngineKind = Literal["local", "pipeline", "rpc", "upstream"]
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 MessageRole = Literal["system", "developer", "user", "assistant", "tool"]
 
+UNREADABLE: Final = (msgspec.MsgspecError, RecursionError, ValueError)
+"""What msgspec raises for bytes that are not what they should be: values of records, of peers and of other servers."""
+
 # ---- what is asked ------------------------------------------------------------------------------------------
 
 

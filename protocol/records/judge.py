@@ -329,6 +329,6 @@ def _asked(hook: object, *arguments: object, failed: T) -> T:
     assert callable(hook)
     try:
         answer: T = hook(*arguments)
-    except (ValueError, TypeError, LookupError, msgspec.MsgspecError):
+    except (ValueError, TypeError, LookupError, RecursionError, msgspec.MsgspecError):
         return failed
     return answer

@@ -9,9 +9,16 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+
+
+class Kept(NamedTuple):
+    """A file as the disk has it for certain."""
+
+    data: bytes
+    modified_ns: int
 
 
 class Disk:
@@ -21,7 +28,7 @@ class Disk:
         self.folder = folder
         self.changes = 0
         self.before: Callable[[int, str], None] = lambda number, what: None
-        self.synced: dict[Path, bytes] = {}  # what each file has for certain, under the name that it had then
+        self.synced: dict[Path, Kept] = {}  # what each file has for certain, under the name that it had then
         self.moves: list[tuple[Path, Path]] = []  # renames that no sync of their folder followed
         self._paths: dict[int, Path] = {}
         real_open, real_replace, real_unlink, real_mkdir = Path.open, Path.replace, Path.unlink, Path.mkdir
@@ -57,7 +64,7 @@ class Disk:
             if path.is_dir():
                 self._settle(path)
             elif self._is_ours(path):
-                self.synced[path] = path.read_bytes()
+                self.synced[path] = Kept(path.read_bytes(), path.stat().st_mtime_ns)
 
         monkeypatch.setattr(Path, "open", opened)
         monkeypatch.setattr(Path, "replace", replace)
@@ -80,14 +87,14 @@ class Disk:
                 self.synced[target] = self.synced.pop(path)
             self.moves.remove((path, target))
 
-    def after_a_cut(self, *, moved: bool) -> dict[Path, bytes]:
+    def after_a_cut(self, *, moved: bool) -> dict[Path, Kept]:
         """What the folder holds when the power comes back: only what was synced. `moved`: renames arrived all the same,
         those of files that were not synced without their bytes, as some file systems do."""
         files = dict(self.synced)
         if moved:
             for path, target in self.moves:
-                files[target] = files.pop(path, b"")
-        return {path.relative_to(self.folder): data for path, data in files.items()}
+                files[target] = files.pop(path, Kept(b"", 0))
+        return {path.relative_to(self.folder): kept for path, kept in files.items()}
 
 
 class Watched:
@@ -116,10 +123,11 @@ class Watched:
         self._file.close()
 
 
-def lay_out(files: dict[Path, bytes], folder: Path) -> None:
+def lay_out(files: dict[Path, Kept], folder: Path) -> None:
     """Make a folder hold exactly these."""
     shutil.rmtree(folder, ignore_errors=True)
-    for path, data in files.items():
+    for path, kept in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         with io.open(folder / path, "wb") as file:  # noqa: UP020 -- Path.open may be watched
-            file.write(data)
+            file.write(kept.data)
+        os.utime(folder / path, ns=(kept.modified_ns, kept.modified_ns))

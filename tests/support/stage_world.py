@@ -124,6 +124,8 @@ class World:
             report=report,
             probe=probe,
             remember=remember,
+            weight_bytes=lambda model, first, end: 1,
+            hear=lambda pipeline, span, stats: None,
             now=trio.current_time,
             log=node.log,
         )

@@ -442,5 +442,5 @@ class Nodes:
 def _decode_profile(value: bytes) -> Profile | None:
     try:
         return msgspec.msgpack.decode(value, type=Profile)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return None  # a later version's profile may have another shape; the node is shown without it

@@ -11,6 +11,7 @@ import msgspec
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.llm.model import (
+    UNREADABLE,
     Alternative,
     Finished,
     FinishReason,
@@ -28,9 +29,6 @@ from meshnode.llm.model import (
 LINE_BYTES_MAX: Final = 4 * 1024 * 1024
 ANSWER_BYTES_MAX: Final = 256 * 1024 * 1024
 """Of a whole stream: a token takes some hundred bytes of it, and no answer has a million tokens."""
-
-UNREADABLE: Final = (msgspec.MsgspecError, RecursionError, ValueError)
-"""What msgspec raises for bytes that are not what they should be."""
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 _Index = Annotated[int, msgspec.Meta(ge=0, lt=10_000)]

@@ -17,7 +17,7 @@ import trio
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.records import RecordWriter
 from meshnode.kernel.times import rfc3339
-from meshnode.llm.model import ChatLine, ChatSession, MessageRole
+from meshnode.llm.model import UNREADABLE, ChatLine, ChatSession, MessageRole
 from protocol.node import Node
 from protocol.records.collection import Collection
 from protocol.records.record import Record
@@ -243,5 +243,5 @@ def _decoded(record: Record, wanted: type[Wanted]) -> Wanted | None:
     """A value that another version or a lying member wrote otherwise is passed over."""
     try:
         return msgspec.msgpack.decode(record.value, type=wanted)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         return None

@@ -12,8 +12,8 @@ import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import BulkStream
-from meshnode.llm.core.openai_client import UNREADABLE
 from meshnode.llm.model import (
+    UNREADABLE,
     Embedded,
     EmbeddingRequest,
     Finished,

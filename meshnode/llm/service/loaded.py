@@ -13,7 +13,7 @@ import trio
 from meshnode.kernel.errors import MeshError
 from meshnode.kernel.logs import Logger
 from meshnode.kernel.records import RecordWriter
-from meshnode.llm.model import ModelState
+from meshnode.llm.model import UNREADABLE, ModelState
 from protocol.ids import NodeId
 from protocol.node import Node
 from protocol.records.collection import Collection, only_owner
@@ -110,7 +110,7 @@ class Loaded:
             return {}
         try:
             told = msgspec.msgpack.decode(record.value, type=_Board)
-        except (msgspec.DecodeError, msgspec.ValidationError):
+        except UNREADABLE:
             return {}
         return {one.digest: one for one in told.models}
 

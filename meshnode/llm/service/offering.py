@@ -13,6 +13,7 @@ import trio
 from meshnode.kernel.errors import MeshError
 from meshnode.kernel.logs import Logger
 from meshnode.kernel.records import RecordWriter
+from meshnode.llm.model import UNREADABLE
 from protocol.ids import NodeId
 from protocol.node import Node
 from protocol.records.collection import Collection, only_owner
@@ -77,7 +78,7 @@ class Offers:
             return None
         try:
             return msgspec.msgpack.decode(record.value, type=Offer)
-        except (msgspec.DecodeError, msgspec.ValidationError):
+        except UNREADABLE:
             return None
 
     def online(self) -> dict[NodeId, Offer]:

@@ -9,7 +9,7 @@ import trio
 from meshnode.kernel.errors import MeshError
 from meshnode.kernel.logs import Logger
 from meshnode.kernel.records import RecordWriter
-from meshnode.llm.model import ModelCard
+from meshnode.llm.model import UNREADABLE, ModelCard
 from meshnode.llm.service.engines.upstream import Upstreams
 from protocol.ids import NodeId
 from protocol.node import Node
@@ -66,7 +66,7 @@ class Served:
                 continue
             try:
                 names = msgspec.msgpack.decode(record.value, type=_Served).models
-            except (msgspec.DecodeError, msgspec.ValidationError):
+            except UNREADABLE:
                 continue
             for name in names:
                 found.setdefault(name, node)

@@ -15,8 +15,16 @@ import msgspec
 import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.llm.core.openai_client import UNREADABLE, StreamReader, body_of, error_words, without
-from meshnode.llm.model import HOPS_HEADER, Embedded, EmbeddingRequest, GenerationEvent, GenerationRequest, ModelCard
+from meshnode.llm.core.openai_client import StreamReader, body_of, error_words, without
+from meshnode.llm.model import (
+    HOPS_HEADER,
+    UNREADABLE,
+    Embedded,
+    EmbeddingRequest,
+    GenerationEvent,
+    GenerationRequest,
+    ModelCard,
+)
 
 SILENCE_MAX_S: Final = 120.0
 WORDLESS_MAX_S: Final = 900.0

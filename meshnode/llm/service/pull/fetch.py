@@ -17,6 +17,7 @@ import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.offload import Offload
+from meshnode.llm.model import UNREADABLE
 from meshnode.llm.service.pull.pieces import Given, Hole, Piece, Progress, Range, Source, WrongBytesError
 from meshnode.llm.service.pull.stopping import until_stopped
 
@@ -211,7 +212,7 @@ class Fetch:
         try:
             journal = msgspec.json.decode(self._journal.read_bytes(), type=_Journal)
             size = self._part.stat().st_size
-        except (OSError, msgspec.DecodeError, msgspec.ValidationError):
+        except (OSError, *UNREADABLE):
             return
         if journal.plan != self._plan or not 0 < journal.done <= min(size, self.size):
             return

@@ -5,6 +5,7 @@ from typing import Final, Protocol, TypeVar
 
 import msgspec
 
+from meshnode.llm.model import UNREADABLE
 from meshnode.llm.service.weights.manifest import Manifest, is_sound
 from protocol.ids import NodeId
 from protocol.records.collection import Collection, only_owner
@@ -178,5 +179,5 @@ def _decoded(record: Record, wanted: type[T]) -> T | None:
     """A value that another version or a lying member wrote otherwise is passed over."""
     try:
         return msgspec.msgpack.decode(record.value, type=wanted)
-    except (msgspec.DecodeError, msgspec.ValidationError):
+    except UNREADABLE:
         return None
