@@ -245,11 +245,19 @@ class Node:
         if now >= self._looked_at + CLOCK_LOOK_S:
             self._looked_at = now
             self.election.look(now, wall)
+        # Hubs of large meshes see nothing but datagrams and timers: a test of the type costs a tenth of a match.
+        if type(event) is DatagramReceived:
+            self._datagram(event.data, event.source, now, wall)
+        elif type(event) is TimerFired:
+            self._give(str(event.key[0]), event, now, wall)
+        else:
+            self._rare(event, now, wall)
+        for forger in self.codec.forgers.take():
+            self._out += [CloseLink(forger, "it passed on forged statements"), Publish(ForgeryCut(forger))]
+        return self._taken()
+
+    def _rare(self, event: Input, now: float, wall: float) -> None:
         match event:
-            case DatagramReceived(data, source):
-                self._datagram(data, source, now, wall)
-            case TimerFired(key):
-                self._give(str(key[0]), event, now, wall)
             case FrameReceived(peer, data):
                 self._frame(peer, data, now, wall)
             case RosterChanged():
@@ -262,9 +270,6 @@ class Node:
                     self._give("records", PutRecord(TRUST_COLLECTION, record_key(self.me), event.tombstone), now, wall)
                 for name in INPUTS[type(event)]:
                     self._give(name, event, now, wall)
-        for forger in self.codec.forgers.take():
-            self._out += [CloseLink(forger, "it passed on forged statements"), Publish(ForgeryCut(forger))]
-        return self._taken()
 
     def _give(self, name: str, event: object, now: float, wall: float) -> None:
         machine = self._machines.get(name)
@@ -324,16 +329,14 @@ class Node:
         """
         published: list[object] = []
         for effect in effects:
-            match effect:
-                case Send():
-                    self._seal(effect, now)
-                case SendLink(to, message):
-                    self._out.append(SendFrame(to, _encode(message)))
-                case Publish(event):
-                    self._out.append(effect)
-                    published.append(event)
-                case _:
-                    self._out.append(effect)
+            if type(effect) is Send:
+                self._seal(effect, now)
+            elif type(effect) is SendLink:
+                self._out.append(SendFrame(effect.to, _encode(effect.message)))
+            else:
+                self._out.append(effect)
+                if type(effect) is Publish:
+                    published.append(effect.event)
         for event in published:
             self._published(event, now, wall)
 

@@ -338,18 +338,18 @@ class Computer:
     def _perform(self, effects: Sequence[Effect]) -> None:
         held = self._held
         for effect in effects:
-            if isinstance(effect, SendDatagram):
+            if type(effect) is SendDatagram:
                 if not self._persisting or effect.ahead:
                     self.world.network.send(self, effect.address, effect.data)
                 else:
                     held.append(effect)
-            elif isinstance(effect, SetTimer):
+            elif type(effect) is SetTimer:
                 self._set_timer(effect.key, effect.at)
-            elif isinstance(effect, CancelTimer):
+            elif type(effect) is CancelTimer:
                 self._timers.pop(effect.key, None)
             elif self._persisting:
                 held.append(effect)
-            elif isinstance(effect, Persist):
+            elif type(effect) is Persist:
                 held.append(effect)
                 self._commit()
             else:

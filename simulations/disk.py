@@ -4,7 +4,7 @@ It stands for the agent's group-commit writer: writes that wait while a commit i
 together. When to write what is the machines' decision; in which order effects wait for it is the computer's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from random import Random
@@ -28,7 +28,7 @@ class DiskParams:
 class Disk:
     """Durable tables (machine -> key -> value) with commits that take time, fail when full and tear at a crash."""
 
-    __slots__ = ("_in_flight", "_names", "full", "params", "records", "rng", "slowness", "tables")
+    __slots__ = ("_in_flight", "_names", "full", "params", "records", "remembered", "rng", "slowness", "tables")
 
     def __init__(self, params: DiskParams, rng: Random, names: dict[bytes, bytes] | None = None) -> None:
         """`names` is shared by the disks of one world: a key that many of them hold is kept once."""
@@ -37,6 +37,8 @@ class Disk:
         self.rng = rng
         self.tables: dict[str, dict[bytes, bytes]] = {}
         self.records = MemoryStore()  # rows go here and nowhere else
+        # What a table began with, shared by all disks of a world that began settled; `tables` has what came later.
+        self.remembered: dict[str, Mapping[bytes, bytes]] = {}
         self.full = False
         self.slowness = 1.0
         self._in_flight: Sequence[Persist] = ()
@@ -44,7 +46,8 @@ class Disk:
     def copy(self, rng: Random) -> "Disk":
         """A disk that holds what this one has durable."""
         made = Disk(self.params, rng, self._names)
-        made.tables = self.snapshot()
+        made.tables = {machine: dict(table) for machine, table in self.tables.items()}
+        made.remembered = dict(self.remembered)
         made.records = deepcopy(self.records)
         return made
 
@@ -79,7 +82,8 @@ class Disk:
 
     def snapshot(self) -> dict[str, dict[bytes, bytes]]:
         """What a starting process reads."""
-        return {machine: dict(table) for machine, table in self.tables.items()}
+        machines = dict.fromkeys((*self.remembered, *self.tables))
+        return {machine: {**self.remembered.get(machine, {}), **self.tables.get(machine, {})} for machine in machines}
 
     def _apply(self, write: Persist) -> None:
         if write.machine == RECORDS:
@@ -87,6 +91,8 @@ class Disk:
             return
         table = self.tables.setdefault(write.machine, {})
         if write.value is None:
+            if write.key in self.remembered.get(write.machine, ()):
+                self.tables[write.machine] = table = {**self.remembered.pop(write.machine), **table}
             table.pop(write.key, None)
         else:
             table[self._names.setdefault(write.key, write.key)] = write.value

@@ -51,6 +51,7 @@ class MeshProgram:
 
     `own_rosters` gives every node a roster of its own, so that evictions reach them one after the other; a shared one
     saves gigabytes in a world of thousands. `sample_s` is the pause between resource samples; None: no heartbeats.
+    `is_settled`: nobody needs contacts, see simulations.settled.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class MeshProgram:
         params: NodeParameters | None = None,
         own_rosters: bool = False,
         sample_s: float | None = None,
+        is_settled: bool = False,
     ) -> None:
         self._world = world
+        self._is_settled = is_settled
         self._params = params
         self._own_rosters = own_rosters
         self._sample_s = sample_s
@@ -85,7 +88,7 @@ class MeshProgram:
             self._world.after(computer.rng.uniform(0.0, 1.0), self._sample, computer, computer.run)
         suite = SimSuite(self._world.ring, computer.public_key)
         # A join brings addresses; later starts live on what the machines remembered.
-        contacts = self._contacts if computer.run == 1 else {}
+        contacts = self._contacts if computer.run == 1 and not self._is_settled else {}
         return Node(
             me=computer.node_id,
             mesh_id=self._mesh_id,

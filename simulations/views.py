@@ -3,6 +3,7 @@
 Only an observer: it asks no machine anything, so that it also sees what a machine forgets to tell.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from protocol.ids import NodeId
@@ -54,6 +55,17 @@ class Views(Checker):
         self._watching[index] = True
         self._row_wrong[index] = sum(self._exists) - 1
         self.wrong += self._row_wrong[index]
+
+    def settled(self, computers: Sequence[Computer]) -> None:
+        """All of them list all of them."""
+        full = bytearray(len(self._rows))
+        for computer in computers:
+            full[computer.index] = 1
+        for observer in (computer.index for computer in computers):
+            self._rows[observer] = row = bytearray(full)
+            row[observer] = 0
+            self.wrong -= self._row_wrong[observer]
+            self._row_wrong[observer] = 0
 
     def crashed(self, computer: Computer) -> None:
         """A process is gone: its own view no longer counts, and everybody should see that."""

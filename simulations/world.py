@@ -251,6 +251,11 @@ class World:
         for checker in self._checkers:
             checker.started(computer)
 
+    def tell_settled(self, computers: Sequence[Computer]) -> None:
+        """These computers, all there are, began with full views."""
+        for checker in self._checkers:
+            checker.settled(computers)
+
     def tell_crashed(self, computer: Computer) -> None:
         """A computer's process is gone."""
         for other in self.copies(computer):

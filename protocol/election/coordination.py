@@ -6,10 +6,11 @@ decision; the argument why two of these are never quorate at once is docs/decisi
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from math import inf
 from typing import Final
+
+import msgspec
 
 from protocol.effects import Effect, Publish, Send, SendLink, SetTimer
 from protocol.election.electorate import NO_ELECTORATE, Ballot, Electorate
@@ -27,8 +28,7 @@ REFORM: Final = (MACHINE, "reform")
 LAPSE: Final = (MACHINE, "lapse")
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
+class Moment(msgspec.Struct, frozen=True, gc=False):
     """One instant on both clocks: the monotonic one, and the lease clock that never runs slower than real time."""
 
     now: float

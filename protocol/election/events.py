@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
+import msgspec
+
 from protocol.ids import NodeId
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(msgspec.Struct, frozen=True, gc=False):
     """Input: how good a candidate this node is, as coarse small integers so that the order does not flap."""
 
     node: NodeId
@@ -41,8 +42,7 @@ class ForgetLostRefused:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class CoordinatorChanged:
+class CoordinatorChanged(msgspec.Struct, frozen=True, gc=False):
     """Published by every node when (term, leader) or the coordinator's quorum changes in its view.
 
     A follower knows the quorum from beacons, so its `quorate` lags by up to a beat.
@@ -53,8 +53,7 @@ class CoordinatorChanged:
     quorate: bool
 
 
-@dataclass(frozen=True, slots=True)
-class QuorumChanged:
+class QuorumChanged(msgspec.Struct, frozen=True, gc=False):
     """Published by a coordinator: whether it is quorate, and why not. Repeated when the count changes meanwhile."""
 
     quorate: bool

@@ -27,6 +27,7 @@ class Fence:
         stored = durable.get(_OBEYED)
         self._obeyed = Ballot() if stored is None else msgspec.msgpack.decode(stored, type=Ballot)
         self._durable = stored
+        self._leader = (NodeId(""), b"")  # who was named last: it is the same one for hours
 
     @property
     def term(self) -> int:
@@ -39,7 +40,9 @@ class Fence:
         Refused ones change nothing. Term 0 is nobody's. A second command of a new coordinator gets the Persist as well
         until `persisted` was called: it must not be obeyed before the first one's is durable.
         """
-        ballot = Ballot(term, short_id(leader))
+        if leader != self._leader[0]:
+            self._leader = (leader, short_id(leader))
+        ballot = Ballot(term, self._leader[1])
         if not 0 < term <= self._obeyed.term + TERM_LEAP_MAX or ballot < self._obeyed:
             return False, []
         self._obeyed = ballot

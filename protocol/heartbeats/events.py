@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import IntFlag
 
+import msgspec
+
 from protocol.ids import NodeId
 from protocol.wire.messages import Heartbeat
 
@@ -47,15 +49,13 @@ class Sample:
     rtt_us: int
 
 
-@dataclass(frozen=True, slots=True)
-class SampleTaken:
+class SampleTaken(msgspec.Struct, frozen=True, gc=False):
     """The sampler read this machine; the machine decides whether that is worth telling."""
 
     sample: Sample
 
 
-@dataclass(frozen=True, slots=True)
-class Led:
+class Led(msgspec.Struct, frozen=True, gc=False):
     """Whom this node follows, and who would lead next: stated in its heartbeats, and told more often."""
 
     leader: NodeId | None
@@ -63,8 +63,7 @@ class Led:
     deputies: tuple[NodeId, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class HeartbeatHeard:
+class HeartbeatHeard(msgspec.Struct, frozen=True, gc=False):
     """A newer heartbeat of a member (or this node's own) is known now."""
 
     node: NodeId

@@ -107,9 +107,14 @@ class View:
 
     def absent(self, contacts: Iterable[NodeId]) -> list[NodeId]:
         """Members that are not up and were heard of, or are among these contacts."""
-        return [
-            peer for peer in dict.fromkeys((*self.known, *contacts)) if peer not in self.up and peer in self._roster
-        ]
+        away = {peer for peer in (*self.down, *self.left) if peer in self.known}
+        if len(self.known) == len(self._up) + len(away):
+            # Nobody else can be: most of the time nobody is, and a mesh of thousands is not gone through for that.
+            heard = [peer for peer in self.known if peer in away] if away else []
+        else:
+            heard = list(self.known)
+        named = [peer for peer in contacts if peer not in self.known]
+        return [peer for peer in (*heard, *named) if peer not in self._up and peer in self._roster]
 
     def bits(self) -> int:
         """Who is up, as an integer: bit i is member i of the roster."""

@@ -1,5 +1,6 @@
 """What every checker is: an observer of one world that raises Violation. The invariants are in the files beside it."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from protocol.effects import Persist
@@ -37,6 +38,9 @@ class Checker:
 
     def started(self, computer: Computer) -> None:
         """A process was built and is about to start."""
+
+    def settled(self, computers: Sequence[Computer]) -> None:
+        """These computers have one another up from now on, as if each had published that of every other."""
 
     def crashed(self, computer: Computer) -> None:
         """A process is gone."""

@@ -3,6 +3,8 @@
 The accusations are recorded where they are signed, so that no bookkeeping of the machines is believed here.
 """
 
+from collections.abc import Sequence
+
 import msgspec
 
 from protocol.ids import NodeId, node_id_of
@@ -32,6 +34,13 @@ class _Row:
         self.count += value - self._bytes[column]
         self._bytes[column] = value
 
+    def fill(self, columns: Sequence[int]) -> None:
+        """All of these identities, and nobody else, are up."""
+        self._bytes = bytearray(max(columns) + 1)
+        for column in columns:
+            self._bytes[column] = 1
+        self.count = len(columns)
+
 
 class DeathWitnesses(Checker):
     """Raises when a verdict has too few witnesses, the same one twice, the accused itself, or one who never accused."""
@@ -53,6 +62,14 @@ class DeathWitnesses(Checker):
     def started(self, computer: Computer) -> None:
         """An empty view."""
         self._up[computer.index] = _Row()
+
+    def settled(self, computers: Sequence[Computer]) -> None:
+        """Full views."""
+        columns = [self._world.column(computer.node_id) for computer in computers]
+        for computer, own in zip(computers, columns, strict=True):
+            row = self._up[computer.index]
+            row.fill(columns)
+            row.set(own, 0)
 
     def published(self, computer: Computer, event: object) -> None:
         """Weigh every verdict."""

@@ -4,6 +4,7 @@ What an attacker replays is refused because these rise; what they must survive i
 """
 
 from array import array
+from collections.abc import Sequence
 from struct import Struct
 
 import msgspec
@@ -92,6 +93,16 @@ class Rising(Checker):
     def started(self, computer: Computer) -> None:
         """What a process believed of others dies with it."""
         self._boots[computer.index] = array("I")
+
+    def settled(self, computers: Sequence[Computer]) -> None:
+        """Everybody is up in its present boot."""
+        row = array("I", [0] * len(computers))
+        columns = [self._world.column(computer.node_id) for computer in computers]
+        for computer, column in zip(computers, columns, strict=True):
+            assert computer.machine is not None  # it was just started
+            row[column] = computer.program.boot_epoch(computer.machine)
+        for computer in computers:
+            self._boots[computer.index] = array("I", row)
 
     def _object(self, words: str) -> None:
         raise Violation(self.name, self._world.now, words)

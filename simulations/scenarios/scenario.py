@@ -21,6 +21,7 @@ from simulations.computer import Computer
 from simulations.host import MeshProgram
 from simulations.narrator import Narrator
 from simulations.network import IP_UDP_BYTES, NetworkParams
+from simulations.settled import start_settled
 from simulations.views import Views
 from simulations.world import World
 
@@ -118,6 +119,12 @@ class Mesh:
         """All computers."""
         return self.world.computers
 
+    def start_settled(self, nodes: int) -> None:
+        """Fill the world with members that have one another up from the first instant."""
+        added = self.world.add(nodes)
+        self.program.admit(added)
+        start_settled(self.world, added)
+
     def settle(self, within_s: float = SETTLE_WITHIN_S) -> float:
         """Run until every view is full and right; seconds since the call. Raises Violation if that never happens."""
         took = self.world.run_until(lambda: self.views.wrong == 0, within_s)
@@ -143,11 +150,12 @@ def mesh(
     own_rosters: bool = False,
     sample_s: float | None = None,
     with_copies: bool = False,
+    is_settled: bool = False,
 ) -> Mesh:
     """An empty world with all safety checkers; `spawn` and `settle` fill it."""
     views = Views()
     world = World(options.seed, network=network)
-    program = MeshProgram(world, params=params, own_rosters=own_rosters, sample_s=sample_s)
+    program = MeshProgram(world, params=params, own_rosters=own_rosters, sample_s=sample_s, is_settled=is_settled)
     world.use(program)
     safety: tuple[Checker, ...] = (DeathWitnesses(), Rising(with_copies=with_copies), Bounded(), Quorate(), Terms())
     if own_rosters:
