@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 GRAM: Final = 2  # so many words must have stood before
-SUFFIX_MAX: Final = 16  # of the places where they stood, the one whose words before agree furthest is the best guess
+SUFFIX_MAX: Final = 32  # of the places where they stood, the one whose words before agree furthest is the best guess
 PLACES_MAX: Final = 16  # that are looked at, the latest
 GUESSES_START: Final = 4
 REST_STEPS_MAX: Final = 32

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Any, Final, Self
 
+from llama_cpp import Llama
+
 from scripts.benchmarks import random_models
 from scripts.benchmarks.agents import ROOT, BenchmarkError, LocalAgent, LocalMesh
 from scripts.benchmarks.figures import Figure, figure
@@ -19,6 +21,7 @@ from scripts.benchmarks.inference_speed import PROMPT_TOKENS, common
 from scripts.benchmarks.random_models import TINY, Shape
 from scripts.benchmarks.serving import (
     SHIPPED,
+    SHIPPED_FILE,
     Caller,
     load,
     placed,
@@ -28,6 +31,7 @@ from scripts.benchmarks.serving import (
     unload,
 )
 
+BIAS_EACH_BYTE: Final = 20  # of two tokens that both begin what is to be said, the longer one
 HOP_S: Final = 0.010
 HOPS_S: Final = (0.02, 0.05)
 HOPS_TOLERANCE: Final = 0.25
@@ -173,21 +177,25 @@ def _hops(proxies: Proxies, agent: LocalAgent, model: str, stages: int, tokens: 
 
 
 def _speculation(proxies: Proxies, entry: LocalAgent, rounds: int) -> list[Figure]:
-    """Goal 12: the model that ships must write the code of its prompt once more, to which a grammar holds it: what
-    editors ask for, and what so small a model cannot do by itself. 20 ms there and back.
+    """Goal 12: the model that ships must write the code of its prompt once more, as editors ask for. So small a model
+    cannot do that by itself: a grammar holds it to the text, and a bias to the tokens that the text is made of.
     """
     proxies.tell(delay_s=HOP_S)
     caller = Caller(entry)
     grammar = {"type": "grammar", "grammar": f'root ::= "{CODE}"'}
+    words = Llama(str(SHIPPED_FILE), vocab_only=True, verbose=False)
+    parts = set(words.tokenize(CODE.replace("\\n", "\n").encode(), add_bos=False))
+    bias = {str(token): min(100, BIAS_EACH_BYTE * len(words.detokenize([token]))) for token in sorted(parts)}
     rates: dict[bool, list[float]] = {True: [], False: []}
     texts: set[str] = set()
     for number in range(rounds + 1):
         for speculate in rates:
-            words = f"{number}. Write this class again:\n" + CODE.replace("\\n", "\n")
+            asked = f"{number}. Write this class again:\n" + CODE.replace("\\n", "\n")
             answer = caller.chat(
                 SHIPPED,
-                words,
+                asked,
                 600,
+                logit_bias=bias,
                 response_format=grammar,
                 meshnode={"stages": 2, "speculate": speculate},
             )
