@@ -10,7 +10,7 @@ from typing import Final
 from tests.house.source import Source
 
 # Path, and the assignments that stand there: to a library's object that offers no other way; and to the tables of
-# machines of a simulated mesh too large to join, which no agent is ever given (a test compares them with a joined mesh's).
+# machines of a simulated mesh too large to join, which no agent is ever given (a test compares them with a joined one).
 PRIVATE_ALLOWED: Final = {
     "meshnode/api/connection.py": {"tasks._nursery"},
     "simulations/settled.py": {
