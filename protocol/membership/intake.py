@@ -1,17 +1,19 @@
 """Statements that links brought and that are still to be verified: bounded, taken a few at a time, in turn by peer.
 
 A view is repaired by thousands of statements at once, and each costs a signature check. Taken in one go they would keep
-this node from answering pings. What they mean is the machine's business.
+this node from answering pings. When a node returns to a large mesh, hundreds of peers bring it the same ones: what is no
+news is passed over without being counted. What they mean is the machine's business.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Final
 
 from protocol.ids import NodeId
 
 INTAKE_SLICE: Final = 64  # statements verified in one go: some 5 ms
+INTAKE_LOOKED_MAX: Final = 8192  # looked at for them, most of them no news: some 5 ms too
 INTAKE_PAUSE_S: Final = 0.02
 INTAKE_PER_PEER_MAX: Final = 4096  # statements waiting; what is over is dropped, and repaired later
 
@@ -35,17 +37,25 @@ class Intake:
         queue.extend(islice(statements, room))
         self.dropped += max(0, len(statements) - room)
 
-    def take(self) -> list[tuple[NodeId, bytes]]:
-        """The next INTAKE_SLICE at most, evenly from all peers: one that sends much delays only itself."""
-        taken: list[tuple[NodeId, bytes]] = []
-        while self._waiting and len(taken) < INTAKE_SLICE:
+    def take(self, is_held: Callable[[bytes], bool]) -> list[tuple[NodeId, bytes]]:
+        """The next INTAKE_SLICE at most, evenly from all peers: one that sends much delays only itself.
+
+        `is_held`: whether this very statement changes nothing any more.
+        """
+        taken: dict[bytes, NodeId] = {}
+        looked = 0
+        while self._waiting and len(taken) < INTAKE_SLICE and looked < INTAKE_LOOKED_MAX:
             share = max(1, (INTAKE_SLICE - len(taken)) // len(self._waiting))
             for peer in list(islice(self._waiting, INTAKE_SLICE - len(taken))):
                 queue = self._waiting.pop(peer)
-                taken += [(peer, queue.popleft()) for _ in range(min(share, len(queue)))]
+                for _ in range(min(share, len(queue))):
+                    blob = queue.popleft()
+                    looked += 1
+                    if not is_held(blob):
+                        taken.setdefault(blob, peer)
                 if queue:
                     self._waiting[peer] = queue
-        return taken
+        return [(peer, blob) for blob, peer in taken.items()]
 
     def forget(self, peer: NodeId) -> None:
         """The link is gone, or the peer: what it brought is not worth the work."""

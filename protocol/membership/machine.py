@@ -351,10 +351,14 @@ class Membership:
                 if wanted:
                     self._healing.wanted(peer, wanted)
 
+    def _is_held(self, blob: bytes) -> bool:
+        stated = self._s.codec.opened(blob)
+        return stated is not None and self.holds(stated)
+
     def _take_in(self) -> None:
         """Some of the statements that links brought. The rest waits, so that no frame holds this node up for long."""
         s = self._s
-        for peer, blob in self._intake.take():
+        for peer, blob in self._intake.take(self._is_held):
             stated = s.codec.open(blob, peer, s.now)
             if stated is not None:
                 self._statement(stated, peer, relay=False)

@@ -135,6 +135,10 @@ class StatementCodec:
             return None
         return self._remember(Stated(blob, body, signer, view_token(body) if isinstance(body, Alive) else 0))
 
+    def opened(self, blob: bytes) -> Stated | None:
+        """The statement if it was opened before and is still remembered. It may be of a node that was evicted since."""
+        return self._cache.get(blob)
+
     def _remember(self, stated: Stated) -> Stated:
         # Everybody's newest statement finds room beside what is said of the moment, however large the mesh is.
         if len(self._cache) >= max(self._cache_max, 2 * len(self._roster)):
