@@ -1,7 +1,7 @@
 """Statements that links brought and that are still to be verified: bounded, taken a few at a time, in turn by peer.
 
 A view is repaired by thousands of statements at once, and each costs a signature check. Taken in one go they would keep
-this node from answering pings. When a node returns to a large mesh, hundreds of peers bring it the same ones: what is no
+this node from answering pings. To a node that returns to a large mesh hundreds of peers bring the same ones: what is no
 news is passed over without being counted. What they mean is the machine's business.
 """
 
