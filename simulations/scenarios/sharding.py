@@ -133,7 +133,8 @@ class _Run:
         model = rng.choice(tuple(SHAPES))
         leaves = rng.randrange(1, 20) if rng.random() < 0.1 else None
         stops = rng.randrange(1, 20) if rng.random() < 0.1 else None
-        stages = rng.choice((1, 1, 1, 2, 3))
+        # In peace nobody wishes, so that one load of each model serves all.
+        stages = 1 if "quiet" in self._kinds else rng.choice((1, 1, 1, 2, 3))
         member = rng.choice(up)
         tokens = rng.randrange(1, 150)
         member.ask(model, prompt, tokens, leaves_after=leaves, stops_after=stops, stages_min=stages)

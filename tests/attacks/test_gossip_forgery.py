@@ -231,6 +231,9 @@ def _believe_former(monkeypatch: pytest.MonkeyPatch, by_short: dict[bytes, Any],
         def public_key(self, node_id: Any) -> bytes:
             return key
 
+        def __len__(self) -> int:
+            return len(by_short)
+
     opened = StatementCodec.open
     monkeypatch.setattr(StatementCodec, "open", open_any)
 

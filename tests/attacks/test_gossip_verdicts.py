@@ -74,7 +74,7 @@ def test_case_05_nor_does_one_that_repeats_itself(defended: bool, monkeypatch: p
         def by_number(self: Suspicions, stated: Stated, body: Accusation) -> bool:
             """Accusations counted, not accusers."""
             signer = NodeId(f"{stated.signer}/{body.number}")
-            self._s.view.up.add(signer)
+            self._s.view._up[signer] = None
             return heard(self, stated._replace(signer=signer), body)
 
         monkeypatch.setattr(Suspicions, "heard", by_number)

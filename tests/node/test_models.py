@@ -39,7 +39,7 @@ def test_a_pinned_model_is_loaded_everybody_knows_and_a_new_coordinator_loads_it
     missing = next(one for one in c.get("/api/llm/models?plan=false") if one["model"] == "nobody-has-this")
     assert (missing["pinned"], missing["ollama_ready"]) == (True, False)
     assert "There is no model 'nobody-has-this'" in missing["reason"]
-    assert b.error("POST", "/api/llm/unload", {"model": DEMO})["code"] == "conflict", "it is pinned"
+    assert a.error("POST", "/api/llm/unload", {"model": DEMO})["code"] == "conflict", "it is pinned"
     leader = next(one for one in (a, b, c) if one.node_id == c.get("/api/status")["coordinator"]["id"])
     leader.kill()
     left = [one for one in (a, b, c) if one is not leader]

@@ -148,7 +148,8 @@ def tensors(*infos: bytes, data: int = 4096) -> bytes:
 RIGHT = small().bytes()
 LIES = {
     "empty": (b"", "beginning"),
-    "another format": (b"PK\x03\x04" + bytes(40), "not a GGUF"),
+    "another format": (b"PK\x03\x04" + bytes(40), "a zip archive"),
+    "no format at all": (b"PQ\x03\x04" + bytes(40), "not a GGUF"),
     "version 1": (changed(RIGHT, 4, "I", 1), "version 1"),
     "version 9": (changed(RIGHT, 4, "I", 9), "version 9"),
     "big-endian": (changed(RIGHT, 4, ">I"[1:], 3 << 24), "big-endian"),

@@ -346,7 +346,8 @@ class Pulls:
                 async with aclosing(self._wanting(manifest, target)) as answers:
                     async for answer in answers:
                         if answer.finished:
-                            size = told[target].total if target in told else _estimate(manifest, target)
+                            # A node that had little to do may be through before it has said how much it is.
+                            size = (told[target].total if target in told else 0) or _estimate(manifest, target)
                             answer = WantAnswer(size, size, "here", True)
                         told[target] = answer
                         tell()
@@ -368,7 +369,7 @@ class Pulls:
         for target in sorted(targets, key=lambda target: target[1]):
             node, first, last = target
             answer = told.get(target)
-            total = _estimate(manifest, target) if answer is None else answer.total
+            total = (0 if answer is None else answer.total) or _estimate(manifest, target)
             done = 0 if answer is None else min(answer.done, total)
             name = self._name_of(node)
             parts.append(PullPart(node_id=node, node_name=name, first=first, last=last, completed=done, total=total))
