@@ -148,8 +148,10 @@ class _Watch:
 
             async def beats() -> None:
                 nonlocal ended
-                ended = await self._beats_stop()
-                if ended is not None:
+                lost = await self._beats_stop()
+                # The beats of an engine that has just said why it cannot load stop too: its own words stand.
+                if lost is not None and ended is None:
+                    ended = lost
                     nursery.cancel_scope.cancel()
 
             nursery.start_soon(beats)

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import trio
+import trio.testing
 from msgspec.structs import replace
 
 from meshnode.kernel.errors import ErrorCode, MeshError
@@ -195,6 +196,25 @@ async def test_a_wrong_number_of_layers_is_said(cut: Cut, spec: StageSpec) -> No
     with pytest.raises(MeshError, match="8 layers"):
         async with open_engine(replace(whole(cut, spec), layers=3)):
             pass
+
+
+async def test_the_words_of_an_engine_stand_though_its_beats_end_with_them(
+    cut: Cut, spec: StageSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, said = process._Watch(whole(cut, spec), process.PATIENCE, 1.0), trio.Event()
+    why = Ended(EndReason.LOAD_FAILED, "no", None)
+
+    async def beats_stop() -> None:
+        await said.wait()
+
+    class Loading:
+        async def _read_until_loaded(self, _progress: object) -> Ended:
+            await trio.testing.wait_all_tasks_blocked()
+            said.set()
+            return why
+
+    monkeypatch.setattr(watch, "_beats_stop", beats_stop)
+    assert await watch._loaded_or_lost(Loading(), None) is why
 
 
 async def test_memory_that_does_not_suffice_is_said(cut: Cut, spec: StageSpec) -> None:

@@ -20,6 +20,8 @@ from scripts.benchmarks.pipeline import open_pipeline
 from tests.llm.engine.conftest import LAYERS, Cut
 from tests.support.tiny_models import tiny_model
 
+pytestmark = pytest.mark.timeout(600)  # engines by the dozen: a machine that others use takes its time
+
 SHIPPED = Path(meshnode.llm.__file__).parent / "data" / "meshnode-demo.gguf"
 GREEDY = Sampling(max_tokens=200, temperature=0.0, ignore_eos=True, speculate=False)
 PROMPT = [(index * 7) % 300 + 5 for index in range(150)]
