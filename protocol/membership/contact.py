@@ -46,7 +46,7 @@ class Contacts:
         s = self._s
         if s.now >= self._tried.get(peer, -CONTACT_RETRY_MAX_S) + CONTACT_RETRY_MAX_S:
             self._tried[peer] = s.now
-            self.introduce(peer)
+            self._greet(peer)
 
     def link_opened(self, peer: NodeId, boot: int) -> None:
         """Over a new link, a node that does not know this one's present life is told of it."""
@@ -54,7 +54,7 @@ class Contacts:
         known_boot = s.view.rank(peer)[0]
         if (peer not in s.view.up or known_boot != boot) and peer not in self._introduced and peer in s.roster:
             self._introduced.add(peer)
-            self.introduce(peer)
+            self._greet(peer)
 
     def link_lost(self, peer: NodeId) -> None:
         """The next link is a new one."""
@@ -67,6 +67,16 @@ class Contacts:
 
     def introduce(self, peer: NodeId) -> None:
         """Tell a member of this node's present life, and offer to compare views."""
-        s = self._s
-        s.link(peer, ViewReply([s.view.known[s.me].blob], []))
+        self._present(peer)
         self._healing.offer(peer)
+
+    def _greet(self, peer: NodeId) -> None:
+        """Tell a member of this node's present life, and compare views if that was not just done with another.
+
+        Hundreds dial a node that returns to a large mesh, or answer its call on the LAN: one whole view is enough.
+        """
+        self._present(peer)
+        self._healing.sync(peer)
+
+    def _present(self, peer: NodeId) -> None:
+        self._s.link(peer, ViewReply([self._s.view.known[self._s.me].blob], []))

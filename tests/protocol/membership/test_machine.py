@@ -95,22 +95,31 @@ def test_what_came_over_a_link_is_kept_and_not_told_on() -> None:
 def test_a_link_to_one_that_is_not_up_brings_an_introduction_once() -> None:
     subject = Subject(3)
     opened = LinkOpened(subject.mesh.id(1), BOOT)
-    assert links(subject.give(opened), ViewOffer) != []
+    assert links(subject.give(opened), ViewReply) != []
     assert subject.give(opened) == []
     subject.give(LinkLost(subject.mesh.id(1), "gone"))
-    assert links(subject.give(opened), ViewOffer) != []
+    assert links(subject.give(opened), ViewReply) != []
     subject.know(2)
     assert subject.give(LinkOpened(subject.mesh.id(2), BOOT)) == [], "known, and in this boot"
-    assert links(subject.give(LinkOpened(subject.mesh.id(2), BOOT + 1)), ViewOffer) != [], "it restarted"
+    assert links(subject.give(LinkOpened(subject.mesh.id(2), BOOT + 1)), ViewReply) != [], "it restarted"
+
+
+def test_views_are_compared_with_few_of_those_who_open_links() -> None:
+    subject = Subject(9)
+    told = [subject.give(LinkOpened(subject.mesh.id(number), BOOT)) for number in range(1, 8)]
+    assert all(links(effects, ViewReply) != [] for effects in told)
+    assert [links(effects, ViewOffer) != [] for effects in told] == [True] + [False] * 6
+    later = subject.give(LinkOpened(subject.mesh.id(8), BOOT), 2 * LAN.sync_pause_s)
+    assert links(later, ViewOffer) != []
 
 
 def test_hints_of_discovery_are_followed_but_not_too_often() -> None:
     subject = Subject(3)
     peer, found = subject.mesh.id(1), Address("192.0.2.8", 5000)
-    assert links(subject.give(ContactFound(peer, found)), ViewOffer) != []
+    assert links(subject.give(ContactFound(peer, found)), ViewReply) != []
     assert subject.machine.addresses(peer) == (found,)
     assert subject.give(ContactFound(peer, found), 1.0) == []
-    assert links(subject.give(ContactFound(peer, found), CONTACT_RETRY_MAX_S), ViewOffer) != []
+    assert links(subject.give(ContactFound(peer, found), CONTACT_RETRY_MAX_S), ViewReply) != []
     assert subject.give(ContactFound(subject.mesh.id(0), found)) == []
     assert subject.give(ContactFound(Mesh(9).id(8), found)) == [], "no member"
     subject.know(2)
