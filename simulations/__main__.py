@@ -90,12 +90,17 @@ def _options(parsed: argparse.Namespace, nodes: int) -> Options:
         duration_s=parsed.duration,
         pattern=parsed.pattern,
         tell=parsed.tell,
+        progress=_is_waited_for(parsed),
     )
+
+
+def _is_waited_for(parsed: argparse.Namespace) -> bool:
+    return not parsed.json and sys.stderr.isatty()
 
 
 def _progress(parsed: argparse.Namespace) -> Callable[[Outcome], None] | None:
     """A line now and then for who waits at a terminal; nothing for a program."""
-    if parsed.json or not sys.stderr.isatty():
+    if not _is_waited_for(parsed):
         return None
 
     def tell(outcome: Outcome) -> None:

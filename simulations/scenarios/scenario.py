@@ -21,6 +21,7 @@ from simulations.computer import Computer
 from simulations.host import MeshProgram
 from simulations.narrator import Narrator
 from simulations.network import IP_UDP_BYTES, NetworkParams
+from simulations.progress import Progress
 from simulations.settled import start_settled
 from simulations.views import Views
 from simulations.world import World
@@ -38,6 +39,7 @@ class Options:
     duration_s: float | None = None
     pattern: str | None = None
     tell: bool = False  # print what happens as it happens
+    progress: bool = False  # print how far each world has come
 
     @property
     def is_large(self) -> bool:
@@ -164,6 +166,8 @@ def mesh(
         world.watch(checker)
     if options.tell:
         world.watch(Narrator())
+    if options.progress:
+        world.watch(Progress(options.seed))
     return Mesh(world, views, program)
 
 
