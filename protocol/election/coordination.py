@@ -214,7 +214,7 @@ class Coordination:
             if at.now < self._ask_at:
                 return []
             self._ask_at = at.now + self._params.ask_s
-            return [SendLink(highest.node, ElectorateRequest()), SetTimer(REFORM, self._ask_at)]
+            return [SendLink(highest.node, ElectorateRequest(self._roster.digest)), SetTimer(REFORM, self._ask_at)]
         if not held.voters or len(held.voters & voices.keys()) < held.need:
             return []
         self._base, self._toggled = held.version, ()

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import msgspec
 
-from protocol.election.messages import NOBODY, ElectorateOffer, Version
+from protocol.election.messages import NOBODY, ElectorateOffer, ElectorateRequest, Version
+from protocol.trust.view import RosterView, members_in
 from protocol.wire import limits
 
 
@@ -44,9 +45,19 @@ class Electorate(msgspec.Struct, frozen=True, array_like=True):
         version = Version(self.version.term, self.version.by, self.version.number + 1)
         return Electorate(version, self.voters ^ {voter})
 
-    def offer(self) -> ElectorateOffer:
-        """As a link message."""
-        return ElectorateOffer(self.version, sorted(self.voters))
+    def offer(self, request: ElectorateRequest, roster: RosterView) -> ElectorateOffer:
+        """As a link message: a bit for each member if whoever asks has this roster, 125 bytes for 1,000 of them."""
+        if request.roster != roster.digest:
+            return ElectorateOffer(self.version, sorted(self.voters))
+        marks, others = bytearray((len(roster) + 7) // 8), list[bytes]()
+        for voter in sorted(self.voters):
+            member = roster.node(voter)
+            index = None if member is None else roster.index(member)
+            if index is None:
+                others.append(voter)
+            else:
+                marks[index >> 3] |= 1 << (index & 7)
+        return ElectorateOffer(self.version, others, roster.digest, bytes(marks))
 
 
 NO_ELECTORATE = Electorate()
@@ -58,9 +69,15 @@ def founded(voter: bytes) -> Electorate:
     return Electorate(FOUNDING_VERSION, frozenset({voter}))
 
 
-def offered(offer: ElectorateOffer) -> Electorate:
-    """The electorate of a link message; a voter named twice counts once."""
-    return Electorate(offer.version, frozenset(offer.voters))
+def offered(offer: ElectorateOffer, roster: RosterView) -> Electorate | None:
+    """The electorate of a link message; one named twice counts once. None: of another roster, or too many."""
+    if not offer.roster:
+        return Electorate(offer.version, frozenset(offer.voters))
+    if offer.roster != roster.digest:
+        return None
+    members = members_in(int.from_bytes(offer.members, "little"), roster)
+    voters = frozenset([*offer.voters, *(bytes(roster.short(member)) for member in members)])
+    return Electorate(offer.version, voters) if len(voters) <= limits.ROSTER_MAX else None
 
 
 def apply_toggle(held: Electorate, version: Version, base: Version, toggled: Collection[bytes]) -> Electorate | None:

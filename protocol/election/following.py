@@ -143,7 +143,7 @@ class Following:
         if not beacon.voter or now < self._ask_at:
             return []
         self._ask_at = now + self._params.ask_s
-        return [SendLink(leader, ElectorateRequest())]
+        return [SendLink(leader, ElectorateRequest(self._roster.digest))]
 
     def take_offer(self, peer: NodeId, electorate: Electorate, now: float) -> list[Effect]:
         """An electorate over the link: only the followed coordinator's own, and only a higher version, is taken."""

@@ -169,11 +169,15 @@ class Election:
         coordination = self._contest.coordination
         match message:
             case ElectorateRequest():
-                return [SendLink(peer, self._ledger.held.offer())] if self._ledger.held.voters else []
-            case ElectorateOffer() if coordination is not None:
-                return coordination.learned(offered(message), at)
+                held = self._ledger.held
+                return [SendLink(peer, held.offer(message, self._roster))] if held.voters else []
             case ElectorateOffer():
-                return self._contest.following.take_offer(peer, offered(message), at.now)
+                electorate = offered(message, self._roster)
+                if electorate is None:
+                    return []
+                if coordination is not None:
+                    return coordination.learned(electorate, at)
+                return self._contest.following.take_offer(peer, electorate, at.now)
             case _:
                 return []
 

@@ -11,6 +11,7 @@ from protocol.wire import limits
 
 _Short = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
 _Counter = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+_RosterDigest = Annotated[bytes, msgspec.Meta(max_length=8)]
 
 LEASE_MS_MAX = 600_000
 NOBODY = bytes(8)
@@ -63,9 +64,13 @@ class Follow(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=17):
 class ElectorateRequest(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=16):
     """You named an electorate version that I do not hold: send what you hold."""
 
+    roster: _RosterDigest = b""  # by which the receiver of the answer can read `members`
+
 
 class ElectorateOffer(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=17):
-    """An electorate, whole: who votes, sorted."""
+    """An electorate, whole: who votes. Members of the roster asked for are bits, all others short ids, sorted."""
 
     version: Version
     voters: Annotated[list[_Short], msgspec.Meta(max_length=limits.ROSTER_MAX)]
+    roster: _RosterDigest = b""  # empty: all voters are in `voters`
+    members: Annotated[bytes, msgspec.Meta(max_length=limits.ROSTER_MAX // 8)] = b""

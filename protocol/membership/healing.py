@@ -13,7 +13,8 @@ from protocol.membership.broadcasts import ITEM_OVERHEAD_BYTES
 from protocol.membership.events import PeerUp
 from protocol.membership.state import State
 from protocol.membership.suspicion import Suspicions
-from protocol.membership.view import View, addresses_of, alive_of, members_in
+from protocol.membership.view import View, addresses_of, alive_of
+from protocol.trust.view import members_in
 from protocol.wire import limits
 from protocol.wire.messages import Alive, Gossip, ViewOffer, ViewReply, ViewReport
 from protocol.wire.statements import Stated

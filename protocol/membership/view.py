@@ -4,7 +4,7 @@ Only bookkeeping; the machine decides. The digest covers who is up, in which boo
 digests have equal views.
 """
 
-from collections.abc import Iterable, Iterator, KeysView
+from collections.abc import Iterable, KeysView
 from typing import NamedTuple
 
 from protocol.ids import Address, NodeId, unpack_address
@@ -131,15 +131,3 @@ class View:
             (known[member].token & 0xFFFFFFFF).to_bytes(4, "big") if member in up else b"\0\0\0\0"
             for member in self._roster.members()
         )
-
-
-def members_in(bits: int, roster: RosterView) -> Iterator[NodeId]:
-    """The roster members whose bits are set; bits beyond the roster are ignored."""
-    members = roster.members()
-    while bits:
-        low = bits & -bits
-        index = low.bit_length() - 1
-        if index >= len(members):
-            return
-        yield members[index]
-        bits ^= low

@@ -1,6 +1,6 @@
 """What other machines may ask of the roster. The roster itself, and what changes it, is in protocol.trust.roster."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol
 
 from protocol.ids import NodeId, ShortId
@@ -43,3 +43,15 @@ class RosterView(Protocol):
     def __contains__(self, node_id: object) -> bool: ...
 
     def __len__(self) -> int: ...
+
+
+def members_in(bits: int, roster: RosterView) -> Iterator[NodeId]:
+    """The roster members whose bits are set; bits beyond the roster are ignored."""
+    members = roster.members()
+    while bits:
+        low = bits & -bits
+        index = low.bit_length() - 1
+        if index >= len(members):
+            return
+        yield members[index]
+        bits ^= low

@@ -38,7 +38,7 @@ def test_a_higher_electorate_is_asked_for_before_anything_counts() -> None:
     term = bench.machine.term
     higher = Version(1, bytes(short_id(B)), 5) if term > 1 else Version(0, bytes(8), 7)
     effects = bench.hear(A, follow(term, C, 1, version=higher))
-    assert of(effects, SendLink) == [SendLink(A, ElectorateRequest())]
+    assert of(effects, SendLink) == [SendLink(A, ElectorateRequest(bench.roster.digest))]
     voters = [bytes(short_id(node)) for node in (A, B, C, D)]
     bench.link(A, ElectorateOffer(higher, voters))
     assert bench.machine.electorate.version == higher  # 2 of 4 follow: still no majority of it

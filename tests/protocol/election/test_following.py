@@ -213,7 +213,7 @@ def test_more_than_one_step_is_asked_for_and_stated_when_it_came() -> None:
     bench = follower()
     stamp = Version(1, bytes(short_id(D)), 4)
     effects = bench.hear(D, beacon(1, 2, version=stamp, base=Version(1, bytes(short_id(D)), 3), toggled=[B]))
-    assert of(effects, SendLink) == [SendLink(D, ElectorateRequest())]
+    assert of(effects, SendLink) == [SendLink(D, ElectorateRequest(bench.roster.digest))]
     assert [answer.version for _, answer in sent(effects, Follow)] == [FOUNDING_VERSION]
     assert of(bench.hear(D, beacon(1, 3, version=stamp, base=stamp)), SendLink) == []  # not twice in a row
     effects = bench.link(D, ElectorateOffer(stamp, [bytes(short_id(A)), bytes(short_id(D))]))
@@ -244,8 +244,18 @@ def test_who_does_not_vote_does_not_ask() -> None:
 
 def test_an_electorate_is_offered_to_who_asks() -> None:
     bench = follower()
-    effects = bench.link(C, ElectorateRequest())
-    assert of(effects, SendLink) == [SendLink(C, electorate_of(IDS[:4]).offer())]
+    for request in (ElectorateRequest(), ElectorateRequest(bench.roster.digest)):
+        effects = bench.link(C, request)
+        assert of(effects, SendLink) == [SendLink(C, electorate_of(IDS[:4]).offer(request, bench.roster))]
+
+
+def test_an_electorate_told_by_bits_of_another_roster_is_not_taken() -> None:
+    bench = follower()
+    stamp, held = Version(1, bytes(short_id(D)), 4), bench.machine.electorate
+    assert bench.link(D, ElectorateOffer(stamp, [], bytes(8), b"\xff")) == []
+    assert bench.machine.electorate == held
+    bench.link(D, ElectorateOffer(stamp, [], bench.roster.digest, b"\xff"))
+    assert bench.machine.electorate.version == stamp
 
 
 # ---- what is stored --------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from protocol.election.tally import LeaseClock, Tally
 from protocol.ids import NodeId, short_id
 from protocol.wire.messages import DatagramMessage, LinkMessage
 from tests.protocol.election.bench import IDS
+from tests.protocol.election.rosters import SetRoster
 
 A, B, C = IDS[:3]
 SHORT = bytes(range(8))
@@ -231,9 +232,23 @@ def test_a_toggle_that_leaves_nobody_or_has_another_base_is_not_applied(toggled:
 
 
 def test_an_offer_names_voters_once() -> None:
-    electorate = offered(ElectorateOffer(Version(1, SHORT, 0), [SHORT, SHORT]))
+    electorate = offered(ElectorateOffer(Version(1, SHORT, 0), [SHORT, SHORT]), SetRoster(IDS[:5]))
+    assert electorate is not None
     assert electorate.need == 1
-    assert electorate.offer().voters == [SHORT]
+    assert electorate.offer(ElectorateRequest(), SetRoster(IDS[:5])).voters == [SHORT]
+
+
+@given(st.sets(st.sampled_from(IDS)), st.sets(st.sampled_from(IDS), min_size=1))
+def test_an_electorate_told_in_bits_of_the_roster_is_the_same(members: set[NodeId], voters: set[NodeId]) -> None:
+    roster = SetRoster(sorted(members))
+    electorate = Electorate(Version(1, SHORT, 0), frozenset(bytes(short_id(voter)) for voter in voters))
+    for request in (ElectorateRequest(), ElectorateRequest(roster.digest)):
+        offer = electorate.offer(request, roster)
+        assert offered(offer, roster) == electorate
+        assert len(offer.voters) == len(voters - members if request.roster else voters)
+    changed = SetRoster(sorted({*members, *IDS} - {min(members, default=IDS[0])}))
+    if changed.digest != roster.digest:
+        assert offered(offer, changed) is None
 
 
 # ---- the wire --------------------------------------------------------------------------------------------------------
@@ -246,8 +261,9 @@ BIG = Version(2**53, b"\xff" * 8, 2**53)
     [
         (Beacon(2**53, 2**53, 600_000, True, True, BIG, BIG, [SHORT]), DatagramMessage, 140),
         (Follow(2**53, SHORT, 2**53, True, BIG, 2**53, SHORT), DatagramMessage, 100),
-        (ElectorateRequest(), LinkMessage, 8),
+        (ElectorateRequest(SHORT), LinkMessage, 16),
         (ElectorateOffer(BIG, [SHORT] * 1000), LinkMessage, 10_100),
+        (ElectorateOffer(BIG, [], SHORT, bytes(125)), LinkMessage, 180),
     ],
 )
 def test_messages_cross_the_wire(message: object, union: Any, bytes_max: int) -> None:

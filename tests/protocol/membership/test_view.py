@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.membership.view import View, addresses_of, alive_of, members_in
+from protocol.membership.view import View, addresses_of, alive_of
+from protocol.trust.view import members_in
 from protocol.wire.messages import Alive
 from tests.support.hub import Mesh, address_of
 
