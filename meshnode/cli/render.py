@@ -67,11 +67,11 @@ def nodes_text(nodes: Sequence[Answer], wall: float, width: int | None = None) -
 
 def state_of(node: Answer) -> str:
     """One word: online, suspect, incompatible, left or offline."""
+    if node.get("incompatible"):
+        return "incompatible"  # even if it left: it stopped as the old version and speaks as another now
     if node.get("left"):
         return "left"
-    if node["status"] == "online":
-        return "incompatible" if node.get("incompatible") else "suspect" if node.get("suspect") else "online"
-    return str(node["status"])
+    return "suspect" if node["status"] == "online" and node.get("suspect") else str(node["status"])
 
 
 def node_text(node: Answer, wall: float) -> str:

@@ -75,6 +75,8 @@ def peer_line(node: NodeInfo) -> PeerLine:
         role=node.role,
         coordinator=node.coordinator,
         suspect=node.suspect,
+        left=node.left,
+        incompatible=node.incompatible,
         address=node.address,
         rtt_ms=node.rtt_ms,
     )

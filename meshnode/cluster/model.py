@@ -101,6 +101,8 @@ class PeerLine(msgspec.Struct, frozen=True, kw_only=True):
     role: Role
     coordinator: bool
     suspect: bool = False
+    left: bool = False
+    incompatible: bool = False
     address: str | None = None
     rtt_ms: float | None = None
 

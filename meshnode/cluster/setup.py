@@ -108,6 +108,8 @@ def build_cluster(
         bus=bus,
         log=log("trust"),
     )
+    if trust.lost_root is not None:
+        notices.put("root key", trust.lost_root)
     names = Names(
         driver=driver,
         store=MeshStore(database),

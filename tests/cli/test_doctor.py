@@ -93,7 +93,7 @@ def test_python_is_new_enough(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -
     assert check_python(patient(data_dir)).result is OK
     monkeypatch.setattr(sys, "version_info", (3, 9, 1))
     finding = check_python(patient(data_dir))
-    assert (finding.result, finding.mend) == (FAIL, "pipx install --python python3.11 meshnode")
+    assert (finding.result, finding.mend) == (FAIL, "pipx install --python python3.11 .")
 
 
 def test_the_command_is_on_the_path(data_dir: Path) -> None:

@@ -113,6 +113,8 @@ battery      41%, not plugged in"""
         ({"incompatible": True, "suspect": True}, "incompatible"),
         ({"status": "offline"}, "offline"),
         ({"status": "offline", "left": True}, "left"),
+        ({"status": "offline", "incompatible": True}, "incompatible"),
+        ({"status": "offline", "left": True, "incompatible": True}, "incompatible"),
     ],
 )
 def test_states(changes: dict[str, Any], state: str) -> None:

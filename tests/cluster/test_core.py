@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshnode.cluster import core
-from meshnode.cluster.model import Gpu
+from meshnode.cluster.model import Gpu, NodeInfo
 from meshnode.kernel.errors import ErrorCode, MeshError
 from protocol.heartbeats.events import HeartbeatFlag
 from protocol.ids import Address, NodeId
@@ -32,6 +32,12 @@ def test_whom_a_person_means(wanted: str, found: str | ErrorCode) -> None:
         assert caught.value.code is found
     else:
         assert core.find(NODES, wanted) == found
+
+
+def test_the_short_form_of_a_node_has_its_marks() -> None:
+    node = NodeInfo(id=NodeId("aaaa1111"), name="attic", status="offline", role="member", left=True, incompatible=True)
+    line = core.peer_line(node)
+    assert (line.left, line.incompatible, line.status) == (True, True, "offline")
 
 
 def test_several_of_one_name_are_listed() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from protocol.membership.events import DatagramsPass, PeerMeasured
 from protocol.records.events import ClockAgrees, ClockContradicted
+from protocol.wire.messages import Heartbeat
 from tests.cluster.parts import House
 
 
@@ -15,6 +16,17 @@ def test_the_warning_of_the_clock_goes_when_it_agrees_again(tmp_path: Path) -> N
     assert "400 s behind" in said
     nodes.observe(ClockAgrees())
     assert nodes.summary().warnings == ()
+
+
+def test_what_is_used_counts_only_where_the_whole_is_known(tmp_path: Path) -> None:
+    """A node whose records are held back states its load and not its size: 34 of 24 GiB would be said to be used."""
+    house = House(tmp_path, 2)
+    beat = Heartbeat(b"\0" * 8, 1, 1, 40, 425, 150, 2000, 30, 500, 61, 990, 0, -1, 3, 100, 7, b"\0" * 8, 1)
+    house[0].driver.node.heartbeats.latest[house.id(1)] = (beat, 0.0)
+    assert house[0].nodes.node(house.id(1)).ram_used > 0
+    summary = house[0].nodes.summary()
+    assert (summary.used_ram, summary.total_ram) == (0, 0)
+    assert (summary.used_storage, summary.total_storage) == (0, 0)
 
 
 def test_the_mark_of_blocked_datagrams_goes_at_the_first_proof(tmp_path: Path) -> None:

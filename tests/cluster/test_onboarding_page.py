@@ -47,6 +47,10 @@ async def test_the_page_explains_and_holds_no_secret(data_dir: Path) -> None:
         assert "an administrator" in text
         assert "10 minutes" in text
         assert "{{" not in text
+        assert "pipx install ." in text
+        assert (
+            "pipx install meshnode" not in text
+        )  # whoever takes that name on PyPI would run code on every new machine
         assert headers["referrer-policy"] == "no-referrer"
         assert headers["cache-control"] == "no-store"
         assert headers["x-content-type-options"] == "nosniff"
@@ -54,6 +58,15 @@ async def test_the_page_explains_and_holds_no_secret(data_dir: Path) -> None:
         assert "default-src 'none'" in policy
         assert "script-src 'self'" in policy
         assert "unsafe" not in policy
+
+
+async def test_the_command_starts_an_agent_on_a_machine_that_has_none(data_dir: Path) -> None:
+    async with open_mesh(data_dir) as mesh:
+        token = (await mesh.invite()).invitation.token
+        _, _, page = await get(mesh, f"/join/{token}")
+        _, _, script = await get(mesh, "/join/assets/landing.js")
+        assert b'"meshnode up --join \'" + address' in script
+        assert "meshnode up --join '…'".encode() in page
 
 
 async def test_nothing_is_loaded_from_elsewhere(data_dir: Path) -> None:

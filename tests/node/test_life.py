@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from meshnode.cluster.service.switch import DATABASE_FILE
+from meshnode.kernel.identity import ROOT_KEY_FILE
 from tests.node.loopback import LOOPBACK, Agents, agents, until
 
 
@@ -87,6 +88,22 @@ def test_an_onboarding_port_that_is_taken_is_said_at_once(house: Agents) -> None
         assert f"(process {os.getpid()})" in error["error"]
     assert agent.invite()
     until(lambda: not agent.get("/api/status")["warnings"], "the warning to go")
+
+
+def test_an_admin_that_lost_the_root_key_says_so_and_invites_nobody(house: Agents) -> None:
+    agent = house.start("a")
+    agent.stop()
+    key = (agent.folder / ROOT_KEY_FILE).rename(agent.folder / "away")
+    agent.start()
+    (warning,) = agent.get("/api/status")["warnings"]
+    assert str(agent.folder / ROOT_KEY_FILE) in warning
+    error = agent.error("POST", "/api/cluster/join-token", {})
+    assert error["code"] == "not_admin"
+    assert "back-up" in error["error"]
+    agent.stop()
+    key.rename(agent.folder / ROOT_KEY_FILE)
+    assert agent.start().get("/api/status")["warnings"] == []
+    assert agent.invite()
 
 
 def test_a_corrupt_database_is_refused_and_nothing_is_moved(house: Agents) -> None:

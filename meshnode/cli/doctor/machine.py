@@ -29,7 +29,7 @@ def check_python(_patient: Patient) -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
     wanted = ".".join(map(str, PYTHON_MIN))
     if sys.version_info[:2] < PYTHON_MIN:
-        return Finding("python", Result.FAIL, f"Python {version}", f"pipx install --python python{wanted} meshnode")
+        return Finding("python", Result.FAIL, f"Python {version}", f"pipx install --python python{wanted} .")
     return Finding("python", Result.OK, f"Python {version}")
 
 

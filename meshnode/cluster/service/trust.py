@@ -18,6 +18,7 @@ from meshnode.kernel.bus import EventBus
 from meshnode.kernel.driver import Driver
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import (
+    ROOT_KEY_FILE,
     NodeIdentity,
     RootKey,
     issue_leaf,
@@ -78,6 +79,17 @@ class Trust:
     def is_admin(self) -> bool:
         """Whether this node holds the root key."""
         return self._root is not None
+
+    @property
+    def lost_root(self) -> str | None:
+        """What to tell the person if this node is an admin and the root key is not in its data folder."""
+        if self._root is not None or self._driver.node.roster.role(self._nodes.me) != "admin":
+            return None
+        return (
+            f"this node is an admin, but {self._data_dir / ROOT_KEY_FILE} is missing: it can neither admit, promote "
+            "nor evict. Put the file back from a back-up and start the agent again; without one, evict this node on "
+            "another admin, if there is one, and join anew"
+        )
 
     # ---- admitting ---------------------------------------------------------------------------------------------
 
@@ -296,9 +308,11 @@ class Trust:
         return msgspec.convert(self._driver.node.policy, MeshPolicy, from_attributes=True)
 
     def may_invite(self, role: Role) -> None:
-        """Raises MeshError FORBIDDEN if this node may not invite in that role."""
+        """Raises MeshError FORBIDDEN if this node may not invite in that role, NOT_ADMIN if nobody can admit."""
         hub = self._driver.node
         _require(authority.may_invite(hub.roster, hub.policy, hub.me, role))
+        if self.lost_root is not None and self._nodes.admins() == [hub.me]:
+            raise MeshError(ErrorCode.NOT_ADMIN, f"Nobody could let the machine in: {self.lost_root}.")
 
     async def set_policy(self, wanted: Mapping[str, bool | float]) -> None:
         """Change settings of the mesh; durable here on return. Raises MeshError BAD_REQUEST (then nothing changed)
@@ -369,6 +383,8 @@ class Trust:
         return int(self._facts.wall() * 1000)
 
     def _require_root(self) -> RootKey:
+        if self.lost_root is not None:
+            raise MeshError(ErrorCode.NOT_ADMIN, f"This cannot be signed: {self.lost_root}.")
         if self._root is None:
             names = ", ".join(self._nodes.name_of(node) for node in self._nodes.admins()) or "none known"
             raise MeshError(

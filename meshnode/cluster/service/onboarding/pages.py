@@ -37,7 +37,7 @@ _REASONS: Final[Mapping[int, str]] = {
     429: "Too Many Requests",
     431: "Request Header Fields Too Large",
 }
-INSTALL_COMMAND: Final = "pipx install meshnode"
+INSTALL_COMMAND: Final = "pipx install ."  # in a clone: the name on PyPI is not ours
 CONTENT_SECURITY_POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"

@@ -26,7 +26,7 @@ function showCommand() {
   document.getElementById("without-secret").hidden = whole;
   // Single quotes keep every shell from reading '#', '[' or '?' as its own; none can occur inside.
   const address = location.origin + location.pathname + location.hash;
-  document.getElementById("join-command").textContent = whole ? "meshnode join '" + address + "'" : "";
+  document.getElementById("join-command").textContent = whole ? "meshnode up --join '" + address + "'" : "";
 }
 
 /** The clipboard API needs a secure context, which a page over plain HTTP is not; the selection works everywhere. */
