@@ -2,11 +2,16 @@
 
 from dataclasses import dataclass
 from enum import IntFlag
+from typing import Final
 
 import msgspec
 
 from protocol.ids import NodeId
 from protocol.wire.messages import Heartbeat
+
+
+NO_TEMPERATURE_C: Final = -128
+"""In Heartbeat.gpu_temp_c: there is no device, or none tells its temperature."""
 
 
 class HeartbeatFlag(IntFlag):

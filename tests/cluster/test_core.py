@@ -16,6 +16,7 @@ from tests.support.hub import Mesh
 
 NODES = [(NodeId("aaaa1111"), "kitchen"), (NodeId("aaaa2222"), "Büro"), (NodeId("bbbb3333"), "kitchen"),
          (NodeId("cccc4444"), "aaaa1111"), (NodeId("dddd5555"), "attic")]  # fmt: skip
+MIB = 1 << 20
 BEAT = Heartbeat(b"\0" * 8, 1, 1, 40, 425, 150, 2000, 30, 500, 61, 990, 0, -1, 3, 100, 7, b"\0" * 8, 1)
 
 
@@ -53,7 +54,7 @@ def test_devices_are_summed_up() -> None:
     assert core.gpu_of(BEAT, []) == Gpu()
     two = [("RTX 4090", "555", 24_000_000_000, "cuda"), ("RTX 3060", "555", 12_000_000_000, "cuda")]
     shown = core.gpu_of(BEAT, two)
-    assert (shown.available, shown.name, shown.vram, shown.vram_free) == (True, "RTX 4090", 36_000_000_000, 500_000_000)
+    assert (shown.available, shown.name, shown.vram, shown.vram_free) == (True, "RTX 4090", 36_000_000_000, 500 * MIB)
     assert (shown.backend, shown.temp_celsius, shown.utilization) == ("cuda", 61.0, 99.0)
     unknown = core.gpu_of(None, two)
     assert (unknown.vram_free, unknown.temp_celsius, unknown.utilization) == (36_000_000_000, None, None)
@@ -64,7 +65,7 @@ def test_devices_are_summed_up() -> None:
 def test_figures_of_a_heartbeat() -> None:
     fields = core.load_fields(BEAT, 2.5, up=True)
     assert fields["cpu_percent"] == 42.5
-    assert fields["ram_used"] == 2_000_000_000
+    assert (fields["ram_used"], fields["storage_used"]) == (2000 * MIB, 30 * MIB)
     assert fields["uptime_seconds"] == 102
     assert core.load_fields(BEAT, 2.5, up=False)["uptime_seconds"] == 100, "who is gone is not running on"
     assert (fields["battery_percent"], fields["on_battery"]) == (None, None)
