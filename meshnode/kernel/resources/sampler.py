@@ -22,6 +22,12 @@ from protocol.heartbeats.events import NO_TEMPERATURE_C, HeartbeatFlag, Sample
 
 SAMPLE_INTERVAL_S: Final = 1.0
 _MIB: Final = 1 << 20
+_HEAT: Final = {
+    ThermalState.NORMAL: HeartbeatFlag(0),
+    ThermalState.WARNING: HeartbeatFlag.WARM,
+    ThermalState.THROTTLED: HeartbeatFlag.THROTTLED,
+    ThermalState.EMERGENCY: HeartbeatFlag.THROTTLED | HeartbeatFlag.EMERGENCY,
+}
 
 
 class Activity(Protocol):
@@ -85,8 +91,7 @@ def to_sample(reading: Reading) -> Sample:
     flags = HeartbeatFlag(0)
     if reading.battery is not None and reading.battery.on_battery:
         flags |= HeartbeatFlag.ON_BATTERY
-    if reading.thermal in (ThermalState.THROTTLED, ThermalState.EMERGENCY):
-        flags |= HeartbeatFlag.THROTTLED
+    flags |= _HEAT[reading.thermal]
     if reading.draining:
         flags |= HeartbeatFlag.DRAINING
     if reading.gpus:
