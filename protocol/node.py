@@ -85,17 +85,7 @@ Durable = Mapping[str, Mapping[bytes, bytes]]
 """What each machine persisted, by the machine's name."""
 
 
-Command = (
-    AddressesChanged
-    | ContactFound
-    | Depart
-    | SampleTaken
-    | MintKey
-    | RosterChanged
-    | PutRecord
-    | DeleteRecord
-    | ForgetLost
-)
+Command = AddressesChanged | ContactFound | Depart | SampleTaken | MintKey | PutRecord | DeleteRecord | ForgetLost
 Input = DatagramReceived | LinkOpened | LinkLost | FrameReceived | TimerFired | Command
 
 CLOCK_LOOK_S: Final = 0.25  # how often the lease clock looks at both clocks at least, while this node is busy
@@ -260,8 +250,6 @@ class Node:
         match event:
             case FrameReceived(peer, data):
                 self._frame(peer, data, now, wall)
-            case RosterChanged():
-                self._perform([Publish(event)], now, wall)
             case _:
                 if isinstance(event, LinkOpened):
                     self.datagrams.learn_boot(event.peer, event.boot)
@@ -330,7 +318,7 @@ class Node:
         published: list[object] = []
         for effect in effects:
             if type(effect) is Send:
-                self._seal(effect, now)
+                self._seal(effect)
             elif type(effect) is SendLink:
                 self._out.append(SendFrame(effect.to, _encode(effect.message)))
             else:
@@ -340,7 +328,7 @@ class Node:
         for event in published:
             self._published(event, now, wall)
 
-    def _seal(self, send: Send, now: float) -> None:
+    def _seal(self, send: Send) -> None:
         address = send.address or self.membership.route(send.to)
         if address is None:
             self.drops["no_address"] += 1

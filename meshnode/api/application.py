@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, urlencode
 
 import trio
 
-from meshnode.api.bodies import BodyReader, ClientGoneError, CommonQuery, Decoder
+from meshnode.api.bodies import BodyReader, ClientGoneError, Decoder
 from meshnode.api.guard import SAFE_METHODS, Admission, Asked, Guard, body_limit, cors_headers, preflight_headers
 from meshnode.api.limits import ApiLimits
 from meshnode.api.peer import Peer
@@ -184,7 +184,7 @@ class ApiApplication:
         if route.asgi is not None:
             await route.asgi(exchange.scope, receive, self._page_send(exchange))
             return
-        request, common = await self._decoded(exchange, route, admission, receive)
+        request = await self._decoded(exchange, route, admission, receive)
         result = await self._handled(route, request, receive)
         match result:
             case EventStream():
@@ -197,7 +197,7 @@ class ApiApplication:
             case Reply():
                 extra = text_headers(result.headers)
                 if result.next_cursor is not None:
-                    extra.append((b"link", _next_link(exchange, result.next_cursor, common)))
+                    extra.append((b"link", _next_link(exchange, result.next_cursor)))
                 if result.unreachable:
                     extra += text_headers({"Meshnode-Unreachable": ", ".join(result.unreachable)})
                 status = result.status or route.status
@@ -230,7 +230,7 @@ class ApiApplication:
 
     async def _decoded(
         self, exchange: Exchange, route: Route, admission: Admission, receive: AsgiReceive
-    ) -> tuple[ApiRequest[Any, Any], CommonQuery]:
+    ) -> ApiRequest[Any, Any]:
         decoder = self._decoders[route]
         headers = exchange.asked.headers
         query, common = decoder.query(exchange.scope["query_string"])
@@ -240,7 +240,7 @@ class ApiApplication:
             reader = BodyReader(receive, self._limits, body_limit(exchange.match, self._limits))
             if not route.raw_body:
                 body = decoder.body(await reader.whole(), headers.get(b"content-type", b""))
-        request = ApiRequest(
+        return ApiRequest(
             method=exchange.asked.method,
             path=exchange.scope["path"],
             params=exchange.match.params,
@@ -254,7 +254,6 @@ class ApiApplication:
             cursor=common.cursor,
             chunks=reader if route.raw_body else None,
         )
-        return request, common
 
     async def _answer_options(self, exchange: Exchange) -> None:
         allowed = exchange.match.allowed
@@ -404,7 +403,7 @@ def _no_route(exchange: Exchange) -> MeshError:
     return MeshError(ErrorCode.NOT_FOUND, f"There is nothing at {path}. GET /openapi.json lists every path.")
 
 
-def _next_link(exchange: Exchange, cursor: str, common: CommonQuery) -> bytes:
+def _next_link(exchange: Exchange, cursor: str) -> bytes:
     kept = [pair for pair in parse_qsl(exchange.scope["query_string"].decode("ascii")) if pair[0] != "cursor"]
     query = urlencode([*kept, ("cursor", cursor)])
     return b'<%s?%s>; rel="next"' % (exchange.scope["raw_path"], query.encode("ascii"))

@@ -1,6 +1,6 @@
 """Answers as bytes: JSON without what is absent, errors in one form, and the headers every answer has.
 
-Its job is bytes and headers only. Sending them is `api.dispatch`'s.
+Its job is bytes and headers only. Sending them is `api.application`'s.
 """
 
 from collections.abc import Iterable, Mapping

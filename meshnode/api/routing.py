@@ -2,7 +2,7 @@
 
 A subsystem's `routes.py` returns a list of `Route`; a handler takes an `ApiRequest` and returns a msgspec struct,
 a list of them, a `Reply`, `Content`, a `ByteStream`, an `EventStream` or None (204). Its job here is the table
-and the match. It leaves admission to `api.guard` and calling the handler to `api.dispatch`.
+and the match. It leaves admission to `api.guard` and calling the handler to `api.application`.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence

@@ -3,16 +3,28 @@
 from collections.abc import Callable, Iterable, Sequence
 from math import ceil
 
-from meshnode.cluster.model import Backend, Gpu, NodeEvicted, NodeInfo, NodeStatus, PeerLine, Role
+import msgspec
+
+from meshnode.cluster.model import (
+    Backend,
+    DeviceCapability,
+    Gpu,
+    NodeEvicted,
+    NodeInfo,
+    NodeStatus,
+    PeerLine,
+    Role,
+    ThermalState,
+)
 from meshnode.kernel.errors import ErrorCode, MeshError
-from protocol.heartbeats.events import HeartbeatFlag
+from protocol.heartbeats.events import NO_TEMPERATURE_C, HeartbeatFlag
 from protocol.ids import Address, NodeId
 from protocol.membership.view import addresses_of, alive_of
 from protocol.wire.limits import PROTOCOL_VERSION, PROTOCOL_VERSION_MIN
 from protocol.wire.messages import Alive, Heartbeat
 from protocol.wire.statements import Stated
 
-MEGA = 1_000_000
+MIB = 1 << 20  # heartbeats tell sizes in it
 BACKENDS: dict[str, Backend] = {"cuda": "cuda", "rocm": "rocm", "metal": "metal"}
 
 
@@ -26,8 +38,19 @@ def gpu_of(heartbeat: Heartbeat | None, names: Sequence[tuple[str, str, int, str
     if not names:
         return Gpu()
     free = total = sum(device[2] for device in names)
-    if heartbeat is not None and heartbeat.vram_free_mb >= 0:
-        free = min(total, heartbeat.vram_free_mb * MEGA)
+    temperature = utilization = None
+    if heartbeat is not None:
+        if heartbeat.vram_free_mb >= 0:
+            free = min(total, heartbeat.vram_free_mb * MIB)
+        temperature = float(heartbeat.gpu_temp_c) if heartbeat.gpu_temp_c > NO_TEMPERATURE_C else None
+        utilization = heartbeat.gpu_busy_pm / 10 if heartbeat.gpu_busy_pm >= 0 else None
+    devices = tuple(
+        DeviceCapability(index=index, name=name, total_vram=vram, backend=BACKENDS.get(backend, "cpu"))
+        for index, (name, _, vram, backend) in enumerate(names)
+    )
+    if len(devices) == 1:
+        told = {"free_vram": free, "effective_free_vram": free, "temp_celsius": temperature, "utilization": utilization}
+        devices = (msgspec.structs.replace(devices[0], **told),)
     return Gpu(
         available=True,
         name=names[0][0],
@@ -35,18 +58,29 @@ def gpu_of(heartbeat: Heartbeat | None, names: Sequence[tuple[str, str, int, str
         vram=total,
         vram_free=free,
         effective_free_vram=free,
-        backend=BACKENDS.get(names[0][3], "cpu"),
-        temp_celsius=float(heartbeat.gpu_temp_c) if heartbeat is not None and heartbeat.gpu_temp_c > -128 else None,
-        utilization=heartbeat.gpu_busy_pm / 10 if heartbeat is not None and heartbeat.gpu_busy_pm >= 0 else None,
+        backend=devices[0].backend,
+        temp_celsius=temperature,
+        utilization=utilization,
+        thermal_state=thermal_state(heartbeat.flags) if heartbeat is not None else None,
+        devices=devices,
     )
+
+
+def thermal_state(flags: int) -> ThermalState:
+    """How hot the hottest device is, as its own node says."""
+    if flags & HeartbeatFlag.EMERGENCY:
+        return "emergency"
+    if flags & HeartbeatFlag.THROTTLED:
+        return "throttled"
+    return "warning" if flags & HeartbeatFlag.WARM else "normal"
 
 
 def load_fields(heartbeat: Heartbeat, age_s: float, *, up: bool) -> dict[str, object]:
     """The fields of NodeInfo that come from a heartbeat. Only a node that is up has been running on since."""
     return {
         "cpu_percent": heartbeat.cpu_pm / 10,
-        "ram_used": heartbeat.ram_used_mb * MEGA,
-        "storage_used": heartbeat.storage_used_mb * MEGA,
+        "ram_used": heartbeat.ram_used_mb * MIB,
+        "storage_used": heartbeat.storage_used_mb * MIB,
         "uptime_seconds": int(heartbeat.uptime_s + (age_s if up else 0.0)),
         "load": heartbeat.load_c / 100,
         "slots_free": heartbeat.slots_free,

@@ -13,13 +13,30 @@ from protocol.ids import NodeId
 NodeStatus = Literal["online", "offline"]
 Role = Literal["admin", "member"]
 Backend = Literal["cuda", "rocm", "metal", "cpu"]
+ThermalState = Literal["normal", "warning", "throttled", "emergency"]
 
 INVITATION_TTL_S_MIN: Final = 10.0
 INVITATION_TTL_S_MAX: Final = 7 * 86_400.0
 
 
+class DeviceCapability(msgspec.Struct, frozen=True, kw_only=True):
+    """One graphics device. Heartbeats tell sums: what changes is known of a node's only device, not of several."""
+
+    index: int
+    name: str
+    total_vram: int
+    backend: Backend
+    free_vram: int | None = None
+    effective_free_vram: int | None = None
+    temp_celsius: float | None = None
+    utilization: float | None = None
+
+
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
-    """A node's graphics devices, summed up. `available` False: it has none that is known."""
+    """A node's graphics devices, summed up. `available` False: it has none that is known.
+
+    `temp_celsius` is the hottest one's; `thermal_state` holds until that one cooled down.
+    """
 
     available: bool = False
     name: str = "CPU"
@@ -31,6 +48,8 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     generator: Literal["automatic1111", "comfyui", "none"] = "none"
     temp_celsius: float | None = None
     utilization: float | None = None
+    thermal_state: ThermalState | None = None
+    devices: tuple[DeviceCapability, ...] | None = None
 
 
 class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -45,7 +45,6 @@ class ErrorCode(StrEnum):
     DATA_IN_USE = "data_in_use"
     PORT_IN_USE = "port_in_use"
     AGENT_NOT_RUNNING = "agent_not_running"
-    MISSING_DEPENDENCY = "missing_dependency"
 
     # The mesh: membership and joining.
     NOT_A_MEMBER = "not_a_member"
@@ -94,7 +93,6 @@ HTTP_STATUS: Final[Mapping[ErrorCode, int]] = MappingProxyType(
         ErrorCode.DATA_IN_USE: 409,
         ErrorCode.PORT_IN_USE: 409,
         ErrorCode.AGENT_NOT_RUNNING: 503,
-        ErrorCode.MISSING_DEPENDENCY: 501,
         ErrorCode.NOT_A_MEMBER: 409,
         ErrorCode.ALREADY_MEMBER: 409,
         ErrorCode.EVICTED: 403,

@@ -2,20 +2,29 @@
 
 from dataclasses import dataclass
 from enum import IntFlag
+from typing import Final
 
 import msgspec
 
 from protocol.ids import NodeId
 from protocol.wire.messages import Heartbeat
 
+NO_TEMPERATURE_C: Final = -128
+"""In Heartbeat.gpu_temp_c: there is no device, or none tells its temperature."""
+
 
 class HeartbeatFlag(IntFlag):
-    """Bits of Heartbeat.flags. Bits 8 and 9 hold the capability class of election.candidates."""
+    """Bits of Heartbeat.flags. Bits 8 and 9 hold the capability class of election.candidates.
+
+    Devices are warm, throttled or in an emergency (then throttled as well) until they cooled down.
+    """
 
     ON_BATTERY = 1
     THROTTLED = 2
     DRAINING = 4
     GPU = 8
+    WARM = 16
+    EMERGENCY = 32
 
 
 _CAPABILITY_SHIFT = 8

@@ -13,6 +13,7 @@ from math import inf
 from protocol.effects import Effect, Publish, Received, Rng, Send, SetTimer, TimerFired
 from protocol.heartbeats.events import HeartbeatHeard, Led, Sample, SampleTaken
 from protocol.ids import NodeId
+from protocol.membership.broadcasts import ITEM_OVERHEAD_BYTES
 from protocol.membership.events import PeerDown, PeerLeft, PeerUp, RosterShrank, StatementReceived
 from protocol.trust.view import RosterView
 from protocol.wire import limits
@@ -20,7 +21,6 @@ from protocol.wire.messages import Gossip, Heartbeat, Spread
 from protocol.wire.statements import Stated, StatementCodec
 
 MACHINE = "heartbeats"
-ITEM_OVERHEAD_BYTES = 3  # MessagePack's length prefix of a bin value
 ITEMS_PER_SPREAD_MAX = 7  # taken of one that a peer sent; this version sends one
 GREETED_MAX = 50  # up to so many nodes, a newcomer is told before the next slot
 SPREAD_BYTES_MAX = limits.DATAGRAM_BODY_BYTES_MAX - 20  # what a Spread holds besides its items takes at most 16

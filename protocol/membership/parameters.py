@@ -18,7 +18,7 @@ class Parameters:
     relay_wait_s: float = 0.25  # how long a relay waits for the target before its Nack
     gossip_interval_s: float = 0.1
     gossip_fanout: int = 4
-    transmit_factor: float = 2.0  # a statement is sent about factor * ln(N + 1) times by each node that passes it on
+    transmit_factor: float = 2.0  # a statement is sent about factor * ln(N + 2) times by each node that passes it on
     suspicion_floor_s: float = 2.0  # time for the accused to refute, counted from the first accusation seen
     suspicion_expiry_s: float = 20.0  # accusations without enough witnesses lapse
     witnesses_max: int = 3

@@ -183,7 +183,7 @@ class Records:
             case Stalled():
                 out.extend(self._repair.abort("stalled"))
             case RosterChanged():
-                self._roster_changed(event, now, wall, out)
+                self._roster_changed(event, now, out)
             case _:
                 assert_never(event)
         if self._pushes and not self._is_pushing:
@@ -346,7 +346,7 @@ class Records:
 
     # ---- the roster -------------------------------------------------------------------------------------------------
 
-    def _roster_changed(self, event: RosterChanged, now: float, wall: float, out: list[Effect]) -> None:
+    def _roster_changed(self, event: RosterChanged, now: float, out: list[Effect]) -> None:
         for node in event.removed:
             self._up.pop(node, None)
             self._eager.pop(node, None)

@@ -122,7 +122,10 @@ class ViewReport(Message, frozen=True, tag=4):
 
 
 class Heartbeat(Message, frozen=True, tag=5):
-    """My resources now; what never changes is in the node's profile record. -1 where a figure does not exist."""
+    """My resources now, sizes in MiB; what never changes is in the node's profile record.
+
+    -1 where a figure does not exist, -128 for a temperature.
+    """
 
     signer: Short
     boot: Boot

@@ -171,7 +171,7 @@ async def test_frames_are_gathered_for_the_flush_time() -> None:
             await trio.sleep(0.001)
 
     async with (
-        running_api(mounts=[_stream_route(source(), flush_s=0.02)]) as running,
+        running_api(mounts=[_stream_route(source(), flush_s=0.25)]) as running,
         ApiClient(running.port) as client,
     ):
         await client.send("GET", "/api/trial")

@@ -1,5 +1,6 @@
 """How what is known of a member becomes what people see."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,6 +8,8 @@ from hypothesis import strategies as st
 from meshnode.cluster import core
 from meshnode.cluster.model import Gpu, NodeInfo
 from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.resources.gpu import ThermalState
+from meshnode.kernel.resources.sampler import Reading, to_sample
 from protocol.heartbeats.events import HeartbeatFlag
 from protocol.ids import Address, NodeId
 from protocol.membership.view import alive_of
@@ -16,6 +19,7 @@ from tests.support.hub import Mesh
 
 NODES = [(NodeId("aaaa1111"), "kitchen"), (NodeId("aaaa2222"), "Büro"), (NodeId("bbbb3333"), "kitchen"),
          (NodeId("cccc4444"), "aaaa1111"), (NodeId("dddd5555"), "attic")]  # fmt: skip
+MIB = 1 << 20
 BEAT = Heartbeat(b"\0" * 8, 1, 1, 40, 425, 150, 2000, 30, 500, 61, 990, 0, -1, 3, 100, 7, b"\0" * 8, 1)
 
 
@@ -59,7 +63,7 @@ def test_devices_are_summed_up() -> None:
     assert core.gpu_of(BEAT, []) == Gpu()
     two = [("RTX 4090", "555", 24_000_000_000, "cuda"), ("RTX 3060", "555", 12_000_000_000, "cuda")]
     shown = core.gpu_of(BEAT, two)
-    assert (shown.available, shown.name, shown.vram, shown.vram_free) == (True, "RTX 4090", 36_000_000_000, 500_000_000)
+    assert (shown.available, shown.name, shown.vram, shown.vram_free) == (True, "RTX 4090", 36_000_000_000, 500 * MIB)
     assert (shown.backend, shown.temp_celsius, shown.utilization) == ("cuda", 61.0, 99.0)
     unknown = core.gpu_of(None, two)
     assert (unknown.vram_free, unknown.temp_celsius, unknown.utilization) == (36_000_000_000, None, None)
@@ -67,10 +71,29 @@ def test_devices_are_summed_up() -> None:
     assert core.gpu_of(BEAT, [("small", "", 1_000_000, "cuda")]).vram_free == 1_000_000, "never more free than there is"
 
 
+def test_each_device_is_named_and_what_only_sums_tell_is_left_out() -> None:
+    two = core.gpu_of(BEAT, [("RTX 4090", "555", 24 << 30, "cuda"), ("RTX 3060", "555", 12 << 30, "cuda")]).devices
+    assert two is not None
+    assert [(device.index, device.name, device.total_vram) for device in two] == [
+        (0, "RTX 4090", 24 << 30), (1, "RTX 3060", 12 << 30)
+    ]  # fmt: skip
+    assert {(device.free_vram, device.temp_celsius, device.utilization) for device in two} == {(None, None, None)}
+    (one,) = core.gpu_of(BEAT, [("RTX 4090", "555", 24 << 30, "cuda")]).devices or ()
+    assert (one.free_vram, one.effective_free_vram, one.temp_celsius, one.utilization) == (500 * MIB, 500 * MIB, 61, 99)
+
+
+@pytest.mark.parametrize("state", list(ThermalState))
+def test_how_hot_a_device_is_comes_from_its_node(state: ThermalState) -> None:
+    sample = to_sample(Reading(0.0, 0.0, 0.0, 0, 0, 0, 0, None, (), state, 0, 0, False, 0))
+    beat = msgspec.structs.replace(BEAT, flags=sample.flags)
+    assert core.gpu_of(beat, [("RTX 4090", "555", 24 << 30, "cuda")]).thermal_state == state.value
+    assert core.gpu_of(None, [("RTX 4090", "555", 24 << 30, "cuda")]).thermal_state is None
+
+
 def test_figures_of_a_heartbeat() -> None:
     fields = core.load_fields(BEAT, 2.5, up=True)
     assert fields["cpu_percent"] == 42.5
-    assert fields["ram_used"] == 2_000_000_000
+    assert (fields["ram_used"], fields["storage_used"]) == (2000 * MIB, 30 * MIB)
     assert fields["uptime_seconds"] == 102
     assert core.load_fields(BEAT, 2.5, up=False)["uptime_seconds"] == 100, "who is gone is not running on"
     assert (fields["battery_percent"], fields["on_battery"]) == (None, None)

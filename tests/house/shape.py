@@ -47,7 +47,7 @@ class Allowance:
 
 
 # Errors and ids are words that every role speaks; they come with no behaviour.
-_WORDS: Final = frozenset({"meshnode.kernel.errors", "meshnode.kernel.ids"})
+_WORDS: Final = frozenset({"meshnode.kernel.errors"})
 ROLES: Final[dict[str, Allowance]] = {
     "model": Allowance(own=frozenset({"model"}), agent=_WORDS),
     "core": Allowance(own=frozenset({"model", "core"}), agent=_WORDS, protocol=frozenset({"protocol"}), pure=True),

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import pytest
 import trio
 from trio.testing import MockClock
@@ -20,7 +19,6 @@ from meshnode.kernel.resources.gpu import (
     GpuMonitor,
     GpuUnavailable,
     ThermalState,
-    gpu_info,
     next_thermal_state,
 )
 from meshnode.kernel.resources.nvidia import NvidiaSource, driver_is_present, load_nvml
@@ -55,50 +53,6 @@ def test_heat_rises_at_once_and_falls_only_when_it_is_over(
     before: ThermalState, temp: float, throttled: bool, after: ThermalState
 ) -> None:
     assert next_thermal_state(before, [device(20.0), device(temp, throttled=throttled)]) is after
-
-
-def test_the_summary_has_the_known_names_and_sums() -> None:
-    info = gpu_info([device(), device(free=3 * GIB)], thermal=WARNING, reserved={0: 5 * GIB, 1: 4 * GIB})
-    assert msgspec.json.decode(msgspec.json.encode(info)) == {
-        "available": True,
-        "name": "A",
-        "driver": "580.1",
-        "vram": 48 * GIB,
-        "vram_free": 23 * GIB,
-        "effective_free_vram": 15 * GIB,
-        "backend": "cuda",
-        "generator": "none",
-        "devices": [
-            {
-                "index": 0,
-                "name": "A",
-                "total_vram": 24 * GIB,
-                "free_vram": 20 * GIB,
-                "effective_free_vram": 15 * GIB,
-                "reserved_vram": 5 * GIB,
-                "temp_celsius": 50.0,
-                "utilization": 10.0,
-                "backend": "cuda",
-            },
-            {
-                "index": 1,
-                "name": "A",
-                "total_vram": 24 * GIB,
-                "free_vram": 3 * GIB,
-                "effective_free_vram": 0,
-                "reserved_vram": 4 * GIB,
-                "temp_celsius": 50.0,
-                "utilization": 10.0,
-                "backend": "cuda",
-            },
-        ],
-        "thermal_state": "warning",
-    }
-
-
-def test_a_machine_without_a_gpu_says_so() -> None:
-    info = gpu_info([])
-    assert (info.available, info.backend, info.vram, info.devices) == (False, "cpu", 0, None)
 
 
 class NvmlFailure(Exception):  # noqa: N818 -- stands for the library's own NVMLError
@@ -304,7 +258,7 @@ async def test_a_driver_is_asked_seldom_and_an_absent_one_very_seldom(autojump_c
         await trio.sleep(1)
     assert (present.reads, absent.reads) == (24, 2)
     assert monitor.devices == (device(90.0),)
-    assert monitor.info().thermal_state is THROTTLED
+    assert monitor.thermal is THROTTLED
     assert log.at("warning") == []
 
 

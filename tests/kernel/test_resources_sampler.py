@@ -106,10 +106,11 @@ def test_a_reading_becomes_a_sample() -> None:
     assert sample == Sample(123, 76, 1_500, 9, 4_096, 71, 200, int(flags), 55, 3, 99, 250)
 
 
-def test_what_there_is_not_is_minus_one() -> None:
-    sample = to_sample(reading())
-    assert (sample.vram_free_mb, sample.gpu_temp_c, sample.gpu_busy_pm, sample.battery_pct, sample.rtt_us) == (-1,) * 5
-    assert sample.flags == 0
+@pytest.mark.parametrize("gpus", [(), (GpuDevice("A", "cuda", "1", 0, 0),)])
+def test_what_there_is_not_is_minus_one_and_a_temperature_minus_128(gpus: tuple[GpuDevice, ...]) -> None:
+    sample = to_sample(reading(gpus=gpus))
+    assert (sample.gpu_temp_c, sample.gpu_busy_pm, sample.battery_pct, sample.rtt_us) == (-128, -1, -1, -1)
+    assert (sample.vram_free_mb, sample.flags) == ((0, HeartbeatFlag.GPU) if gpus else (-1, 0))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ class LinkSettings:
     ping_interval_s: float = 5.0
     missed_pings_max: int = 2
     clock_interval_s: float = 300.0
-    link_idle_s: float = 120.0
+    link_idle_s: float = 60.0
     close_s: float = 1.0
 
     queue_bytes_max: int = 8 * 1024 * 1024

@@ -5,14 +5,12 @@ Parts: `profile` (what never changes), `host` (CPU, memory, disk, battery), `mem
 it). Telling other nodes about it is the heartbeats machine's business.
 """
 
-from meshnode.kernel.resources.gpu import DeviceCapability, GpuDevice, GPUInfo, GpuMonitor, gpu_info
+from meshnode.kernel.resources.gpu import GpuDevice, GpuMonitor
 from meshnode.kernel.resources.profile import Profile, ProfiledGpu
 from meshnode.kernel.resources.sampler import Activity, IdleActivity, Reading, ResourceSampler
 
 __all__ = [
     "Activity",
-    "DeviceCapability",
-    "GPUInfo",
     "GpuDevice",
     "GpuMonitor",
     "IdleActivity",
@@ -20,5 +18,4 @@ __all__ = [
     "ProfiledGpu",
     "Reading",
     "ResourceSampler",
-    "gpu_info",
 ]

@@ -1,11 +1,10 @@
 """Graphics devices: what is known of each, when they are too hot, and reading them without ever waiting for a driver.
 
 Its job: the types, the thermal state with its hysteresis, and `GpuMonitor`, which calls the sources in a thread under a
-deadline. How a vendor's devices are read is in `nvidia` and `amd`; booking VRAM is not this module's business, it only
-subtracts what it is told.
+deadline. How a vendor's devices are read is in `nvidia` and `amd`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from typing import Final, Literal, Protocol, TypeVar, TypeVarTuple
 
@@ -67,35 +66,6 @@ class GpuDevice(msgspec.Struct, frozen=True):
     """The device itself says that heat or power made it slower than it was asked to be."""
 
 
-class DeviceCapability(msgspec.Struct, frozen=True):
-    """One device as the API tells of it; the names are those that clients of this kind of system know."""
-
-    index: int
-    name: str
-    total_vram: int
-    free_vram: int
-    effective_free_vram: int
-    reserved_vram: int
-    temp_celsius: float
-    utilization: float
-    backend: Backend
-
-
-class GPUInfo(msgspec.Struct, frozen=True):
-    """A node's devices, summed up as the API tells of them. A node without any says so in the same shape."""
-
-    available: bool
-    name: str
-    driver: str
-    vram: int
-    vram_free: int
-    effective_free_vram: int
-    backend: Backend
-    generator: Literal["automatic1111", "comfyui", "none"] = "none"
-    devices: tuple[DeviceCapability, ...] | None = None
-    thermal_state: ThermalState | None = None
-
-
 class GpuSource(Protocol):
     """Reads the devices of one vendor. Called in a thread; may block. Raises GpuUnavailable."""
 
@@ -123,48 +93,6 @@ def next_thermal_state(before: ThermalState, devices: Iterable[GpuDevice]) -> Th
     if hottest <= RECOVERED_C:
         return now
     return max(before, now, key=order.index)
-
-
-def gpu_info(
-    devices: Sequence[GpuDevice],
-    *,
-    thermal: ThermalState = ThermalState.NORMAL,
-    reserved: Mapping[int, int] | None = None,
-    generator: Literal["automatic1111", "comfyui", "none"] = "none",
-) -> GPUInfo:
-    """The summary of `devices`, in their order. `reserved` maps an index to bytes that are promised to somebody.
-
-    What is effectively free is what is free less what is promised, and never below 0.
-    """
-    promised = reserved or {}
-    capabilities = tuple(
-        DeviceCapability(
-            index=index,
-            name=device.name,
-            total_vram=device.total_vram,
-            free_vram=device.free_vram,
-            effective_free_vram=max(0, device.free_vram - promised.get(index, 0)),
-            reserved_vram=promised.get(index, 0),
-            temp_celsius=device.temp_celsius,
-            utilization=device.utilization,
-            backend=device.backend,
-        )
-        for index, device in enumerate(devices)
-    )
-    if not devices:
-        return GPUInfo(False, "", "CPU", 0, 0, 0, "cpu", generator)
-    return GPUInfo(
-        available=True,
-        name=devices[0].name,
-        driver=devices[0].driver,
-        vram=sum(device.total_vram for device in capabilities),
-        vram_free=sum(device.free_vram for device in capabilities),
-        effective_free_vram=sum(device.effective_free_vram for device in capabilities),
-        backend=devices[0].backend,
-        generator=generator,
-        devices=capabilities,
-        thermal_state=thermal,
-    )
 
 
 class AbandoningOffload:
@@ -214,10 +142,6 @@ class GpuMonitor:
     def thermal(self) -> ThermalState:
         """The state of the hottest device."""
         return self._thermal
-
-    def info(self, *, reserved: Mapping[int, int] | None = None) -> GPUInfo:
-        """The summary for the API."""
-        return gpu_info(self.devices, thermal=self._thermal, reserved=reserved)
 
     async def refresh(self) -> None:
         """Read the devices that are due. Never raises for a driver's sake, never takes longer than the deadline."""

@@ -18,10 +18,16 @@ from meshnode.kernel.resources.gpu import GpuDevice, GpuMonitor, ThermalState
 from meshnode.kernel.resources.host import Battery, CpuTimes, HostFigures, HostReader, cpu_share
 from meshnode.kernel.resources.profile import Profile, read_profile, with_gpus
 from meshnode.kernel.service import Policy
-from protocol.heartbeats.events import HeartbeatFlag, Sample
+from protocol.heartbeats.events import NO_TEMPERATURE_C, HeartbeatFlag, Sample
 
 SAMPLE_INTERVAL_S: Final = 1.0
 _MIB: Final = 1 << 20
+_HEAT: Final = {
+    ThermalState.NORMAL: HeartbeatFlag(0),
+    ThermalState.WARNING: HeartbeatFlag.WARM,
+    ThermalState.THROTTLED: HeartbeatFlag.THROTTLED,
+    ThermalState.EMERGENCY: HeartbeatFlag.THROTTLED | HeartbeatFlag.EMERGENCY,
+}
 
 
 class Activity(Protocol):
@@ -77,15 +83,15 @@ class Reading:
 
 
 def to_sample(reading: Reading) -> Sample:
-    """The reading as a heartbeat carries it: whole numbers within the message's bounds, -1 for what there is not.
+    """The reading as a heartbeat carries it: whole numbers within the message's bounds.
 
-    With several devices: VRAM is their sum, temperature the highest, utilization the mean of those that tell it.
+    For what there is not -1 (a temperature: NO_TEMPERATURE_C). With several devices: VRAM is their sum, temperature the
+    highest, utilization the mean of those that tell it.
     """
     flags = HeartbeatFlag(0)
     if reading.battery is not None and reading.battery.on_battery:
         flags |= HeartbeatFlag.ON_BATTERY
-    if reading.thermal in (ThermalState.THROTTLED, ThermalState.EMERGENCY):
-        flags |= HeartbeatFlag.THROTTLED
+    flags |= _HEAT[reading.thermal]
     if reading.draining:
         flags |= HeartbeatFlag.DRAINING
     if reading.gpus:
@@ -98,7 +104,7 @@ def to_sample(reading: Reading) -> Sample:
         ram_used_mb=max(0, reading.ram_used // _MIB),
         storage_used_mb=max(0, reading.storage_used // _MIB),
         vram_free_mb=sum(gpu.free_vram for gpu in reading.gpus) // _MIB if reading.gpus else -1,
-        gpu_temp_c=_within(hottest, -1, 255),
+        gpu_temp_c=_within(hottest, 0, 255) if hottest >= 0 else NO_TEMPERATURE_C,
         gpu_busy_pm=_within(sum(busy) / len(busy) * 10, 0, 1000) if busy else -1,
         flags=int(flags),
         battery_pct=-1 if reading.battery is None else reading.battery.percent,

@@ -82,7 +82,6 @@ class JoinGrant:
     statements: tuple[bytes, ...]
     keys: tuple[GossipKey, ...] = field(repr=False)
     peers: tuple[PeerHint, ...]
-    issuer: NodeId
     issuer_name: str
     address: Address  # the one that answered
     sealed_root: bytes = field(default=b"", repr=False)
@@ -259,7 +258,6 @@ class Joiner:
             statements=tuple(statements),
             keys=tuple(granted.keys),
             peers=tuple(_hint(peer) for peer in granted.peers),
-            issuer=node_id_of(greeted.transcript.issuer_key),
             issuer_name=greeted.issuer_name,
             address=greeted.address,
             sealed_root=granted.sealed_root,
