@@ -20,6 +20,8 @@ from protocol.wire.messages import Alive, Gossip, ViewOffer, ViewReply, ViewRepo
 from protocol.wire.statements import Stated
 
 TELL_PAUSE_S = 1.0
+DIFFERS_MAX_S = 30.0  # a difference that lasts so long is repaired although the view still changes
+COMPARED_RECENTLY_S = 60.0  # whoever was compared with in this time lets others go first
 REPLY_STATEMENTS_MAX = 4000  # in answer to one offer ...
 STATEMENTS_PER_REPLY = 256  # ... and in one frame of it: with the longest statements, and all wishes, well below 1 MiB
 REPORT_LIFETIME_S = 3.0
@@ -43,6 +45,7 @@ class Healing:
         self._differs_since: float | None = None
         self._differed_at = 0.0
         self._last_sync = -1e9
+        self._compared: dict[NodeId, float] = {}  # with whom, and when, in COMPARED_RECENTLY_S
         self._told: dict[NodeId, float] = {}
         self._contested_at: float | None = None
         self._reports: dict[NodeId, tuple[float, int]] = {}  # witness -> (when, bits)
@@ -68,17 +71,25 @@ class Healing:
             settled = s.view.changed_at + s.params.sync_wait_young_s
         else:
             settled = inf if first_seen else max(self._differs_since, s.view.changed_at) + s.params.sync_wait_s
+            # In a mesh where somebody always changes, or one member sees to that, no view would ever be repaired.
+            settled = min(settled, self._differs_since + DIFFERS_MAX_S)
         if s.now >= settled:
             self.sync(peer)
 
     def sync(self, peer: NodeId) -> None:
-        """Compare views with a peer over the link, at most once per pause."""
+        """Compare views with a peer over the link, at most once per pause, later with one of late."""
         s = self._s
         pause_s = s.params.sync_pause_young_s if s.young() else s.params.sync_pause_s
-        if s.now < self._last_sync + pause_s:
+        fresh = s.now - COMPARED_RECENTLY_S
+        # A member that says all the time that it differs would else take every turn, and no other view be compared.
+        if s.now < self._last_sync + (2 * pause_s if self._compared.get(peer, fresh) > fresh else pause_s):
             return
+        self._compared = {other: at for other, at in self._compared.items() if at > fresh}
         # The pause is jittered so that a mesh that differs in one place does not repair in step.
         self._last_sync = s.now + s.rng.uniform(0.0, pause_s)
+        self._compared[peer] = s.now
+        if self._differs_since is not None:
+            self._differs_since = s.now
         self.offer(peer)
 
     def offer(self, peer: NodeId) -> None:
@@ -240,5 +251,5 @@ class Healing:
 
     def forget(self, peer: NodeId) -> None:
         """Evicted."""
-        for table in (self._told, self._reports, self._report_numbers):
+        for table in (self._told, self._reports, self._report_numbers, self._compared):
             table.pop(peer, None)

@@ -359,7 +359,7 @@ class Membership:
         """Some of the statements that links brought. The rest waits, so that no frame holds this node up for long."""
         s = self._s
         for peer, blob in self._intake.take(self._is_held):
-            stated = s.codec.open(blob, peer, s.now)
+            stated = s.codec.open(blob, peer, s.now, is_paced=True)
             if stated is not None:
                 self._statement(stated, peer, relay=False)
         if self._intake:

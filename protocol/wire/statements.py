@@ -21,6 +21,8 @@ CACHE_STATEMENTS_MAX = 4096
 FORGED_MAX = 8  # a member that passed on so many forged statements in FORGED_WINDOW_S is believed nothing for as long
 FORGED_WINDOW_S = 60.0
 FORGERS_MAX = 4096
+PACE_PER_S = 200  # new statements that one peer may have verified by packets; correct ones bring some 90 at most
+PACE_BURST = 400
 
 _encode = msgspec.msgpack.Encoder().encode
 _decoder: msgspec.msgpack.Decoder[StatementBody] = msgspec.msgpack.Decoder(StatementBody)
@@ -74,6 +76,22 @@ class Forgers:
         return fresh
 
 
+class Paces:
+    """How many new statements each peer may still bring: what it signs itself is valid, and costs as much as forged."""
+
+    def __init__(self) -> None:
+        self._left: dict[NodeId, tuple[float, float]] = {}  # when, and how many
+
+    def admits(self, peer: NodeId, now: float) -> bool:
+        """Whether one more is looked at; counts it if so. `now` is monotonic seconds."""
+        since, left = self._left.pop(peer, (now, float(PACE_BURST)))
+        if len(self._left) >= FORGERS_MAX:
+            del self._left[next(iter(self._left))]
+        left = min(float(PACE_BURST), left + (now - since) * PACE_PER_S)
+        self._left[peer] = (now, max(0.0, left - 1))
+        return left >= 1
+
+
 class StatementCodec:
     """Signs this node's statements and verifies everybody's. The cache may be shared by nodes that run in one world."""
 
@@ -90,6 +108,7 @@ class StatementCodec:
         self._cache: MutableMapping[bytes, Stated] = {} if cache is None else cache
         self.drops: Counter[str] = Counter()
         self.forgers = Forgers()
+        self._paces = Paces()
 
     def sign(self, me: NodeId, body: StatementBody) -> Stated:
         """Encode and sign a statement of this node. Raises ValueError if it is too large to travel."""
@@ -99,10 +118,13 @@ class StatementCodec:
             raise ValueError(f"a statement of {len(blob)} bytes does not fit a datagram")
         return self._remember(Stated(blob, body, me, view_token(body) if isinstance(body, Alive) else 0))
 
-    def open(self, blob: bytes, via: NodeId | None = None, now: float = 0.0) -> Stated | None:
+    def open(
+        self, blob: bytes, via: NodeId | None = None, now: float = 0.0, *, is_paced: bool = False
+    ) -> Stated | None:
         """The statement, if its signer is a member and really signed it; else None, counted. Never raises.
 
         `via` is the peer that brought it, `now` monotonic seconds: who brings forged ones is soon not listened to.
+        Nor is who brings too many at once, unless `is_paced`: the caller sees to that itself.
         """
         known = self._cache.get(blob)
         if known is not None:
@@ -113,6 +135,9 @@ class StatementCodec:
             return None
         if via is not None and self.forgers.is_barred(via, now):
             self._drop("barred")
+            return None
+        if via is not None and not is_paced and not self._paces.admits(via, now):
+            self._drop("hasty")
             return None
         if not limits.SIGNATURE_BYTES < len(blob) <= limits.STATEMENT_BYTES_MAX:
             self._drop("size")

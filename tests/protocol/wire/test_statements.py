@@ -10,7 +10,7 @@ from protocol.trust.roster import Roster
 from protocol.wire import limits
 from protocol.wire.crypto import RECORD_DOMAIN, STATEMENT_DOMAIN, TRUST_DOMAIN, SodiumSuite
 from protocol.wire.messages import Accusation, Alive, Leaving
-from protocol.wire.statements import StatementCodec, view_token
+from protocol.wire.statements import PACE_BURST, PACE_PER_S, StatementCodec, view_token
 from tests.protocol.trust.parts import Root, node, public_key, seed
 from tests.protocol.wire import by_hand
 from tests.protocol.wire.hubs import encode, suite
@@ -139,3 +139,16 @@ def test_view_tokens_differ_by_signer_boot_and_incarnation_and_by_nothing_else()
     assert view_token(msgspec.structs.replace(alive, addresses=[bytes(6)], version_max=9)) == view_token(alive)
     assert codec("a").sign(node("a"), alive).token == view_token(alive)
     assert codec("a").sign(node("a"), Accusation(SHORT["a"], 5, 1, SHORT["b"], 1, 1)).token == 0
+
+
+def test_a_peer_that_floods_with_valid_statements_has_few_of_them_verified() -> None:
+    reader, flooder, now = codec(cache_statements_max=10_000), node("a"), 0.0
+    blobs = [said(leaving(incarnation=number)) for number in range(4000)]
+    opened = sum(reader.open(blob, flooder, now) is not None for blob in blobs)
+    assert opened == PACE_BURST
+    assert reader.drops["hasty"] == 4000 - PACE_BURST
+    assert reader.open(blobs[0], flooder, now) is not None, "what was verified costs nothing again"
+    assert reader.open(blobs[-1], node("b"), now) is not None, "another peer's share is its own"
+    assert reader.open(blobs[-2], flooder, now, is_paced=True) is not None
+    opened = sum(reader.open(blob, flooder, now + 1.0) is not None for blob in blobs[PACE_BURST:-2])
+    assert opened == PACE_PER_S
