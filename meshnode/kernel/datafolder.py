@@ -102,7 +102,7 @@ def open_data_folder(path: Path | None = None, *, system_service: bool = False) 
         os.write(lock, f"{os.getpid()}\n".encode())
     except OSError as error:
         os.close(lock)
-        raise _not_written(folder / LOCK_NAME, error) from error
+        raise not_written(folder / LOCK_NAME, error) from error
     return DataFolder(folder, lock)
 
 
@@ -189,7 +189,8 @@ def _user(uid: int) -> str:
         return f"user id {uid}"
 
 
-def _not_written(path: Path, error: OSError) -> MeshError:
+def not_written(path: Path, error: OSError) -> MeshError:
+    """What to tell people when a file could not be written: DISK_FULL or STORAGE_FAILED, and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return MeshError(
             ErrorCode.DISK_FULL,

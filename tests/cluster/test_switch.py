@@ -1,6 +1,7 @@
 """Going over to another mesh: whenever the machine stops in between, nothing is lost and the end is the same."""
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -177,6 +178,30 @@ def test_a_disk_that_fails_half_way_says_what_to_do(tmp_path: Path, monkeypatch:
         with pytest.raises(MeshError, match="nothing is lost") as caught:
             finish(tmp_path)
     assert caught.value.code is ErrorCode.STORAGE_FAILED
+    assert finish(tmp_path) is not None
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_is_full_while_staging_is_said_and_the_next_try_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    old_mesh(tmp_path)
+
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    expected = ErrorCode.DISK_FULL if number == errno.ENOSPC else ErrorCode.STORAGE_FAILED
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fails)
+        patch.setattr(shutil, "copy2", fails)
+        with pytest.raises(MeshError) as caught:
+            stage_departure(tmp_path, former="gone")
+        assert caught.value.code is expected
+        with pytest.raises(MeshError) as caught:
+            prepare_identity(tmp_path, keep=True)
+        assert caught.value.code is expected
+    assert finish(tmp_path) is None, "nothing has changed"
+    stage_departure(tmp_path, former="gone")
     assert finish(tmp_path) is not None
 
 

@@ -7,7 +7,8 @@ the rest of it when it is called again after a crash.
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +17,7 @@ import msgspec
 from meshnode.cluster.service.onboarding.joiner import JoinGrant
 from meshnode.cluster.store import Mesh, MeshStore
 from meshnode.kernel.database import KeyValue, Migration, open_database
+from meshnode.kernel.datafolder import not_written
 from meshnode.kernel.durability import make_durable
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.identity import (
@@ -44,15 +46,19 @@ class _Marker(msgspec.Struct, frozen=True):
 
 
 def prepare_identity(data_dir: Path, *, keep: bool) -> NodeIdentity:
-    """An identity for the next mesh in the staging folder: this node's own (`keep`) or a new one. Old staging goes."""
-    staging = _fresh_staging(data_dir)
-    own, next_one = data_dir / NODE_KEY_FILE, staging / NODE_KEY_FILE
-    if keep and own.exists():
-        shutil.copy2(own, next_one)
-    elif own.exists() and next_one.exists() and next_one.read_bytes() == own.read_bytes():
-        # Left by a try to join while this node was alone: in the mesh that it leaves now, that key is used up.
-        next_one.unlink()
-    return load_or_make_identity(staging)
+    """An identity for the next mesh in the staging folder: this node's own (`keep`) or a new one. Old staging goes.
+
+    Raises MeshError DISK_FULL or STORAGE_FAILED; then nothing has changed.
+    """
+    with _staged(data_dir):
+        staging = _fresh_staging(data_dir)
+        own, next_one = data_dir / NODE_KEY_FILE, staging / NODE_KEY_FILE
+        if keep and own.exists():
+            shutil.copy2(own, next_one)
+        elif own.exists() and next_one.exists() and next_one.read_bytes() == own.read_bytes():
+            # Left by a try to join while this node was alone: in the mesh that it leaves now, that key is used up.
+            next_one.unlink()
+        return load_or_make_identity(staging)
 
 
 async def stage_join(
@@ -86,14 +92,19 @@ async def stage_join(
     async with open_database(staging / DATABASE_FILE, migrations, wall=wall) as database:
         await MeshStore(database).save(mesh, grant.statements)
         await KeyValue(database).persist([*keys, *contacts])
-    _mark(data_dir, former)
+    with _staged(data_dir):
+        _mark(data_dir, former)
 
 
 def stage_departure(data_dir: Path, *, former: str) -> None:
-    """Nothing new is staged: after `finish` the node has no mesh and no identity, and founds afresh at its start."""
-    staging = _fresh_staging(data_dir)
-    (staging / NODE_KEY_FILE).unlink(missing_ok=True)
-    _mark(data_dir, former)
+    """Nothing new is staged: after `finish` the node has no mesh and no identity, and founds afresh at its start.
+
+    Raises MeshError DISK_FULL or STORAGE_FAILED: it can be called again.
+    """
+    with _staged(data_dir):
+        staging = _fresh_staging(data_dir)
+        (staging / NODE_KEY_FILE).unlink(missing_ok=True)
+        _mark(data_dir, former)
 
 
 def finish(data_dir: Path) -> Path | None:
@@ -130,6 +141,14 @@ def finish(data_dir: Path) -> Path | None:
             "again: it goes on where it stopped, and nothing is lost.",
         ) from error
     return former
+
+
+@contextmanager
+def _staged(data_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise not_written(data_dir / STAGING, error) from error
 
 
 def _fresh_staging(data_dir: Path) -> Path:
