@@ -78,7 +78,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     """Why there is no plan. Bytes are 0 where memory is not the reason."""
 
-    code: Literal["no_nodes", "few_nodes", "too_long", "no_memory", "uncut"]
+    code: Literal["no_nodes", "few_nodes", "too_long", "no_memory", "uncut", "untested"]
     words: str
     needed_bytes: int = 0
     free_bytes: int = 0

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from meshnode.llm.engine import library
-from meshnode.llm.engine.library import Log, exported, ggml, keep_threads, llama_cpp
+from meshnode.llm.engine.library import Log, exported, ggml, keep_threads, llama_cpp, llama_cpp_version
 from meshnode.llm.engine.spec import StageSpec
 from protocol.sharding.frames import StageErrorCode
 from protocol.sharding.steps import Run
@@ -64,6 +64,7 @@ class Model:
         self.lengths = [0] * spec.slots
         self.kept_threads = not library.has_openmp() and keep_threads(self.context, spec.threads)
         self._hidden: Floats = np.empty((0, self.width), np.float32)
+        self._seen = False
         self._allocate_batch()
         self._embedding = False
         self.probe()
@@ -118,7 +119,10 @@ class Model:
         has_tail = layers == spec.layers + 1
         can_layer_inp = has_tail and exported("set") is not None and exported("get") is not None
         if spec.hook == "layer_inp" and not can_layer_inp:
-            raise CannotLoad("The hook layer_inp needs a file with a tail block and a llama.cpp that exports it.")
+            raise CannotLoad(
+                "The hook layer_inp needs a file with a tail block and a llama.cpp that exports it, which"
+                f" llama-cpp-python {llama_cpp_version()} may not be."
+            )
         self.hook = spec.hook or ("layer_inp" if can_layer_inp else "cb_eval")
         # The last layer computes only rows that are outputs, so without a tail all have to be.
         self.all_rows_are_outputs = not has_tail
@@ -196,6 +200,11 @@ class Model:
             self.compute([run], values)
             result = self.logits(1) if self.spec.is_last else self.hidden(2)
         except CannotCompute as error:
+            if self.hook == "cb_eval" and not self._seen:
+                raise CannotLoad(
+                    f"llama-cpp-python {llama_cpp_version()} can only run whole models, and be no stage of a pipeline:"
+                    f" it does not give a layer's hidden states ({error}). Update it."
+                ) from error
             raise CannotLoad(f"The probe of the stage failed: {error}") from error
         finally:
             self.truncate(PROBE_SLOT, 0)

@@ -8,7 +8,7 @@ import psutil
 
 from meshnode.llm.engine.channel import Channel
 from meshnode.llm.engine.computing import CannotLoad, Model
-from meshnode.llm.engine.library import Log, has_openmp, llama_cpp
+from meshnode.llm.engine.library import Log, has_openmp, llama_cpp, llama_cpp_version
 from meshnode.llm.engine.sequencing import is_rewindable
 from meshnode.llm.engine.spec import Facts, Loading, StageSpec, frame_bytes_max
 from meshnode.llm.engine.stage import agent_error, agent_message
@@ -71,15 +71,9 @@ def _facts(spec: StageSpec, model: Model, log: Log, isolated: bool) -> Facts:
         bos=None if words is None else words.special("bos"),
         eos=None if words is None else words.special("eos"),
         adds_bos=words is not None and bool(llama_cpp.llama_vocab_get_add_bos(words.pointer)),
-        llama_cpp=_version(),
+        llama_cpp=llama_cpp_version(),
         system=llama_cpp.llama_print_system_info().decode(),
     )
-
-
-def _version() -> str:
-    import llama_cpp as package
-
-    return str(package.__version__)
 
 
 def _meta(model: Any, key: str) -> str | None:

@@ -14,8 +14,9 @@ from meshnode.kernel.links import BulkStream
 from meshnode.kernel.logs import Logger
 from meshnode.kernel.machines import MachineRunner
 from meshnode.llm.engine.client import Engine
+from meshnode.llm.engine.process import open_engine
 from meshnode.llm.service.calls import Attach, Calls, Granted
-from meshnode.llm.service.host import StageHost, Weights
+from meshnode.llm.service.host import OpenEngine, StageHost, Weights
 from protocol.effects import Persist
 from protocol.ids import NodeId
 from protocol.sharding.frames import Stats
@@ -64,6 +65,7 @@ class Hosts:
         hear: Callable[[Pipeline, Span, Stats], None],
         now: Callable[[], float],
         log: Logger,
+        open_engine: OpenEngine = open_engine,
     ) -> None:
         """`report` tells the coordinator; `probe` generates a token; both raise MeshError. `remember` keeps a speed;
         `hear` is told what stages did.
@@ -72,6 +74,7 @@ class Hosts:
         self.weights = weights
         self._lent = lent
         self.log = log
+        self.open_engine = open_engine
         self._machine = machine
         self._persist = persist
         self._report = report
@@ -120,6 +123,15 @@ class Hosts:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._runner.run)
+
+    def take_in(self, host: StageHost) -> StageHost:
+        """A stage that the machine knows nothing of: whoever brings it runs it, and lets go of it."""
+        self._stages[host.pipeline.id] = host
+        return host
+
+    def let_go(self, pipeline: bytes) -> None:
+        """The opposite of take_in."""
+        self._stages.pop(pipeline, None)
 
     async def command(self, peer: NodeId, command: StageCommand) -> str:
         """A coordinator's command: empty if it is obeyed, else why not."""

@@ -39,6 +39,8 @@ from meshnode.llm.service.pull.pulls import Pulls
 from meshnode.llm.service.recording import Recording
 from meshnode.llm.service.served import Served, served_collection
 from meshnode.llm.service.singles import Singles
+from meshnode.llm.service.trials import Trials, selftests_collection
+from meshnode.llm.service.trialstages import TrialStages
 from meshnode.llm.service.weights.manifest import Manifest
 from meshnode.llm.service.weights.records import ModelRecords, model_collections
 from meshnode.llm.service.weights.room import disk_sizes
@@ -73,7 +75,14 @@ _LEARNT: Final = b"learnt"
 
 def llm_collections() -> list[Collection]:
     """The collections of records of this subsystem."""
-    return [chats_collection(), offers_collection(), served_collection(), loaded_collection(), *model_collections()]
+    return [
+        chats_collection(),
+        offers_collection(),
+        served_collection(),
+        loaded_collection(),
+        selftests_collection(),
+        *model_collections(),
+    ]
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,7 @@ class _Assembly:
             offload=ground.offload,
             slots=settings.slots,
             stages_min=settings.stages_min,
+            tested=lambda: self._trials.tested(),
         )
         self._pulls = self._build_pulls()
         self._lent = self._build_lent()
@@ -140,6 +150,15 @@ class _Assembly:
             log=ground.log("llm.loaded"),
         )
         self._entries = Entries(calls=self._calls, hosts=self._hosts, log=ground.log("llm.entry"))
+        self._trials = Trials(
+            calls=self._calls,
+            entries=self._entries,
+            hub=ground.hub,
+            writer=self._writer,
+            offload=ground.offload,
+            now=ground.now,
+            log=ground.log("llm.trial"),
+        )
         self._pipelines = Pipelines(ensure=self._ensure, name_of=ground.name_of, now=ground.now)
         self._renderer = TemplateWorker(clock_wall=ground.wall)
         self._prompts = Prompts(
@@ -203,7 +222,16 @@ class _Assembly:
             name_of=ground.name_of,
             wall=ground.wall,
         )
-        methods = {**stage_methods(self._hosts, self._loads, desk), **weight_methods(self._weights)}
+        trial_stages = TrialStages(
+            calls=self._calls,
+            hosts=self._hosts,
+            folder=ground.data_dir / "trials",
+            can_load=lambda: self._lent.can_load,
+            coordinator=self._coordinator,
+            offload=ground.offload,
+            log=log("llm.trial"),
+        )
+        methods = {**stage_methods(self._hosts, self._loads, desk, trial_stages), **weight_methods(self._weights)}
         service = LlmService(
             calls=self._calls,
             methods=methods,
@@ -216,6 +244,8 @@ class _Assembly:
             served=served,
             loaded=self._loaded,
             pinned=self._pinned,
+            trials=self._trials,
+            trial_stages=trial_stages,
             weights=self._weights,
             pulls=self._pulls,
             client=self._client,
@@ -370,6 +400,7 @@ class _Assembly:
             shapes=self._shapes,
             command=command,
             may_unload=self._may_delete,
+            test=lambda wanted: self._trials.want(wanted),
             publish=publish,
             now=ground.now,
             log=ground.log("llm.loads"),
