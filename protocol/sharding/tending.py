@@ -62,8 +62,9 @@ class Tending:
     def _plan(self, load: Load, now: float) -> None:
         self._job += 1
         load.job, load.planned_at = self._job, now
-        load.pipeline, load.layout, load.again_at = None, None, 0.0
-        load.words = "planning"
+        load.pipeline, load.layout = None, None
+        load.words = load.words if load.again_at else "planning"
+        load.again_at = 0.0
         freed = [held for name in (*load.freed, load.replaces) if name and (held := self._s.held.get(name))]
         taken = [
             held for held in self._s.held.values() if held.state == "loading" and held.pipeline.model != load.model
