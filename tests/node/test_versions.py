@@ -12,8 +12,10 @@ import pytest
 from tests.node.loopback import Agent, Agents, agents, agree, until
 
 OLD, NEW = "0.3.35", "0.3.36"
-MEMORY = 115_000_000
-"""The shipped model does not fit into this alone, and does into twice as much."""
+MEMORY = 130_000_000
+"""The shipped model (146 MB, or 110 MB a half) does not fit into this alone, and does into twice as much, even beside
+itself: plans are for what is free.
+"""
 
 pytestmark = [
     pytest.mark.serial,

@@ -84,6 +84,7 @@ class Hosts:
         self._hear = hear
         self._runner: MachineRunner[HostingInput] = MachineRunner(handle=machine.handle, perform=self._perform, now=now)
         self._stages: dict[bytes, StageHost] = {}
+        self._taken_in: set[bytes] = set()
         self._answers: dict[int, tuple[trio.Event, list[str]]] = {}
         self._calls_made = 0
         self._nursery: trio.Nursery | None = None
@@ -127,11 +128,20 @@ class Hosts:
     def take_in(self, host: StageHost) -> StageHost:
         """A stage that the machine knows nothing of: whoever brings it runs it, and lets go of it."""
         self._stages[host.pipeline.id] = host
+        self._taken_in.add(host.pipeline.id)
         return host
 
     def let_go(self, pipeline: bytes) -> None:
         """The opposite of take_in."""
         self._stages.pop(pipeline, None)
+        self._taken_in.discard(pipeline)
+
+    def loaded_bytes(self) -> int:
+        """Weights of the stages that plans wanted. Those taken in go by themselves, before the load that waits for
+        their test: told as taken memory, they would be in its way.
+        """
+        planned = [host for name, host in self._stages.items() if name not in self._taken_in]
+        return sum(host.engine.facts.model_bytes for host in planned if host.engine is not None)
 
     async def command(self, peer: NodeId, command: StageCommand) -> str:
         """A coordinator's command: empty if it is obeyed, else why not."""

@@ -17,7 +17,7 @@ from meshnode.llm.peers.stages import stage_methods
 from meshnode.llm.peers.weights import weight_methods
 from meshnode.llm.routes.mount import llm_routes
 from meshnode.llm.service.calls import Calls
-from meshnode.llm.service.chats import Chats, chats_collection
+from meshnode.llm.service.chats import Chats
 from meshnode.llm.service.desk import Desk
 from meshnode.llm.service.engines.upstream import Upstreams, parse_upstreams
 from meshnode.llm.service.entries import Entries
@@ -25,10 +25,10 @@ from meshnode.llm.service.generate import Generations
 from meshnode.llm.service.hosts import Hosts
 from meshnode.llm.service.learning import Learning, Remembered, weight_bytes
 from meshnode.llm.service.lending import Lent, Measured
-from meshnode.llm.service.loaded import Loaded, loaded_collection
+from meshnode.llm.service.loaded import Loaded
 from meshnode.llm.service.loads import Loads, Planning
 from meshnode.llm.service.models import Models, parse_aliases
-from meshnode.llm.service.offering import OfferKeeper, Offers, offers_collection
+from meshnode.llm.service.offering import OfferKeeper, Offers
 from meshnode.llm.service.pinned import Pinned
 from meshnode.llm.service.pipelines import Pipelines
 from meshnode.llm.service.prompts import CONTEXT_DEFAULT, Prompts
@@ -37,12 +37,12 @@ from meshnode.llm.service.pull.offers import Offers as PullOffers
 from meshnode.llm.service.pull.offers import shipped_catalogue
 from meshnode.llm.service.pull.pulls import Pulls
 from meshnode.llm.service.recording import Recording
-from meshnode.llm.service.served import Served, served_collection
+from meshnode.llm.service.served import Served
 from meshnode.llm.service.singles import Singles
-from meshnode.llm.service.trials import Trials, selftests_collection
+from meshnode.llm.service.trials import Trials
 from meshnode.llm.service.trialstages import TrialStages
 from meshnode.llm.service.weights.manifest import Manifest
-from meshnode.llm.service.weights.records import ModelRecords, model_collections
+from meshnode.llm.service.weights.records import ModelRecords
 from meshnode.llm.service.weights.room import disk_sizes
 from meshnode.llm.service.weights.shapes import Shapes
 from meshnode.llm.service.weights.weights import Weights
@@ -54,7 +54,6 @@ from protocol.effects import Persist
 from protocol.election.events import CoordinatorChanged
 from protocol.ids import NodeId
 from protocol.membership.events import PeerDown, PeerLeft, PeerUp
-from protocol.records.collection import Collection
 from protocol.sharding.held import LoadingParameters
 from protocol.sharding.hosting import Hosting
 from protocol.sharding.loading import LoadingMachine
@@ -71,18 +70,6 @@ SHIPPED: Final = Path(__file__).parents[1] / "data" / "meshnode-demo.gguf"
 MACHINE: Final = "llm"  # under which rows of the key-value store are kept
 _SPEED: Final = b"speed"
 _LEARNT: Final = b"learnt"
-
-
-def llm_collections() -> list[Collection]:
-    """The collections of records of this subsystem."""
-    return [
-        chats_collection(),
-        offers_collection(),
-        served_collection(),
-        loaded_collection(),
-        selftests_collection(),
-        *model_collections(),
-    ]
 
 
 @dataclass(frozen=True)
@@ -319,7 +306,7 @@ class _Assembly:
             threads=settings.threads,
             memory_bytes_max=settings.memory_bytes_max,
             gpu_bytes_max=settings.gpu_bytes_max,
-            loaded_bytes=self._loaded_bytes,
+            loaded_bytes=lambda: self._hosts.loaded_bytes(),
             gpus=ground.gpus,
             rtts=ground.rtts,
             measured=None if stored is None else msgspec.msgpack.decode(stored, type=Measured),
@@ -422,9 +409,6 @@ class _Assembly:
 
     def _in_use(self, digest: str) -> bool:
         return any(host.pipeline.model == digest for host in self._hosts.stages.values())
-
-    def _loaded_bytes(self) -> int:
-        return sum(host.engine.facts.model_bytes for host in self._hosts.stages.values() if host.engine is not None)
 
     def _where(self, manifest: Manifest) -> Sequence[tuple[NodeId, int, int]]:
         """Which node needs which layers of a model that is pulled. Raises MeshError where it fits nowhere."""

@@ -12,9 +12,10 @@ from tests.protocol.sharding.parts import links, node, shape
 OLD, NEW = "0.3.9", "0.3.36"
 MODEL = shape(quantisation="Q4_K_M")
 PAIR = pair_of(NEW, OLD, MODEL)
+UNTESTED, PLAIN = Findings(), Wish()
 
 
-def chosen(offers, tested: Findings = Findings(), *, model=MODEL, wish: Wish = Wish(), kept=()) -> Choice:  # noqa: B008
+def chosen(offers, tested: Findings = UNTESTED, *, model=MODEL, wish: Wish = PLAIN, kept=()) -> Choice:
     return choose(model, wish, dict(kept), offers, links(), tested)
 
 
