@@ -12,6 +12,7 @@ import pytest
 from tests.node.loopback import Agent, Agents, agents, agree, until
 
 OLD, NEW = "0.3.35", "0.3.36"
+PLAN = "/api/llm/plan?model=meshnode-demo"
 MEMORY = 130_000_000
 """The shipped model (146 MB, or 110 MB a half) does not fit into this alone, and does into twice as much, even beside
 itself: plans are for what is free.
@@ -39,13 +40,14 @@ def mesh(made: Agents, *llamas: dict[str, Any]) -> list[Agent]:
     for other in whole[1:]:
         other.start(whole[0].invite())
     agree(whole)
-    until(lambda: all(plan(agent)["reason"] for agent in whole), "plans")
+    # Records travel after nodes agree on who is there.
+    until(lambda: all(agent.call("GET", PLAN).status == 200 for agent in whole), "plans")
     until(lambda: NEW in plan(whole[0])["reason"], "both offers")
     return whole
 
 
 def plan(agent: Agent) -> Any:
-    return agent.get("/api/llm/plan?model=meshnode-demo")
+    return agent.get(PLAN)
 
 
 def test_exact_versions_are_combined_after_their_test(made: Agents) -> None:
