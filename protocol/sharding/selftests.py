@@ -79,6 +79,13 @@ def pair_of(one: str, other: str, shape: ModelShape) -> Pair:
     return Pair(low, high, shape.architecture, kind_of(shape.quantisation))
 
 
+def pairs_of(shape: ModelShape, offers: Iterable[NodeOffer]) -> list[Pair]:
+    """What would have to be tested before all nodes that can hold a part of this model may stand in one pipeline."""
+    able = (offer for offer in offers if offer.has_engine and shape.architecture not in offer.whole_only)
+    versions = sorted({offer.version for offer in able})
+    return [pair_of(one, other, shape) for at, one in enumerate(versions) for other in versions[at + 1 :]]
+
+
 @dataclass(frozen=True)
 class Findings:
     """What is known: differences by pair, and why a test could not be run."""
@@ -120,8 +127,7 @@ def choose(
         made = mend(shape, wish, kept, offers, links, constants=constants, agreeing=agreeing)
     if not isinstance(made, Plan) or len(made.stages) < wish.stages_min:
         made = plan(shape, wish, offers, links, constants=constants, agreeing=agreeing, siblings=siblings)
-    versions = sorted({offer.version for offer in offers if offer.has_engine})
-    pairs = [pair_of(one, other, shape) for at, one in enumerate(versions) for other in versions[at + 1 :]]
+    pairs = pairs_of(shape, offers)
     apart = [pair for pair in pairs if (pair.one, pair.other) not in agreeing]
     if not apart or not shape.cuts:
         return Choice(made)
@@ -167,7 +173,7 @@ def _explained(
     apart: Sequence[Pair], constants: Constants,
 ) -> Plan | Refusal:  # fmt: skip
     """Say why versions stay apart, and what to do: in a plan as an aside, in a refusal where it is the cause."""
-    words = [_apart(pair, offers, tested) for pair in apart if not tested.is_open(pair)]
+    words = [apart_words(pair, offers, tested) for pair in apart if not tested.is_open(pair)]
     if isinstance(made, Plan):
         return _with(made, words)
     everything = frozenset((pair.one, pair.other) for pair in apart) | tested.agreeing(shape)
@@ -186,11 +192,11 @@ def _with(made: Plan, words: Sequence[str]) -> Plan:
 
 def _untested(wanted: Sequence[Wanted], offers: Sequence[NodeOffer]) -> str:
     """For a plan, and for a load that waits."""
-    said = [f"{_two(each.pair, offers)} are tested against each other" for each in wanted]
+    said = [f"{two_words(each.pair, offers)} are tested against each other" for each in wanted]
     return "; ".join(said) + " before a model is loaded over both"
 
 
-def _apart(pair: Pair, offers: Sequence[NodeOffer], tested: Findings) -> str:
+def apart_words(pair: Pair, offers: Sequence[NodeOffer], tested: Findings) -> str:
     """Why two versions are not combined, and what would help."""
     if not pair.kind:
         why = "no test stands for weights of this model's kind"
@@ -200,12 +206,13 @@ def _apart(pair: Pair, offers: Sequence[NodeOffer], tested: Findings) -> str:
         difference = tested.differences[pair]
         how = f"by {difference:.2g}" if math.isfinite(difference) else "in a token"
         why = f"they were tested against each other and differ {how}"
-    new, old = sorted((pair.one, pair.other), key=_age, reverse=True)
+    new, old = newer(pair)
     advice = f"update llama-cpp-python on {_names(old, offers)} to {new}, as on {_names(new, offers)}"
-    return f"{_two(pair, offers)} are not combined: {why}; {advice}"
+    return f"{two_words(pair, offers)} are not combined: {why}; {advice}"
 
 
-def _two(pair: Pair, offers: Sequence[NodeOffer]) -> str:
+def two_words(pair: Pair, offers: Sequence[NodeOffer]) -> str:
+    """Both versions and their nodes, by names."""
     one, other = (f"{version or 'unknown'} (on {_names(version, offers)})" for version in (pair.one, pair.other))
     return f"llama-cpp-python {one} and {other}"
 
@@ -213,6 +220,12 @@ def _two(pair: Pair, offers: Sequence[NodeOffer]) -> str:
 def _names(version: str, offers: Sequence[NodeOffer]) -> str:
     names = [offer.name for offer in offers if offer.has_engine and offer.version == version]
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def newer(pair: Pair) -> tuple[str, str]:
+    """Its versions, the newer one first."""
+    new, old = sorted((pair.one, pair.other), key=_age, reverse=True)
+    return new, old
 
 
 def _age(version: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from tests.node.loopback import Agent, Agents, agents, agree, until
 
 OLD, NEW = "0.3.35", "0.3.36"
 PLAN = "/api/llm/plan?model=meshnode-demo"
+STATUS = "/api/llm/status?scope=local"
 MEMORY = 130_000_000
 """The shipped model (146 MB, or 110 MB a half) does not fit into this alone, and does into twice as much, even beside
 itself: plans are for what is free.
@@ -62,6 +63,7 @@ def test_exact_versions_are_combined_after_their_test(made: Agents) -> None:
     assert "were tested" in whole[0].log() + whole[1].log()
     for agent in whole:
         assert plan(agent)["fits"], plan(agent)
+        assert [one["effect"] for one in agent.get(STATUS)["versions"]] == ["shared"]
 
 
 def test_versions_that_differ_are_refused_by_name(made: Agents) -> None:
@@ -74,3 +76,18 @@ def test_versions_that_differ_are_refused_by_name(made: Agents) -> None:
         assert f"{NEW} (on n1)" in words
         assert "differ" in words
         assert f"update llama-cpp-python on n0 to {NEW}, as on n1" in words
+    for agent in whole:
+        (told,) = agent.get(STATUS)["versions"]
+        assert (told["effect"], told["outdated"], told["update_to"]) == ("apart", [whole[0].node_id], NEW)
+
+
+def test_a_version_that_gives_no_hidden_states_is_marked_by_its_first_try(made: Agents) -> None:
+    whole = mesh(made, {"version": OLD, "uncut": True}, {"version": NEW})
+    body = {"model": "meshnode-demo", "max_tokens": 4, "messages": [{"role": "user", "content": "Hello"}]}
+    answer = whole[0].call("POST", "/v1/chat/completions", body, timeout_s=200.0)
+    assert answer.status == 503, answer.body
+    for agent in whole:
+        until(lambda agent=agent: "whole_only" in [one["effect"] for one in agent.get(STATUS)["versions"]], "the mark")
+        workers = {one["node_name"]: one["whole_only"] for one in agent.get("/api/llm/inference/capabilities")}
+        assert workers == {"n0": ["llama"], "n1": []}
+        assert "n0: only whole llama models" in plan(agent)["reason"]

@@ -2,7 +2,8 @@
 
 OPTIONS is one JSON object: `settings` (dotted key to value), `join_url`, `clock_ahead_s` (the wall clock is wrong by so
 much), `versions` ([min, max] of the protocol that this agent claims to speak) and `llama` (the `version` of
-llama-cpp-python that its engines claim to be, and whether they really compute otherwise, by `flash_attention`). One
+llama-cpp-python that its engines claim to be, whether they really compute otherwise, by `flash_attention`, or give no
+hidden states, by `uncut`). One
 JSON line on standard output says that it is ready; a MeshError goes to standard error as JSON, with exit code 1.
 """
 
@@ -46,8 +47,11 @@ def main(options: dict[str, Any]) -> int:
     return 0
 
 
-def pretend(version: str, flash_attention: bool = False) -> None:
-    """Engines of another version. They run for real; with flash attention they sum in another order, and in F16."""
+def pretend(version: str, flash_attention: bool = False, uncut: bool = False) -> None:
+    """Engines of another version. They run for real; with flash attention they sum in another order, and in F16.
+
+    Those that are `uncut` end as one does whose llama.cpp gives no hidden states (tests/llm/engine/test_hooks.py).
+    """
     from msgspec.structs import replace
 
     from meshnode.llm.engine import process
@@ -55,6 +59,15 @@ def pretend(version: str, flash_attention: bool = False) -> None:
     original = process.open_engine
     if flash_attention:
         process.open_engine = lambda spec, **more: original(replace(spec, flash_attention=True), **more)
+    if uncut:
+        from meshnode.kernel.errors import ErrorCode, MeshError
+
+        def part_refused(spec: Any, **more: Any) -> Any:
+            if spec.is_last:
+                return original(spec, **more)
+            raise MeshError(ErrorCode.UNAVAILABLE, "It can only run whole models.", detail={"reason": "uncut"})
+
+        process.open_engine = part_refused
     from meshnode.llm.service import lending
 
     lending.engine_version = lambda: version

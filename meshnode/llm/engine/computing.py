@@ -32,9 +32,9 @@ _MEMORY_WORDS: Final = ("bad_alloc", "failed to allocate", "out of memory", "can
 class CannotLoad(Exception):  # noqa: N818 -- named after what happened
     """The stage cannot be loaded; the words say why."""
 
-    def __init__(self, words: str, *, out_of_memory: bool = False) -> None:
+    def __init__(self, words: str, code: StageErrorCode = StageErrorCode.INTERNAL) -> None:
         super().__init__(words)
-        self.out_of_memory = out_of_memory
+        self.code = code
 
 
 class CannotCompute(Exception):  # noqa: N818 -- named after what happened
@@ -81,7 +81,7 @@ class Model:
                 return layers
             except CannotLoad as error:
                 # Half as many until it fits: what a backend needs beside the weights is not known beforehand.
-                if layers == 0 or not error.out_of_memory:
+                if layers == 0 or error.code is not StageErrorCode.OUT_OF_MEMORY:
                     raise
                 layers //= 2
 
@@ -109,7 +109,8 @@ class Model:
     def _cannot(self, words: str) -> CannotLoad:
         said = [line for line in self._log.text.splitlines() if "error" in line.lower() or "fail" in line.lower()]
         memory = any(word in self._log.text.lower() for word in _MEMORY_WORDS)
-        return CannotLoad(f"{words}: {' '.join(said[-3:]) or 'it gives no reason'}"[:1000], out_of_memory=memory)
+        code = StageErrorCode.OUT_OF_MEMORY if memory else StageErrorCode.INTERNAL
+        return CannotLoad(f"{words}: {' '.join(said[-3:]) or 'it gives no reason'}"[:1000], code)
 
     def _choose_hook(self, layers: int) -> None:
         spec = self.spec
@@ -203,7 +204,8 @@ class Model:
             if self.hook == "cb_eval" and not self._seen:
                 raise CannotLoad(
                     f"llama-cpp-python {llama_cpp_version()} can only run whole models, and be no stage of a pipeline:"
-                    f" it does not give a layer's hidden states ({error}). Update it."
+                    f" it does not give a layer's hidden states ({error}). Update it.",
+                    StageErrorCode.UNCUT,
                 ) from error
             raise CannotLoad(f"The probe of the stage failed: {error}") from error
         finally:

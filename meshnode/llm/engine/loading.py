@@ -13,7 +13,7 @@ from meshnode.llm.engine.sequencing import is_rewindable
 from meshnode.llm.engine.spec import Facts, Loading, StageSpec, frame_bytes_max
 from meshnode.llm.engine.stage import agent_error, agent_message
 from meshnode.llm.engine.vocabulary import Vocabulary
-from protocol.sharding.frames import SNAPSHOT_BYTES_MAX, Kind, StageErrorCode
+from protocol.sharding.frames import SNAPSHOT_BYTES_MAX, Kind
 
 PROGRESS_INTERVAL_S: Final = 0.1
 META_BYTES_MAX: Final = 1 << 20
@@ -35,8 +35,7 @@ def load(spec: StageSpec, channel: Channel, *, isolated: bool) -> Model | None:
     try:
         model = Model(spec, log, progress)
     except CannotLoad as error:
-        code = StageErrorCode.OUT_OF_MEMORY if error.out_of_memory else StageErrorCode.INTERNAL
-        channel.to_agent(agent_error(code, str(error)))
+        channel.to_agent(agent_error(error.code, str(error)))
         return None
     log.end_of_loading()
     # Snapshots are longer than any step; only the agent sends them.

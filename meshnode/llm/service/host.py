@@ -13,7 +13,7 @@ import trio
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import BulkStream
 from meshnode.kernel.logs import Logger
-from meshnode.llm.engine.client import Ended, Engine, Outgoing
+from meshnode.llm.engine.client import Ended, EndReason, Engine, Outgoing
 from meshnode.llm.engine.spec import StageSpec
 from meshnode.llm.service.calls import Attach, Calls, FrameSink, StreamSink, attend, repack
 from protocol.ids import NodeId, node_id_bytes
@@ -99,6 +99,10 @@ class Surroundings(Protocol):
         """A stage tells what it did."""
         ...
 
+    def cannot_split(self, model: str) -> None:
+        """This node's llama.cpp gives no hidden states of such models."""
+        ...
+
 
 async def _nothing_else(frame: Frame) -> None:
     """Whatever but a pulse comes back from a neighbour is wrong."""
@@ -181,6 +185,8 @@ class StageHost:
                 try:
                     await self._serve()
                 except MeshError as error:
+                    if error.detail.get("reason") == EndReason.UNCUT.value:
+                        self._around.cannot_split(self.pipeline.model)
                     self._broken(error.message, self.index)
         finally:
             self.over.set()

@@ -45,6 +45,7 @@ class Lent(Protocol):
     def threads(self) -> int: ...
     @property
     def is_measured(self) -> bool: ...
+    def cannot_split(self, architecture: str) -> None: ...
 
 
 class Hosts:
@@ -62,6 +63,7 @@ class Hosts:
         probe: Callable[[Pipeline], Awaitable[None]],
         remember: Callable[[Speed], Awaitable[None]],
         weight_bytes: Callable[[str, int, int], int],
+        architecture: Callable[[str], str],
         hear: Callable[[Pipeline, Span, Stats], None],
         now: Callable[[], float],
         log: Logger,
@@ -81,6 +83,7 @@ class Hosts:
         self._probe = probe
         self._remember = remember
         self._weight_bytes = weight_bytes
+        self._architecture = architecture
         self._hear = hear
         self._runner: MachineRunner[HostingInput] = MachineRunner(handle=machine.handle, perform=self._perform, now=now)
         self._stages: dict[bytes, StageHost] = {}
@@ -109,6 +112,15 @@ class Hosts:
     def hear(self, pipeline: Pipeline, span: Span, stats: Stats) -> None:
         """A stage tells what it did."""
         self._hear(pipeline, span, stats)
+
+    def cannot_split(self, model: str) -> None:
+        """This node offers no stages of this model's architecture any more."""
+        self.offer_whole(self._architecture(model))
+
+    def offer_whole(self, architecture: str) -> None:
+        """The same for an architecture."""
+        self._lent.cannot_split(architecture)
+        self.log.warning("this llama-cpp-python runs such models only whole: update it", architecture=architecture)
 
     @property
     def stages(self) -> Mapping[bytes, StageHost]:

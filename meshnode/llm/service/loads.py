@@ -45,6 +45,7 @@ from protocol.sharding.planner import Plan, Refusal
 from protocol.sharding.predict import Constants, constants_of
 from protocol.sharding.selftests import Choice, Findings, Wanted, choose
 from protocol.sharding.shapes import ModelShape
+from protocol.sharding.standings import Standing, standings
 
 PROMPT_TOKENS_EXPECTED: Final = 512
 OFFER_WAIT_S: Final = 5.0
@@ -118,6 +119,11 @@ class Planning:
     async def plan_shape(self, shape: ModelShape, context: int) -> Plan | Refusal:
         """The plan for a model that nobody has yet, by what is known of it beforehand."""
         return (await self._offload(self._prepared(shape, context, frozenset(), {}, {}, (), 1))).made
+
+    def standings(self, shapes: Sequence[ModelShape]) -> tuple[Standing, ...]:
+        """What the versions of the nodes' engines mean for these models."""
+        offers, _ = self._offers.planning(lambda _node: ())
+        return standings(shapes, offers, self._tested())
 
     def _prepared(
         self,

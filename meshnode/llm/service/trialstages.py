@@ -192,6 +192,10 @@ class _Around:
     def hear(self, pipeline: Pipeline, span: Span, stats: Stats) -> None:
         """Nor does what it did."""
 
+    def cannot_split(self, model: str) -> None:
+        """Nor would models that are planned."""
+        self._hosts.offer_whole(self._architecture)
+
     async def stage_file(
         self, digest: str, first: int, end: int, *, tail: bool, progress: Callable[[int, int, str], None]
     ) -> tuple[str, bool]:

@@ -361,6 +361,7 @@ class _Assembly:
             probe=probe,
             remember=remember,
             weight_bytes=lambda model, first, end: weight_bytes(self._shapes, model, first, end),
+            architecture=self._shapes.architecture,
             hear=self._learning.hear,
             now=ground.now,
             log=ground.log("llm.stages"),

@@ -25,7 +25,7 @@ if "cb_eval" in lacks:
 try:
     model = computing.Model(msgspec.json.decode(sys.argv[2], type=StageSpec), Log(), lambda share: None)
 except computing.CannotLoad as error:
-    print(json.dumps({"error": str(error)}))
+    print(json.dumps({"error": str(error), "code": error.code}))
 else:
     model.compute([Run(0, 20, 0, 0)], bytes(80))
     print(json.dumps({"hook": model.hook, "states": model.hidden(20).tobytes().hex()}))
@@ -53,6 +53,8 @@ def test_without_the_layers_input_the_callback_gives_the_same(cut, spec: StageSp
 def test_without_either_the_version_is_named(cut, spec: StageSpec) -> None:
     from importlib.metadata import version
 
-    words = loaded(spec, cut(2)[0], "layer_inp", "cb_eval")["error"]
+    told = loaded(spec, cut(2)[0], "layer_inp", "cb_eval")
+    assert told["code"] == "uncut"
+    words = told["error"]
     assert f"llama-cpp-python {version('llama-cpp-python')}" in words
     assert "can only run whole models" in words
