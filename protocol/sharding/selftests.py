@@ -204,7 +204,7 @@ def apart_words(pair: Pair, offers: Sequence[NodeOffer], tested: Findings) -> st
         why = f"the test of one against the other could not be run ({tested.failed[pair]})"
     else:
         difference = tested.differences[pair]
-        how = f"by {difference:.2g}" if math.isfinite(difference) else "in a token"
+        how = f"by {difference:.2g}" if math.isfinite(difference) else "in their likeliest tokens"
         why = f"they were tested against each other and differ {how}"
     new, old = newer(pair)
     advice = f"update llama-cpp-python on {_names(old, offers)} to {new}, as on {_names(new, offers)}"

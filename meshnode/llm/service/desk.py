@@ -200,13 +200,10 @@ class Desk:
         )
         if isinstance(made, Refusal):
             needed = made.needed_bytes or shape.total_bytes
-            words = made.words
-            if made.would_fit:
-                words += f" Would fit: {', '.join(made.would_fit)}."
             return PlanReport(
                 model=name,
                 fits=False,
-                reason=words,
+                reason=made.words,
                 context=wanted,
                 bytes_needed=needed,
                 bytes_free=free,

@@ -46,14 +46,16 @@ def test_exact_versions_share_a_pipeline() -> None:
     assert not wanted
 
 
-@pytest.mark.parametrize(("difference", "how"), [(0.03125, "differ by 0.031"), (inf, "differ in a token"),
-                                                 (float("nan"), "differ in a token")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("difference", "how"),
+    [(0.03125, "by 0.031"), (inf, "in their likeliest tokens"), (float("nan"), "in their likeliest tokens")],
+)
 def test_versions_that_differ_are_refused_by_name_and_with_advice(difference: float, how: str) -> None:
     made, wanted = chosen(apart(), found(difference))
     assert isinstance(made, Refusal)
     assert made.code == "no_memory"  # so that room is made where that helps
     assert not wanted
-    for word in (f"{OLD} (on atlas)", f"{NEW} (on boreas)", how,
+    for word in (f"{OLD} (on atlas)", f"{NEW} (on boreas)", f"differ {how}",
                  f"update llama-cpp-python on atlas to {NEW}, as on boreas"):  # fmt: skip
         assert word in made.words
 
