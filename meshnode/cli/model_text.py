@@ -29,6 +29,19 @@ def models_text(models: Sequence[Answer], names: Mapping[str, str], width: int |
     return "\n".join([shown, *_troubles(models)])
 
 
+def versions_text(effects: Sequence[Answer], names: Mapping[str, str]) -> str:
+    """Below the list: what different versions of llama-cpp-python mean, and the command that mends it, and where."""
+    lines = []
+    for effect in effects:
+        mend = ""
+        if effect.get("outdated") and effect.get("update_to"):
+            where = ", ".join(printable(names.get(node, node[:8])) for node in effect["outdated"])
+            command = f"pipx runpip meshnode install llama-cpp-python=={printable(effect['update_to'])}"
+            mend = f"\n  -> on {where}: {command}, and start the agent again"
+        lines.append(f"{printable(effect['message'])}{mend}")
+    return "\n".join(lines)
+
+
 def state_of(model: Answer, me: str = "") -> str:
     """`ready`, where it fits, or by how much it does not. `me`: this node's id."""
     if model["ollama_ready"]:

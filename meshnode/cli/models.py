@@ -19,6 +19,7 @@ AUTO: Final = "auto"
 """The best model that is ready, or the one that the settings name."""
 _MODELS: Final = "/api/llm/models"
 _CATALOGUE: Final = "/api/llm/catalogue"
+_STATUS: Final = "/api/llm/status?scope=local"
 _PLAN_TIMEOUT_S: Final = 60.0
 _COMPLETION_TIMEOUT_S: Final = 1.0
 
@@ -26,6 +27,12 @@ _COMPLETION_TIMEOUT_S: Final = 1.0
 def list_models(client: AgentClient, *, planned: bool = True) -> list[Any]:
     """Every model the mesh knows; unless `planned`, without the question whether it fits."""
     return client.pages(_MODELS if planned else f"{_MODELS}?plan=false")
+
+
+def version_effects(client: AgentClient) -> list[Any]:
+    """What versions of llama-cpp-python mean for the mesh's models; agents of earlier versions do not say."""
+    status = client.get_any_status(_STATUS)
+    return list(status.get("versions", ())) if isinstance(status, dict) else []
 
 
 def model_path(name: str, query: dict[str, str]) -> str:

@@ -361,10 +361,20 @@ class SessionReport(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
+class VersionsReport(msgspec.Struct, frozen=True):
+    """What versions of llama-cpp-python mean for models: `shared`, `apart` or `whole_only`, and what would mend it."""
+
+    effect: str
+    words: str
+    outdated: tuple[NodeId, ...] = ()
+    update_to: str = ""
+
+
 class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     """What a node lends to models. `models`: those of which it holds layers; `speeds`: tokens a second of those loaded.
 
-    `latencies_s` and `bandwidths` (bytes a second) are to other nodes, as measured.
+    `latencies_s` and `bandwidths` (bytes a second) are to other nodes, as measured. `engine_version`: of
+    llama-cpp-python, which can hold no part of models of the architectures `whole_only`.
     """
 
     node_id: NodeId
@@ -376,6 +386,8 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     latencies_s: dict[NodeId, float] = {}
     bandwidths: dict[NodeId, float] = {}
     speeds: dict[str, float] = {}
+    engine_version: str = ""
+    whole_only: tuple[str, ...] = ()
 
 
 # ---- chats ------------------------------------------------------------------------------------------

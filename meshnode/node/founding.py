@@ -24,7 +24,7 @@ from meshnode.kernel.identity import (
     store_root,
 )
 from meshnode.kernel.recordstore import SqlRecordStore
-from meshnode.llm.setup.assembly import llm_collections
+from meshnode.llm.setup.collected import llm_collections
 from meshnode.settings import Settings
 from protocol.effects import Persist
 from protocol.heartbeats.machine import HeartbeatParameters

@@ -88,6 +88,7 @@ class StageErrorCode(StrEnum):
     GRAMMAR_INVALID = "grammar_invalid"
     CONTEXT_FULL = "context_full"
     OUT_OF_MEMORY = "out_of_memory"
+    UNCUT = "uncut"
     INTERNAL = "internal"
 
 

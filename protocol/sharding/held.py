@@ -37,6 +37,7 @@ class LoadingParameters:
     gather_s: float = 3.0  # a new coordinator listens so long before it loads or lets go of anything
     stuck_s: float = 60.0  # a stage that loads without progress
     plan_s: float = 20.0  # a plan that does not come
+    tests_s: float = 120.0  # a load waits so long for tests of versions against each other
     probe_s: float = 20.0  # the first token of a pipeline
     complaint_probe_s: float = 4.0  # a token of one that worked before
     trust_s: float = 30.0  # a second complaint within this, though the probe was good: believe it
@@ -88,6 +89,7 @@ class Load:
     without: frozenset[NodeId]
     stages_min: int
     job: int
+    begun_at: float
     planned_at: float
     tries: int = 0
     pipeline: bytes | None = None
@@ -96,7 +98,7 @@ class Load:
     layout: Layout | None = None
     lost: set[NodeId] = field(default_factory=set)
     words: str = "planning"
-    again_at: float = 0.0  # plan anew then: memory is still held by what belongs to nobody
+    again_at: float = 0.0  # plan anew then: memory is held by what belongs to nobody, or versions are being tested
     strayed_tries: int = 0
 
 

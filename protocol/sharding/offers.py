@@ -44,6 +44,7 @@ class NodeOffer(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[DeviceOffer, ...] = ()
     has_engine: bool = True  # False: without the `llm` extra it routes, and holds no layers
     version: str = ""  # of llama-cpp-python
+    whole_only: tuple[str, ...] = ()  # architectures of which its version can hold no part
     holds: tuple[tuple[int, int], ...] = ()  # ranges [a, b) of the model's layers that lie on its disk
 
     def held(self, first: int, end: int) -> int:

@@ -78,7 +78,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     """Why there is no plan. Bytes are 0 where memory is not the reason."""
 
-    code: Literal["no_nodes", "few_nodes", "too_long", "no_memory", "uncut"]
+    code: Literal["no_nodes", "few_nodes", "too_long", "no_memory", "uncut", "untested"]
     words: str
     needed_bytes: int = 0
     free_bytes: int = 0
@@ -107,10 +107,14 @@ def plan(
             code="no_nodes", words=f"No node can run models: {names or 'nobody is there'}; install the extra `llm`."
         )
     fitting = Fitting(shape, wish)
-    groups = version_groups(able, agreeing)
+    groups = version_groups([offer for offer in able if shape.architecture not in offer.whole_only], agreeing)
     groups.sort(key=lambda group: -sum(fitting.room(offer) for offer in group))
+    # Those that can hold no part are groups of one.
+    alone = [[offer] for offer in able if shape.architecture in offer.whole_only]
+    alone.sort(key=lambda group: -fitting.room(group[0]))
+    groups = [*groups[:VERSION_GROUPS_MAX], *alone[:VERSION_GROUPS_MAX]]
     found: list[tuple[Found, list[NodeOffer]]] = []
-    for group in groups[:VERSION_GROUPS_MAX]:
+    for group in groups:
         best = _best(fitting, group, links, constants)
         if best is not None:
             found.append((best, group))
@@ -148,6 +152,7 @@ def mend(
         offer
         for offer in by_node.values()
         if offer.node not in kept
+        and shape.architecture not in offer.whole_only
         and all(
             offer.version == v or (offer.version, v) in agreeing or (v, offer.version) in agreeing for v in versions
         )
@@ -249,7 +254,7 @@ def _plan(
     rate = prediction.tokens_per_s()
     wish = fitting.wish
     reasons, alternatives = _compared(fitting, best, group, links, constants)
-    alternatives += _left_out(group, offers)
+    alternatives += _left_out(fitting.shape, group, offers)
     return Plan(
         model=fitting.shape.digest,
         engine="local" if len(stages) == 1 else "pipeline",
@@ -324,14 +329,30 @@ def _compared(
     return [reason], alternatives
 
 
-def _left_out(group: list[NodeOffer], offers: Sequence[NodeOffer]) -> list[Alternative]:
+def whole_only_words(shape: ModelShape, offers: Iterable[NodeOffer]) -> str:
+    """Which nodes can hold no part of such a model, and why; empty if all can."""
+    bound = [offer for offer in offers if offer.has_engine and shape.architecture in offer.whole_only]
+    if not bound or not shape.cuts:
+        return ""
+    versions = ", ".join(sorted({offer.version for offer in bound}))
+    return (
+        f"{_names(offer.name for offer in bound)}: only whole {shape.architecture} models, because llama-cpp-python"
+        f" {versions} there does not give a layer's hidden states; update it"
+    )
+
+
+def _left_out(shape: ModelShape, group: list[NodeOffer], offers: Sequence[NodeOffer]) -> list[Alternative]:
     """Nodes that had no part in it, by reason."""
+    bound = whole_only_words(shape, (offer for offer in offers if offer not in group))
+    offers = [offer for offer in offers if shape.architecture not in offer.whole_only]
     inside = {offer.node for offer in group}
     without = [offer.name for offer in offers if not offer.has_engine]
     versions = sorted({offer.version for offer in offers if offer.has_engine and offer.node not in inside})
     told = []
     if without:
         told.append(Alternative(f"{_names(without)}: without the extra `llm`, so they only route"))
+    if bound:
+        told.append(Alternative(bound))
     if versions:
         mine = group[0].version or "unknown"
         words = (
@@ -371,7 +392,8 @@ def _refusal(fitting: Fitting, groups: list[list[NodeOffer]], siblings: Sequence
     context = _context_that_fits(fitting, group)
     if context:
         would.append(f"a context of {context} tokens would fit")
-    words = "; ".join([words, *would])
+    bound = whole_only_words(shape, (offer for one in groups for offer in one))
+    words = "; ".join(filter(None, [words, bound, *would]))
     return Refusal(
         code="no_memory", words=words, needed_bytes=needed, free_bytes=free, short_bytes=short, would_fit=tuple(would)
     )

@@ -43,7 +43,7 @@ class Tending:
             (ask.request.context for ask in self._s.asks.values() if ask.request.model == request.model),
             default=request.context,
         )
-        load = self._s.loads[request.model] = Load(request.model, context, without, request.stages_min, 0, now)
+        load = self._s.loads[request.model] = Load(request.model, context, without, request.stages_min, 0, now, now)
         load.replaces = self._remains(load, now)
         self._plan(load, now)
 
@@ -62,8 +62,9 @@ class Tending:
     def _plan(self, load: Load, now: float) -> None:
         self._job += 1
         load.job, load.planned_at = self._job, now
-        load.pipeline, load.layout, load.again_at = None, None, 0.0
-        load.words = "planning"
+        load.pipeline, load.layout = None, None
+        load.words = load.words if load.again_at else "planning"
+        load.again_at = 0.0
         freed = [held for name in (*load.freed, load.replaces) if name and (held := self._s.held.get(name))]
         taken = [
             held for held in self._s.held.values() if held.state == "loading" and held.pipeline.model != load.model
@@ -109,6 +110,9 @@ class Tending:
         if event.code == "no_memory" and idle:
             load.freed.append(min(idle, key=lambda held: (held.used_at, held.pipeline.id)).pipeline.id)
             self._plan(load, now)
+        elif event.code == "untested" and now - load.begun_at < self._s.params.tests_s:
+            load.again_at = now + self._s.params.again_s
+            load.words = event.words[:LOAD_WORDS_CHARS_MAX]
         elif event.code == "no_memory" and self._s.strays and load.strayed_tries < self._s.params.strayed_tries_max:
             load.strayed_tries += 1
             load.again_at = now + self._s.params.again_s
@@ -293,7 +297,7 @@ class Tending:
         held = Held(report.pipeline, "loading", now, now, now, dict(stray.nodes), dict.fromkeys(nodes, now))
         self._s.held[report.pipeline.id] = held
         if "loading" in states:
-            load = Load(model, report.pipeline.context, frozenset(), 1, 0, now, pipeline=report.pipeline.id)
+            load = Load(model, report.pipeline.context, frozenset(), 1, 0, now, now, pipeline=report.pipeline.id)
             self._s.loads[model] = load
         else:
             self._probe_it(held, self._s.params.probe_s, now)
@@ -336,7 +340,7 @@ class Tending:
         mine = load is not None and load.pipeline == held.pipeline.id
         if load is None and was_ready and guilty is not None:
             # Sessions are on it, and ask for another in a moment: begin while the survivors' engines still stand.
-            load = Load(held.pipeline.model, held.pipeline.context, frozenset(), held.stages_min, 0, now)
+            load = Load(held.pipeline.model, held.pipeline.context, frozenset(), held.stages_min, 0, now, now)
             self._s.loads[load.model] = load
             mine = True
         if load is not None and mine:

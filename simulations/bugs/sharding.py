@@ -6,9 +6,11 @@ from typing import Any
 from protocol.sharding import session
 from protocol.sharding.events import CancelSession
 from protocol.sharding.loading import LoadingMachine
+from protocol.sharding.selftests import Findings
 from protocol.sharding.session import STEM_BYTES, Session
 from protocol.sharding.tending import Tending
 from simulations.bugs.bug import Bug, Patches
+from simulations.sharding.fabric import VERSIONS
 
 
 def _gaps_swallowed(patches: Patches) -> None:
@@ -74,6 +76,16 @@ def _kept_for_ever(patches: Patches) -> None:
     original = patches.set(Tending, "look_after", look_after)
 
 
+def _result_of_another_pair_believed(patches: Patches) -> None:
+    def agreeing(self: Any, shape: Any) -> frozenset[tuple[str, str]]:
+        if not original(self, shape):
+            return frozenset()
+        versions = {version for pair in self.differences for version in (pair.one, pair.other)} | set(VERSIONS)
+        return frozenset((one, other) for one in versions for other in versions if one < other)
+
+    original = patches.set(Findings, "agreeing", agreeing)
+
+
 def sharding_bugs() -> tuple[Bug, ...]:
     """All bugs of this file."""
     return (
@@ -104,6 +116,12 @@ def sharding_bugs() -> tuple[Bug, ...]:
             "orphans-kept",
             "stages that an earlier coordinator left half-loaded are never let go",
             _orphans_kept,
+            "sharding",
+        ),
+        Bug(
+            "result-of-another-pair-believed",
+            "once two versions were found to agree, all are taken to",
+            _result_of_another_pair_believed,
             "sharding",
         ),
         Bug("kept-for-ever", "idle pipelines are never unloaded", _kept_for_ever, "sharding"),

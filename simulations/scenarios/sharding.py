@@ -83,6 +83,7 @@ class Sharding:
         samples.add("gap_s", *(client.gap_s for client in good if client.recoveries))
         samples.add("loads", float(fabric.loads))
         samples.add("takeovers", float(fabric.takeovers))
+        samples.add("tests", float(fabric.tests))
         samples.add("lies", float(fabric.lies))
         samples.add("overcommitted", float(fabric.overcommitted))
 
@@ -100,6 +101,7 @@ class Sharding:
             Figure("last_clients_served_worst", worst(samples.of("last_s")), "s", 60.0),
             Figure("stages_loaded", sum(samples.of("loads")), ""),
             Figure("engines_taken_over", sum(samples.of("takeovers")), ""),
+            Figure("versions_tested", sum(samples.of("tests")), ""),
             Figure("lies_told", sum(samples.of("lies")), ""),
             Figure("loads_refused_for_memory", sum(samples.of("overcommitted")), ""),
         )

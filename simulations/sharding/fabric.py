@@ -6,6 +6,7 @@ It watches a world as a checker does, because that is where starts, crashes and 
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from math import inf
 from random import Random
 from typing import Final, Protocol
 
@@ -14,7 +15,8 @@ from protocol.sharding.fitting import Wish
 from protocol.sharding.held import LoadingParameters
 from protocol.sharding.offers import Links, NodeOffer, Speed
 from protocol.sharding.pipelines import FEW_NODES, Layout, Planned, PlanWanted, Span
-from protocol.sharding.planner import Plan, Refusal, mend, plan
+from protocol.sharding.planner import Refusal
+from protocol.sharding.selftests import Findings, Pair, Wanted, choose
 from protocol.sharding.shapes import ModelShape
 from simulations.checkers.checker import Checker
 from simulations.computer import DOWN, Computer
@@ -25,6 +27,8 @@ from simulations.world import World
 
 GB: Final = 10**9
 CONTEXT: Final = 256
+VERSIONS: Final = ("1.0", "1.0", "1.0", "1.1", "1.1", "0.9")  # of engines, by computer
+ODD: Final = frozenset({"0.9"})  # what these hand on, others misread; all the others compute alike
 
 
 def toy_shape(name: str, layers: int) -> ModelShape:
@@ -37,6 +41,11 @@ def toy_shape(name: str, layers: int) -> ModelShape:
 
 
 SHAPES: Final = {shape.digest: shape for shape in (toy_shape("large", 12), toy_shape("small", 3))}
+
+
+def version_of(computer: Computer) -> str:
+    """Which engine it runs."""
+    return VERSIONS[computer.index % len(VERSIONS)]
 
 
 class Watcher(Protocol):
@@ -62,6 +71,9 @@ class Fabric(Checker):
         self.capacity: dict[int, int] = {}
         self.liars: set[int] = set()
         self.ever_lied: set[int] = set()
+        self.findings: dict[int, dict[Pair, float]] = {}  # durable: what each computer found out about versions
+        self.tests = 0
+        self._testing: set[tuple[int, Pair]] = set()
         self.watchers: list[Watcher] = []
         self.lies = self.loads = self.takeovers = self.overcommitted = self.accusations = 0
         self._backlog: dict[int, deque[tuple[int, Callable[[], object]]]] = {}
@@ -131,22 +143,59 @@ class Fabric(Checker):
                 free += wanted.freed.get(node, (0, 0))[0] - wanted.taken.get(node, (0, 0))[0]
                 # Some are twice as fast as others, always the same ones.
                 speed = Speed(GB, 0.01 * (1 + other.computer.index % 2), 0.001)
-                offers.append(NodeOffer(node=node, name=repr(other.computer), ram_free_bytes=max(0, free), speed=speed))
+                offers.append(
+                    NodeOffer(
+                        node=node,
+                        name=repr(other.computer),
+                        ram_free_bytes=max(0, free),
+                        speed=speed,
+                        version=version_of(other.computer),
+                    )
+                )
         if len(offers) < wanted.stages_min:
             return Planned(wanted.job, None, FEW_NODES, f"{len(offers)} nodes can run models.")
         wish = Wish(context=wanted.context, slots=self.params.slots, stages_min=wanted.stages_min)
-        made: Plan | Refusal | None = None
-        if wanted.kept:
-            kept = {NodeId(span.node): (span.first, span.end) for span in wanted.kept}
-            made = mend(shape, wish, kept, offers, Links())
-            if made is not None and len(made.stages) < wish.stages_min:
-                made = None
-        made = made or plan(shape, wish, offers, Links())
+        kept = {NodeId(span.node): (span.first, span.end) for span in wanted.kept}
+        known = Findings(self.findings.get(computer.index, {}))
+        made, tests = choose(shape, wish, kept, offers, Links(), known)
+        for test in tests:
+            self._test(member, test)
         if isinstance(made, Refusal):
             code = "no_memory" if made.code == "no_nodes" else made.code
             return Planned(wanted.job, None, code, made.words, made.short_bytes)
         spans = tuple(Span(stage.node, stage.first, stage.end, stage.ram_bytes) for stage in made.stages)
         return Planned(wanted.job, Layout(spans, VOCABULARY, made.reasons[0]))
+
+    def misread(self, source: Computer, node: NodeId, chunk: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """What the next stage makes of what a stage hands on: engines that do not agree make nonsense of it."""
+        target = self.world.find(node)
+        assert target is not None  # nobody makes nodes up
+        if chunk is None or (version_of(source) in ODD) == (version_of(target) in ODD):
+            return chunk
+        return tuple((token + 1) % VOCABULARY for token in chunk)
+
+    def _test(self, member: Member, wanted: Wanted) -> None:
+        """Two computers' versions are tested against each other, for a while; if one of them dies, nothing is known."""
+        key = (member.computer.index, wanted.pair)
+        if key in self._testing:
+            return
+        self._testing.add(key)
+
+        def ended() -> None:
+            self._testing.discard(key)
+            if member.run != member.computer.run:
+                return
+            versions = []
+            for node in wanted.nodes:
+                computer = self.world.find(node)
+                if computer is None or computer.state == DOWN or computer.paused:
+                    return
+                versions.append(version_of(computer))
+            self.tests += 1
+            differs = len({version in ODD for version in versions}) > 1
+            self.findings.setdefault(member.computer.index, {})[wanted.pair] = inf if differs else 0.0
+
+        self.world.after(self.rng.uniform(0.5, 3.0), ended)
 
     # ---- what members tell -------------------------------------------------------------------------------------------
 

@@ -233,6 +233,7 @@ class Stages:
         if not engine.is_last:
             node = engine.pipeline.nodes[engine.index + 1]
             pipeline = engine.pipeline.id
+            chunk = self._fabric.misread(self._computer, node, chunk)
             self._member.send(
                 node,
                 ("steps", pipeline),

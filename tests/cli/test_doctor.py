@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from meshnode.cli.doctor import CHECKS, Finding, Patient, Result, examine
+from meshnode.cli.doctor import CHECKS, Finding, Patient, Result, Versions, examine
 from meshnode.cli.doctor.machine import (
     check_agent,
     check_clock,
@@ -293,6 +293,21 @@ def test_the_engine(
     finding = check_engine(patient(data_dir))
     assert finding.result is result
     assert all(part in finding.mend for part in mends)
+
+
+def test_an_engine_that_the_mesh_cannot_combine_is_updated_here(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    shared, elsewhere = Versions("they share pipelines", True), Versions("0.3.9 (on attic) is not combined", False)
+    fine = check_engine(patient(data_dir, versions=(shared,)))
+    assert (fine.result, fine.found, fine.mend) == (OK, "llama-cpp-python is installed; they share pipelines", "")
+    other = check_engine(patient(data_dir, versions=(elsewhere, shared)))
+    assert (other.result, other.mend) == (WARN, "")
+    assert "attic" in other.found
+    mine = check_engine(patient(data_dir, versions=(Versions("0.3.9 (on den) is not combined", False, "0.3.36"),)))
+    assert mine.result is WARN
+    assert mine.mend.endswith("install 'llama-cpp-python==0.3.36'")
 
 
 def test_gpu_without_driver(data_dir: Path) -> None:

@@ -1,6 +1,6 @@
 """What the command line says of models that cannot answer yet: not pulled, or pinned and not loaded."""
 
-from tests.cli.answers import node, peer
+from tests.cli.answers import PEER, node, peer
 from tests.cli.conftest import Command
 from tests.cli.fake_agent import Answer, FakeAgent, refusal
 from tests.cli.test_llm import ABSENT, CHAT, MODELS, NODES, PLAN, model, models
@@ -32,3 +32,16 @@ def test_why_a_pinned_model_is_not_loaded_stands_below_the_list(command: Command
     done = command("models")
     assert (done.code, done.out.splitlines()[-1]) == (0, f"{pinned['model']}: attic: out of memory")
     assert "failed" in done.out.splitlines()[1]
+
+
+def test_what_versions_mean_stands_below_the_list_with_its_mending(command: Command, agent: FakeAgent) -> None:
+    agent.on(NODES, Answer([node(), peer()]))
+    agent.on(MODELS, Answer([model()]))
+    apart = {"effect": "apart", "message": "they differ", "outdated": [PEER], "update_to": "0.3.36"}
+    shared = {"effect": "shared", "message": "these share", "outdated": [], "update_to": ""}
+    agent.on("GET /api/llm/status?scope=local", Answer({"versions": [apart, shared]}))
+    assert command("models").out.splitlines()[-3:] == [
+        "they differ",
+        "  -> on attic: pipx runpip meshnode install llama-cpp-python==0.3.36, and start the agent again",
+        "these share",
+    ]

@@ -66,6 +66,7 @@ class Agent:
     more: dict[str, Any] = field(default_factory=dict)
     clock_ahead_s: float = 0.0
     python_path: str = str(REPOSITORY)
+    llama: dict[str, Any] | None = None
     process: "subprocess.Popen[bytes] | None" = None
     node_id: str = ""
     mesh_id: str = ""
@@ -97,6 +98,7 @@ class Agent:
         """Start the process; `ready` waits for it."""
         self.starts += 1
         order = {"settings": self.settings(), "join_url": join_url, "clock_ahead_s": self.clock_ahead_s}
+        order["llama"] = self.llama
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
                 [sys.executable, str(PROCESS), json.dumps(order)],

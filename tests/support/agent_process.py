@@ -1,8 +1,10 @@
 """One real agent in a process of its own, as a test wants it: `python tests/support/agent_process.py OPTIONS`.
 
 OPTIONS is one JSON object: `settings` (dotted key to value), `join_url`, `clock_ahead_s` (the wall clock is wrong by so
-much) and `versions` ([min, max] of the protocol that this agent claims to speak). One JSON line on standard output says
-that it is ready; a MeshError goes to standard error as JSON, with exit code 1.
+much), `versions` ([min, max] of the protocol that this agent claims to speak) and `llama` (the `version` of
+llama-cpp-python that its engines claim to be, whether they really compute otherwise, by `flash_attention`, or give no
+hidden states, by `uncut`). One
+JSON line on standard output says that it is ready; a MeshError goes to standard error as JSON, with exit code 1.
 """
 
 import json
@@ -24,6 +26,9 @@ def main(options: dict[str, Any]) -> int:
 
         vars(limits).update(zip(("PROTOCOL_VERSION_MIN", "PROTOCOL_VERSION"), options["versions"], strict=True))
 
+    if options.get("llama"):
+        pretend(**options["llama"])
+
     from meshnode.kernel.errors import MeshError
     from meshnode.node import ReadyInfo, run_agent
     from meshnode.settings import load_settings
@@ -40,6 +45,32 @@ def main(options: dict[str, Any]) -> int:
         print(json.dumps({"code": error.code.value, "message": error.message}), file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def pretend(version: str, flash_attention: bool = False, uncut: bool = False) -> None:
+    """Engines of another version. They run for real; with flash attention they sum in another order, and in F16.
+
+    Those that are `uncut` end as one does whose llama.cpp gives no hidden states (tests/llm/engine/test_hooks.py).
+    """
+    from msgspec.structs import replace
+
+    from meshnode.llm.engine import process
+
+    original = process.open_engine
+    if flash_attention:
+        process.open_engine = lambda spec, **more: original(replace(spec, flash_attention=True), **more)
+    if uncut:
+        from meshnode.kernel.errors import ErrorCode, MeshError
+
+        def part_refused(spec: Any, **more: Any) -> Any:
+            if spec.is_last:
+                return original(spec, **more)
+            raise MeshError(ErrorCode.UNAVAILABLE, "It can only run whole models.", detail={"reason": "uncut"})
+
+        process.open_engine = part_refused
+    from meshnode.llm.service import lending
+
+    lending.engine_version = lambda: version
 
 
 if __name__ == "__main__":

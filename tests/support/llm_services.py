@@ -29,6 +29,7 @@ from meshnode.llm.model import (
     Started,
     TextDelta,
     Usage,
+    VersionsReport,
     WorkerReport,
 )
 from meshnode.llm.routes.mount import llm_routes
@@ -143,10 +144,16 @@ class Services:
             WorkerReport(
                 node_id=ME, node_name="den", engine_ready=True, seen_at="2027-01-15T08:00:00Z", free_bytes=77,
                 models=("demo",), latencies_s={ATTIC: 0.0005}, bandwidths={ATTIC: 2.0 * 1024 * 1024},
-                speeds={"demo": 31.0},
+                speeds={"demo": 31.0}, engine_version="0.3.36",
             ),
-            WorkerReport(node_id=ATTIC, node_name="attic", engine_ready=False, seen_at="2027-01-15T07:59:00Z"),
+            WorkerReport(
+                node_id=ATTIC, node_name="attic", engine_ready=False, seen_at="2027-01-15T07:59:00Z",
+                engine_version="0.3.9", whole_only=("llama",),
+            ),
         ]  # fmt: skip
+
+    async def standings(self) -> list[VersionsReport]:
+        return [VersionsReport("apart", "0.3.9 (on attic) and 0.3.36 (on den) are not combined", (ATTIC,), "0.3.36")]
 
     # ---- models on disk
 

@@ -48,6 +48,12 @@ class Lent:
     threads = 1
     is_measured = True
 
+    def __init__(self) -> None:
+        self.whole_only: list[str] = []
+
+    def cannot_split(self, architecture: str) -> None:
+        self.whole_only.append(architecture)
+
 
 @dataclass
 class Member:
@@ -57,6 +63,7 @@ class Member:
     calls: Calls
     hosts: Hosts
     entries: Entries
+    lent: Lent
     reports: list[NodeReport] = field(default_factory=list)
 
     @property
@@ -115,21 +122,23 @@ class World:
         async def remember(speed: Speed) -> None:
             await trio.lowlevel.checkpoint()
 
+        lent = Lent()
         hosts = Hosts(
             machine=Hosting(me=node.node_id, fence=Fence({})),
             calls=calls,
             weights=self.cuts,
-            lent=Lent(),
+            lent=lent,
             persist=persist,
             report=report,
             probe=probe,
             remember=remember,
             weight_bytes=lambda model, first, end: 1,
+            architecture=lambda model: "llama",
             hear=lambda pipeline, span, stats: None,
             now=trio.current_time,
             log=node.log,
         )
-        member = Member(node, calls, hosts, Entries(calls=calls, hosts=hosts, log=node.log))
+        member = Member(node, calls, hosts, Entries(calls=calls, hosts=hosts, log=node.log), lent)
 
         async def attach(peer: NodeId, wanted: Attach) -> Granted:
             return hosts.attach(peer, wanted)

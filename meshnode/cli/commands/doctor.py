@@ -13,7 +13,7 @@ from meshnode.kernel.redaction import printable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from meshnode.cli.doctor import Finding, Told
+    from meshnode.cli.doctor import Finding, Told, Versions
 
 HEALTH_TIMEOUT_S: Final = 2.0
 
@@ -32,10 +32,10 @@ def doctor(session: Session) -> int:
 
     settings = session.resolved.settings
     try:
-        data_dir, (told, warnings) = session.data_dir, _told(session)
+        data_dir, (told, warnings, versions) = session.data_dir, _told(session)
     except MeshError:
         # That no agent answers, or something else on its port, is for the checks to say.
-        data_dir, told, warnings = session.usual_data_dir, {}, ()
+        data_dir, told, warnings, versions = session.usual_data_dir, {}, (), ()
     running = running_ports(data_dir)
     api_port = session.api_port or running.get("api_port") or settings.api.port or DEFAULT_API_PORT
     patient = Patient(
@@ -50,6 +50,7 @@ def doctor(session: Session) -> int:
         multicast_group=settings.discovery.group,
         told=told,
         warnings=warnings,
+        versions=versions,
     )
     with Progress("examining this machine", quiet=session.as_json):
         findings = trio.run(examine, patient)
@@ -70,16 +71,22 @@ def doctor(session: Session) -> int:
     return EXIT_FAILED if failed else EXIT_DONE
 
 
-def _told(session: Session) -> "tuple[dict[str, Told], tuple[str, ...]]":
-    """What the agent, if one runs, knows of its own health, and its warnings."""
-    from meshnode.cli.doctor import Told
+def _told(session: Session) -> "tuple[dict[str, Told], tuple[str, ...], tuple[Versions, ...]]":
+    """What the agent, if one runs, knows of its own health, its warnings, and of versions of llama-cpp-python."""
+    from meshnode.cli.doctor import Told, Versions
 
     with session.agent() as agent:
         report = agent.get_any_status("/api/health", timeout_s=HEALTH_TIMEOUT_S)
         status = agent.get_any_status("/api/status", timeout_s=HEALTH_TIMEOUT_S)
+        models = agent.get_any_status("/api/llm/status?scope=local", timeout_s=HEALTH_TIMEOUT_S)
     checks = report.get("checks", {}) if isinstance(report, dict) else {}
     told = {name: Told(str(check["status"]), str(check["message"])) for name, check in checks.items()}
-    return told, tuple(map(str, status.get("warnings", ()) if isinstance(status, dict) else ()))
+    me = status.get("node_id") if isinstance(status, dict) else None
+    versions = tuple(
+        Versions(str(one["message"]), one["effect"] == "shared", str(one["update_to"]) if me in one["outdated"] else "")
+        for one in (models.get("versions", ()) if isinstance(models, dict) else ())
+    )
+    return told, tuple(map(str, status.get("warnings", ()) if isinstance(status, dict) else ())), versions
 
 
 def findings_text(findings: "Sequence[Finding]") -> str:

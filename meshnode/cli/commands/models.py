@@ -6,8 +6,8 @@ from urllib.parse import urlencode
 import click
 
 from meshnode.cli.client import AgentClient
-from meshnode.cli.model_text import model_text, models_text, plan_text
-from meshnode.cli.models import choose, complete_model, list_models, model_path
+from meshnode.cli.model_text import model_text, models_text, plan_text, versions_text
+from meshnode.cli.models import choose, complete_model, list_models, model_path, version_effects
 from meshnode.cli.nodes import complete_node, find_node
 from meshnode.cli.screen import Progress, confirm, note, say, say_json, terminal_columns
 from meshnode.cli.session import Session, example, with_session
@@ -35,6 +35,7 @@ def models(session: Session, name: str | None, all_known: bool) -> None:
                 listed = {model["model"] for model in found}
                 found += [model for model in agent.pages("/api/llm/catalogue") if model["model"] not in listed]
         nodes = [] if session.as_json else agent.pages("/api/nodes")
+        effects = [] if session.as_json or name is not None else version_effects(agent)
     names = {node["id"]: node["name"] for node in nodes}
     me = next((node["id"] for node in nodes if node.get("this_node")), "")
     if name is not None:
@@ -51,6 +52,8 @@ def models(session: Session, name: str | None, all_known: bool) -> None:
         say_json(shown)
     elif shown:
         say(models_text(shown, names, terminal_columns(), me=me))
+        if effects:
+            say(versions_text(effects, names))
     else:
         say("No model yet. `meshnode models --all` lists what can be had, `meshnode pull` fetches it.")
 

@@ -6,6 +6,6 @@ changes anything.
 """
 
 from meshnode.cli.doctor.examine import CHECKS, examine
-from meshnode.cli.doctor.finding import Check, Finding, Patient, Result, Told
+from meshnode.cli.doctor.finding import Check, Finding, Patient, Result, Told, Versions
 
-__all__ = ["CHECKS", "Check", "Finding", "Patient", "Result", "Told", "examine"]
+__all__ = ["CHECKS", "Check", "Finding", "Patient", "Result", "Told", "Versions", "examine"]

@@ -33,9 +33,18 @@ class Told(msgspec.Struct, frozen=True):
     message: str
 
 
+class Versions(msgspec.Struct, frozen=True):
+    """What two versions of llama-cpp-python in the mesh mean for its models. `update_to`: what to install here."""
+
+    message: str
+    is_fine: bool
+    update_to: str = ""
+
+
 class Patient(msgspec.Struct, frozen=True):
     """The machine and the settings that are looked at. `root` is where the system's files are read; `told` is what
-    the running agent says of itself, by check, and `warnings` what `meshnode status` shows of it.
+    the running agent says of itself, by check, `warnings` what `meshnode status` shows of it, and `versions` what it
+    knows of the mesh's engines.
     """
 
     data_dir: Path
@@ -50,6 +59,7 @@ class Patient(msgspec.Struct, frozen=True):
     root: Path = Path("/")
     told: Mapping[str, Told] = {}
     warnings: tuple[str, ...] = ()
+    versions: tuple[Versions, ...] = ()
 
 
 Check = Callable[[Patient], Finding]

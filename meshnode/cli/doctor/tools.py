@@ -20,9 +20,15 @@ _DISPLAY_CLASS: Final = "0x03"
 
 
 def check_engine(patient: Patient) -> Finding:
-    """llama.cpp is there, or could be built. Without it the node is a full member that holds no layers of a model."""
+    """llama.cpp is there, or could be built, and agrees with the mesh's as far as models need that.
+
+    Without it the node is a full member that holds no layers of a model.
+    """
     if importlib.util.find_spec("llama_cpp") is not None:
-        return Finding("engine", Result.OK, "llama-cpp-python is installed")
+        found = "; ".join(("llama-cpp-python is installed", *dict.fromkeys(one.message for one in patient.versions)))
+        wanted = next((one.update_to for one in patient.versions if one.update_to), "")
+        result = Result.OK if all(one.is_fine for one in patient.versions) else Result.WARN
+        return Finding("engine", result, found, update_package(f"llama-cpp-python=={wanted}") if wanted else "")
     compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
     mend = add_package(ENGINE)
     if compiler is None:
@@ -40,6 +46,13 @@ def add_package(requirement: str) -> str:
     """The command that adds a Python package to where this agent is installed."""
     if "pipx" in Path(sys.prefix).parts:
         return f"pipx inject meshnode '{requirement}'"
+    return f"{sys.executable} -m pip install '{requirement}'"
+
+
+def update_package(requirement: str) -> str:
+    """The command that changes the version of a package that this agent has already."""
+    if "pipx" in Path(sys.prefix).parts:
+        return f"pipx runpip meshnode install '{requirement}'"
     return f"{sys.executable} -m pip install '{requirement}'"
 
 

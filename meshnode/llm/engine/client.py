@@ -64,7 +64,11 @@ class EndReason(StrEnum):
     HUNG = "hung"
     OUT_OF_MEMORY = "out_of_memory"
     LOAD_FAILED = "load_failed"
+    UNCUT = "uncut"
     NOT_INSTALLED = "not_installed"
+
+
+LOAD_REASONS: Final = {StageErrorCode.OUT_OF_MEMORY: EndReason.OUT_OF_MEMORY, StageErrorCode.UNCUT: EndReason.UNCUT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,8 +237,7 @@ class Engine:
                 elif item.kind == Kind.ERROR:
                     error = item.message()
                     assert isinstance(error, StageError)
-                    memory = error.code is StageErrorCode.OUT_OF_MEMORY
-                    failure = Ended(EndReason.OUT_OF_MEMORY if memory else EndReason.LOAD_FAILED, error.words, None)
+                    failure = Ended(LOAD_REASONS.get(error.code, EndReason.LOAD_FAILED), error.words, None)
             if not await self._receive():
                 return failure or Ended(EndReason.CRASHED, "The engine ended while it loaded the model.", None)
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from meshnode.llm.engine import library
-from meshnode.llm.engine.library import Log, exported, ggml, keep_threads, llama_cpp
+from meshnode.llm.engine.library import Log, exported, ggml, keep_threads, llama_cpp, llama_cpp_version
 from meshnode.llm.engine.spec import StageSpec
 from protocol.sharding.frames import StageErrorCode
 from protocol.sharding.steps import Run
@@ -32,9 +32,9 @@ _MEMORY_WORDS: Final = ("bad_alloc", "failed to allocate", "out of memory", "can
 class CannotLoad(Exception):  # noqa: N818 -- named after what happened
     """The stage cannot be loaded; the words say why."""
 
-    def __init__(self, words: str, *, out_of_memory: bool = False) -> None:
+    def __init__(self, words: str, code: StageErrorCode = StageErrorCode.INTERNAL) -> None:
         super().__init__(words)
-        self.out_of_memory = out_of_memory
+        self.code = code
 
 
 class CannotCompute(Exception):  # noqa: N818 -- named after what happened
@@ -64,6 +64,7 @@ class Model:
         self.lengths = [0] * spec.slots
         self.kept_threads = not library.has_openmp() and keep_threads(self.context, spec.threads)
         self._hidden: Floats = np.empty((0, self.width), np.float32)
+        self._seen = False
         self._allocate_batch()
         self._embedding = False
         self.probe()
@@ -80,7 +81,7 @@ class Model:
                 return layers
             except CannotLoad as error:
                 # Half as many until it fits: what a backend needs beside the weights is not known beforehand.
-                if layers == 0 or not error.out_of_memory:
+                if layers == 0 or error.code is not StageErrorCode.OUT_OF_MEMORY:
                     raise
                 layers //= 2
 
@@ -108,7 +109,8 @@ class Model:
     def _cannot(self, words: str) -> CannotLoad:
         said = [line for line in self._log.text.splitlines() if "error" in line.lower() or "fail" in line.lower()]
         memory = any(word in self._log.text.lower() for word in _MEMORY_WORDS)
-        return CannotLoad(f"{words}: {' '.join(said[-3:]) or 'it gives no reason'}"[:1000], out_of_memory=memory)
+        code = StageErrorCode.OUT_OF_MEMORY if memory else StageErrorCode.INTERNAL
+        return CannotLoad(f"{words}: {' '.join(said[-3:]) or 'it gives no reason'}"[:1000], code)
 
     def _choose_hook(self, layers: int) -> None:
         spec = self.spec
@@ -118,7 +120,10 @@ class Model:
         has_tail = layers == spec.layers + 1
         can_layer_inp = has_tail and exported("set") is not None and exported("get") is not None
         if spec.hook == "layer_inp" and not can_layer_inp:
-            raise CannotLoad("The hook layer_inp needs a file with a tail block and a llama.cpp that exports it.")
+            raise CannotLoad(
+                "The hook layer_inp needs a file with a tail block and a llama.cpp that exports it, which"
+                f" llama-cpp-python {llama_cpp_version()} may not be."
+            )
         self.hook = spec.hook or ("layer_inp" if can_layer_inp else "cb_eval")
         # The last layer computes only rows that are outputs, so without a tail all have to be.
         self.all_rows_are_outputs = not has_tail
@@ -196,6 +201,12 @@ class Model:
             self.compute([run], values)
             result = self.logits(1) if self.spec.is_last else self.hidden(2)
         except CannotCompute as error:
+            if self.hook == "cb_eval" and not self._seen:
+                raise CannotLoad(
+                    f"llama-cpp-python {llama_cpp_version()} can only run whole models, and be no stage of a pipeline:"
+                    f" it does not give a layer's hidden states ({error}). Update it.",
+                    StageErrorCode.UNCUT,
+                ) from error
             raise CannotLoad(f"The probe of the stage failed: {error}") from error
         finally:
             self.truncate(PROBE_SLOT, 0)

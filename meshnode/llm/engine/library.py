@@ -52,6 +52,13 @@ def exported(what: str) -> Any:
     return None
 
 
+def llama_cpp_version() -> str:
+    """Of llama-cpp-python."""
+    import llama_cpp as package
+
+    return str(package.__version__)
+
+
 def has_openmp() -> bool:
     """Whether this build's threads are OpenMP's. It spins by itself, within GOMP_SPINCOUNT; others need a kept pool."""
     try:

@@ -8,12 +8,12 @@ import psutil
 
 from meshnode.llm.engine.channel import Channel
 from meshnode.llm.engine.computing import CannotLoad, Model
-from meshnode.llm.engine.library import Log, has_openmp, llama_cpp
+from meshnode.llm.engine.library import Log, has_openmp, llama_cpp, llama_cpp_version
 from meshnode.llm.engine.sequencing import is_rewindable
 from meshnode.llm.engine.spec import Facts, Loading, StageSpec, frame_bytes_max
 from meshnode.llm.engine.stage import agent_error, agent_message
 from meshnode.llm.engine.vocabulary import Vocabulary
-from protocol.sharding.frames import SNAPSHOT_BYTES_MAX, Kind, StageErrorCode
+from protocol.sharding.frames import SNAPSHOT_BYTES_MAX, Kind
 
 PROGRESS_INTERVAL_S: Final = 0.1
 META_BYTES_MAX: Final = 1 << 20
@@ -35,8 +35,7 @@ def load(spec: StageSpec, channel: Channel, *, isolated: bool) -> Model | None:
     try:
         model = Model(spec, log, progress)
     except CannotLoad as error:
-        code = StageErrorCode.OUT_OF_MEMORY if error.out_of_memory else StageErrorCode.INTERNAL
-        channel.to_agent(agent_error(code, str(error)))
+        channel.to_agent(agent_error(error.code, str(error)))
         return None
     log.end_of_loading()
     # Snapshots are longer than any step; only the agent sends them.
@@ -71,15 +70,9 @@ def _facts(spec: StageSpec, model: Model, log: Log, isolated: bool) -> Facts:
         bos=None if words is None else words.special("bos"),
         eos=None if words is None else words.special("eos"),
         adds_bos=words is not None and bool(llama_cpp.llama_vocab_get_add_bos(words.pointer)),
-        llama_cpp=_version(),
+        llama_cpp=llama_cpp_version(),
         system=llama_cpp.llama_print_system_info().decode(),
     )
-
-
-def _version() -> str:
-    import llama_cpp as package
-
-    return str(package.__version__)
 
 
 def _meta(model: Any, key: str) -> str | None:

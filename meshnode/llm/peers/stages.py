@@ -12,13 +12,14 @@ from meshnode.llm.service.hosts import Hosts
 from meshnode.llm.service.learning import StatsRequest
 from meshnode.llm.service.loads import Loads
 from meshnode.llm.service.prompts import Tokenised, TokeniseRequest
+from meshnode.llm.service.trialstages import TrialEnd, TrialStage, TrialStages
 from protocol.ids import NodeId
 from protocol.sharding.pipelines import Answer, EnsureRequest, NodeReport, Reported, StageCommand
 
 Handler = Callable[[NodeId, Any], Awaitable[object]]
 
 
-def stage_methods(hosts: Hosts, loads: Loads, desk: Desk) -> Mapping[str, PeerMethod[Any]]:
+def stage_methods(hosts: Hosts, loads: Loads, desk: Desk, trials: TrialStages) -> Mapping[str, PeerMethod[Any]]:
     """The methods by name."""
 
     async def ensure(peer: NodeId, request: EnsureRequest) -> Answer:
@@ -50,7 +51,15 @@ def stage_methods(hosts: Hosts, loads: Loads, desk: Desk) -> Mapping[str, PeerMe
     async def unload(peer: NodeId, wanted: UnloadRequest) -> bool:
         return loads.unload_for(peer, wanted.digest)
 
+    async def trial(peer: NodeId, wanted: TrialStage) -> str:
+        return await trials.begin(peer, wanted)
+
+    async def trial_end(peer: NodeId, wanted: TrialEnd) -> str:
+        return await trials.end(wanted.pipeline)
+
     return {
+        "llm.trial": PeerMethod(TrialStage, trial),
+        "llm.trial_end": PeerMethod(TrialEnd, trial_end),
         "llm.stats": PeerMethod(StatsRequest, stats),
         "llm.sessions": PeerMethod(SessionsRequest, sessions),
         "llm.unload": PeerMethod(UnloadRequest, unload),

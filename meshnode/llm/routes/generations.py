@@ -23,7 +23,7 @@ from meshnode.llm.routes.schema import (
     SessionStarted,
     WorkerCapability,
 )
-from meshnode.llm.routes.translate import ChatFrames, capability_of, page_of, request_of, session_of
+from meshnode.llm.routes.translate import ChatFrames, capability_of, effect_of, page_of, request_of, session_of
 from protocol.ids import NodeId
 
 TAG: Final = "llm"
@@ -54,7 +54,8 @@ class GenerationRoutes:
         ready = self._me in workers and workers[self._me].engine_ready
         held = [card.name for card in await self._llm.cards() if self._me in card.held_by]
         split = sum(len(report.stages) > 1 for report in reports)
-        return Reply(LlmStatus(ready, held, len(reports), split), unreachable=unreachable)
+        versions = [effect_of(report) for report in await self._llm.standings()]
+        return Reply(LlmStatus(ready, held, len(reports), split, versions), unreachable=unreachable)
 
     async def sessions(self, request: Request) -> Reply:
         reports, unreachable = await self._llm.sessions(local_only=request.local_only)

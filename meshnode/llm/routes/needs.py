@@ -14,6 +14,7 @@ from meshnode.llm.model import (
     PullProgress,
     RemovedReport,
     SessionReport,
+    VersionsReport,
     WorkerReport,
 )
 from protocol.ids import NodeId
@@ -44,6 +45,10 @@ class Llm(Protocol):
 
     async def sessions(self, *, local_only: bool) -> tuple[Sequence[SessionReport], Sequence[NodeId]]:
         """Generations under way, of every entry; and the nodes that could not be asked."""
+        ...
+
+    async def standings(self) -> Sequence[VersionsReport]:
+        """What different versions of llama-cpp-python mean for the mesh's models, those that want mending first."""
         ...
 
     async def workers(self) -> Sequence[WorkerReport]:

@@ -183,6 +183,17 @@ class ModelFeasibility(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class VersionEffect(msgspec.Struct, frozen=True):
+    """What versions of llama-cpp-python mean for the models here: `shared` pipelines, versions that stay `apart`, nodes
+    that run models `whole_only`. Updating the nodes `outdated` to `update_to`, if known, mends it.
+    """
+
+    effect: str
+    message: str
+    outdated: list[str]
+    update_to: str
+
+
 class LlmStatus(msgspec.Struct, frozen=True):
     """This node's models, and what runs in the mesh. `ollama_ready`: this node can compute layers."""
 
@@ -190,6 +201,7 @@ class LlmStatus(msgspec.Struct, frozen=True):
     local_models: list[str]
     active_sessions: int
     active_distrib_sessions: int
+    versions: list[VersionEffect]
 
 
 class ShardStat(msgspec.Struct, frozen=True, kw_only=True):
@@ -239,7 +251,10 @@ class DistribSession(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerCapability(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node lends. Latencies in milliseconds, bandwidths in MiB a second, speeds in tokens a second."""
+    """What a node lends. Latencies in milliseconds, bandwidths in MiB a second, speeds in tokens a second.
+
+    `engine_version`: of llama-cpp-python, which runs models of the architectures `whole_only` only whole.
+    """
 
     node_id: str
     node_name: str
@@ -250,6 +265,8 @@ class WorkerCapability(msgspec.Struct, frozen=True, kw_only=True):
     link_bandwidths: dict[str, float]
     inference_speeds: dict[str, float]
     last_seen: str
+    engine_version: str
+    whole_only: list[str]
 
 
 # ---- events ---------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from meshnode.llm.model import (
     Started,
     TextDelta,
     ToolCallDelta,
+    VersionsReport,
     WorkerReport,
 )
 from meshnode.llm.routes.schema import (
@@ -43,6 +44,7 @@ from meshnode.llm.routes.schema import (
     ShardPlan,
     ShardStat,
     StageStat,
+    VersionEffect,
     WorkerCapability,
 )
 
@@ -209,6 +211,11 @@ def _stage_of(stage: StageReport) -> StageStat:
     )
 
 
+def effect_of(report: VersionsReport) -> VersionEffect:
+    """What versions mean for models."""
+    return VersionEffect(report.effect, report.words, list(report.outdated), report.update_to)
+
+
 def capability_of(report: WorkerReport) -> WorkerCapability:
     """What a node lends."""
     return WorkerCapability(
@@ -221,6 +228,8 @@ def capability_of(report: WorkerReport) -> WorkerCapability:
         link_bandwidths={str(node): rate / MIB for node, rate in report.bandwidths.items()},
         inference_speeds=report.speeds,
         last_seen=report.seen_at,
+        engine_version=report.engine_version,
+        whole_only=list(report.whole_only),
     )
 
 

@@ -21,6 +21,7 @@ from meshnode.llm.model import (
     SessionReport,
     StageLine,
     StageReport,
+    VersionsReport,
     WorkerReport,
 )
 from meshnode.llm.service.calls import Calls
@@ -199,13 +200,10 @@ class Desk:
         )
         if isinstance(made, Refusal):
             needed = made.needed_bytes or shape.total_bytes
-            words = made.words
-            if made.would_fit:
-                words += f" Would fit: {', '.join(made.would_fit)}."
             return PlanReport(
                 model=name,
                 fits=False,
-                reason=words,
+                reason=made.words,
                 context=wanted,
                 bytes_needed=needed,
                 bytes_free=free,
@@ -326,6 +324,11 @@ class Desk:
             bytes_out=stats.bytes_out,
         )
 
+    async def standings(self) -> list[VersionsReport]:
+        """What the versions of the nodes' engines mean for the mesh's models."""
+        found = self._planning.standings(self._models.shapes())
+        return [VersionsReport(one.effect.value, one.words, one.outdated, one.update_to) for one in found]
+
     async def workers(self) -> list[WorkerReport]:
         """What each node lends, this one included."""
         reports = []
@@ -340,6 +343,8 @@ class Desk:
                     free_bytes=offer.ram_free_bytes + sum(device.vram_free_bytes for device in offer.devices),
                     models=tuple(models),
                     latencies_s={NodeId(peer): rtt / 1e6 for peer, rtt in offer.rtts_us.items()},
+                    engine_version=offer.version,
+                    whole_only=offer.whole_only,
                 )
             )
         return reports

@@ -5,6 +5,7 @@ Frames are looked at only as far as who may send which kind; everything else abo
 
 import math
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, Protocol
 
 import trio
@@ -12,8 +13,7 @@ import trio
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import BulkStream
 from meshnode.kernel.logs import Logger
-from meshnode.llm.engine.client import Ended, Engine, Outgoing
-from meshnode.llm.engine.process import open_engine
+from meshnode.llm.engine.client import Ended, EndReason, Engine, Outgoing
 from meshnode.llm.engine.spec import StageSpec
 from meshnode.llm.service.calls import Attach, Calls, FrameSink, StreamSink, attend, repack
 from protocol.ids import NodeId, node_id_bytes
@@ -52,6 +52,14 @@ class Weights(Protocol):
         ...
 
 
+class OpenEngine(Protocol):
+    """A loaded engine for as long as the block runs; see engine/process.py."""
+
+    def __call__(
+        self, stage: StageSpec, /, *, progress: Callable[[float], None] | None = None
+    ) -> AbstractAsyncContextManager[Engine]: ...
+
+
 class Surroundings(Protocol):
     """What a stage needs of the node that holds it."""
 
@@ -64,6 +72,11 @@ class Surroundings(Protocol):
     @property
     def threads(self) -> int:
         """How many cores its engine may use."""
+        ...
+
+    @property
+    def open_engine(self) -> OpenEngine:
+        """What starts its engine."""
         ...
 
     def submit(self, event: HostingInput) -> None:
@@ -84,6 +97,10 @@ class Surroundings(Protocol):
 
     def hear(self, pipeline: Pipeline, span: Span, stats: Stats) -> None:
         """A stage tells what it did."""
+        ...
+
+    def cannot_split(self, model: str) -> None:
+        """This node's llama.cpp gives no hidden states of such models."""
         ...
 
 
@@ -168,6 +185,8 @@ class StageHost:
                 try:
                     await self._serve()
                 except MeshError as error:
+                    if error.detail.get("reason") == EndReason.UNCUT.value:
+                        self._around.cannot_split(self.pipeline.model)
                     self._broken(error.message, self.index)
         finally:
             self.over.set()
@@ -207,8 +226,13 @@ class StageHost:
             share = FETCH_SHARE + (1 - FETCH_SHARE) * share
             around.submit(EngineChanged(pipeline.id, "loading", share=share, words="loading into memory"))
 
-        async with open_engine(spec, progress=loaded) as engine, trio.open_nursery() as nursery:
+        async with around.open_engine(spec, progress=loaded) as engine, trio.open_nursery() as nursery:
             self.engine = engine
+            if has_tail and engine.facts.hook == "cb_eval":
+                around.log.warning(
+                    "this llama-cpp-python does not export a layer's input; hidden states come by the callback, slower",
+                    version=engine.facts.llama_cpp,
+                )
             nursery.start_soon(self._pump, engine, nursery.cancel_scope)
             if around.wants_speed():
                 await self._measure(engine)

@@ -14,8 +14,9 @@ from meshnode.kernel.links import BulkStream
 from meshnode.kernel.logs import Logger
 from meshnode.kernel.machines import MachineRunner
 from meshnode.llm.engine.client import Engine
+from meshnode.llm.engine.process import open_engine
 from meshnode.llm.service.calls import Attach, Calls, Granted
-from meshnode.llm.service.host import StageHost, Weights
+from meshnode.llm.service.host import OpenEngine, StageHost, Weights
 from protocol.effects import Persist
 from protocol.ids import NodeId
 from protocol.sharding.frames import Stats
@@ -44,6 +45,7 @@ class Lent(Protocol):
     def threads(self) -> int: ...
     @property
     def is_measured(self) -> bool: ...
+    def cannot_split(self, architecture: str) -> None: ...
 
 
 class Hosts:
@@ -61,9 +63,11 @@ class Hosts:
         probe: Callable[[Pipeline], Awaitable[None]],
         remember: Callable[[Speed], Awaitable[None]],
         weight_bytes: Callable[[str, int, int], int],
+        architecture: Callable[[str], str],
         hear: Callable[[Pipeline, Span, Stats], None],
         now: Callable[[], float],
         log: Logger,
+        open_engine: OpenEngine = open_engine,
     ) -> None:
         """`report` tells the coordinator; `probe` generates a token; both raise MeshError. `remember` keeps a speed;
         `hear` is told what stages did.
@@ -72,15 +76,18 @@ class Hosts:
         self.weights = weights
         self._lent = lent
         self.log = log
+        self.open_engine = open_engine
         self._machine = machine
         self._persist = persist
         self._report = report
         self._probe = probe
         self._remember = remember
         self._weight_bytes = weight_bytes
+        self._architecture = architecture
         self._hear = hear
         self._runner: MachineRunner[HostingInput] = MachineRunner(handle=machine.handle, perform=self._perform, now=now)
         self._stages: dict[bytes, StageHost] = {}
+        self._taken_in: set[bytes] = set()
         self._answers: dict[int, tuple[trio.Event, list[str]]] = {}
         self._calls_made = 0
         self._nursery: trio.Nursery | None = None
@@ -106,6 +113,15 @@ class Hosts:
         """A stage tells what it did."""
         self._hear(pipeline, span, stats)
 
+    def cannot_split(self, model: str) -> None:
+        """This node offers no stages of this model's architecture any more."""
+        self.offer_whole(self._architecture(model))
+
+    def offer_whole(self, architecture: str) -> None:
+        """The same for an architecture."""
+        self._lent.cannot_split(architecture)
+        self.log.warning("this llama-cpp-python runs such models only whole: update it", architecture=architecture)
+
     @property
     def stages(self) -> Mapping[bytes, StageHost]:
         """By pipeline."""
@@ -120,6 +136,24 @@ class Hosts:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._runner.run)
+
+    def take_in(self, host: StageHost) -> StageHost:
+        """A stage that the machine knows nothing of: whoever brings it runs it, and lets go of it."""
+        self._stages[host.pipeline.id] = host
+        self._taken_in.add(host.pipeline.id)
+        return host
+
+    def let_go(self, pipeline: bytes) -> None:
+        """The opposite of take_in."""
+        self._stages.pop(pipeline, None)
+        self._taken_in.discard(pipeline)
+
+    def loaded_bytes(self) -> int:
+        """Weights of the stages that plans wanted. Those taken in go by themselves, before the load that waits for
+        their test: told as taken memory, they would be in its way.
+        """
+        planned = [host for name, host in self._stages.items() if name not in self._taken_in]
+        return sum(host.engine.facts.model_bytes for host in planned if host.engine is not None)
 
     async def command(self, peer: NodeId, command: StageCommand) -> str:
         """A coordinator's command: empty if it is obeyed, else why not."""

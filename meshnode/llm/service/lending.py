@@ -18,6 +18,7 @@ from protocol.sharding.predict import Learnt
 
 RESERVE_SHARE: Final = 0.125  # of the machine's memory stays for others
 GPU_RESERVE_SHARE: Final = 0.1
+WHOLE_ONLY_MAX: Final = 64
 GUESSED: Final = Speed(layer_bytes=8_000_000, token_s=0.001, row_s=0.0002)
 """8 GB/s: what memory of any machine of these years gives. The first model that is loaded is measured."""
 
@@ -70,6 +71,7 @@ class Lent:
         self._learnt = learnt
         self._groups = ControlGroups()
         self.version = engine_version()
+        self._whole_only: tuple[str, ...] = ()
         fits = measured is not None and measured.llama == self.version and measured.threads == self.threads
         self._speed = measured.speed if measured is not None and fits else None
 
@@ -99,6 +101,11 @@ class Lent:
             self._speed = speed
         return Measured(self._speed, self.version, self.threads)
 
+    def cannot_split(self, architecture: str) -> None:
+        """Offer no stages of such models, only whole ones; until the next start, which another version needs too."""
+        if architecture:
+            self._whole_only = tuple(sorted({*self._whole_only, architecture}))[:WHOLE_ONLY_MAX]
+
     def free_bytes(self) -> int:
         """Main memory that a stage may still take."""
         machine = psutil.virtual_memory()
@@ -123,6 +130,7 @@ class Lent:
             rtts_us={node: int(rtt * 1e6) for node, rtt in rtts},
             factors=dict(learnt.factors),
             hop_overhead_s=learnt.hop_overhead_s,
+            whole_only=self._whole_only,
         )
 
     def _devices(self) -> list[Device]:

@@ -41,9 +41,11 @@ from protocol.sharding.pipelines import (
     UnloadStage,
     UnloadWanted,
 )
-from protocol.sharding.planner import Plan, Refusal, mend, plan
+from protocol.sharding.planner import Plan, Refusal
 from protocol.sharding.predict import Constants, constants_of
+from protocol.sharding.selftests import Choice, Findings, Wanted, choose
 from protocol.sharding.shapes import ModelShape
+from protocol.sharding.standings import Standing, standings
 
 PROMPT_TOKENS_EXPECTED: Final = 512
 OFFER_WAIT_S: Final = 5.0
@@ -65,14 +67,29 @@ Command = Callable[[NodeId, StageCommand], Awaitable[str]]
 class Planning:
     """The planner with this mesh's facts; the same for a load and for those who only ask."""
 
-    def __init__(self, *, shapes: Shapes, offers: Offers, offload: Offload, slots: int, stages_min: int) -> None:
+    def __init__(
+        self,
+        *,
+        shapes: Shapes,
+        offers: Offers,
+        offload: Offload,
+        slots: int,
+        stages_min: int,
+        tested: Callable[[], Findings],
+    ) -> None:
+        """`tested`: which versions of llama-cpp-python were found to agree."""
         self._shapes = shapes
         self._offers = offers
         self._offload = offload
         self._slots = slots
         self._stages_min = stages_min
+        self._tested = tested
 
-    async def plan(
+    async def plan(self, digest: str, context: int) -> Plan | Refusal:
+        """The plan for a model as the mesh stands now. Nodes that have just come are waited for if they are needed."""
+        return (await self.choose(digest, context)).made
+
+    async def choose(
         self,
         digest: str,
         context: int,
@@ -82,26 +99,31 @@ class Planning:
         taken: dict[NodeId, tuple[int, int]] | None = None,
         kept: Sequence[Span] = (),
         stages_min: int = 1,
-    ) -> Plan | Refusal:
-        """The plan for a model as the mesh stands now. Nodes that have just come are waited for if they are needed."""
+    ) -> Choice:
+        """The same for a load, and the tests of versions that would change it."""
         patience = OFFER_WAIT_S
         while True:
             asked = self._prepared(
                 self._shapes.shape(digest), context, without, freed or {}, taken or {}, tuple(kept), stages_min
             )
-            made = await self._offload(asked)
-            if isinstance(made, Plan) or patience <= 0 or not self._offers.unheard():
-                return made
+            choice = await self._offload(asked)
+            if isinstance(choice.made, Plan) or patience <= 0 or not self._offers.unheard():
+                return choice
             await trio.sleep(OFFER_LOOK_S)
             patience -= OFFER_LOOK_S
 
     def now(self, digest: str, context: int) -> Plan | Refusal:
         """The same at once, for those who cannot wait: up to a fifth of a second in a large mesh."""
-        return self._prepared(self._shapes.shape(digest), context, frozenset(), {}, {}, (), 1)()
+        return self._prepared(self._shapes.shape(digest), context, frozenset(), {}, {}, (), 1)().made
 
     async def plan_shape(self, shape: ModelShape, context: int) -> Plan | Refusal:
         """The plan for a model that nobody has yet, by what is known of it beforehand."""
-        return await self._offload(self._prepared(shape, context, frozenset(), {}, {}, (), 1))
+        return (await self._offload(self._prepared(shape, context, frozenset(), {}, {}, (), 1))).made
+
+    def standings(self, shapes: Sequence[ModelShape]) -> tuple[Standing, ...]:
+        """What the versions of the nodes' engines mean for these models."""
+        offers, _ = self._offers.planning(lambda _node: ())
+        return standings(shapes, offers, self._tested())
 
     def _prepared(
         self,
@@ -112,16 +134,16 @@ class Planning:
         taken: dict[NodeId, tuple[int, int]],
         kept: tuple[Span, ...],
         stages_min: int,
-    ) -> Callable[[], Plan | Refusal]:
+    ) -> Callable[[], Choice]:
         """The question with all its facts, to be answered in a thread."""
         if shape is None:
-            return lambda: Refusal(code="no_nodes", words="No node knows that model any more. Pull it again.")
+            return lambda: Choice(Refusal(code="no_nodes", words="No node knows that model any more. Pull it again."))
         offers, links = self._offers.planning(lambda node: self._shapes.holds(node, shape.digest))
         offers = [_shifted(offer, freed, taken) for offer in offers if offer.node not in without]
         able = sum(offer.has_engine for offer in offers)
         if able < stages_min:
             words = f"Split over {stages_min} nodes, as was asked, it needs more than the {able} that can run models."
-            return lambda: Refusal(code=FEW_NODES, words=words)
+            return lambda: Choice(Refusal(code=FEW_NODES, words=words))
         wish = Wish(
             context=context,
             slots=self._slots,
@@ -131,7 +153,8 @@ class Planning:
         )
         siblings = self._shapes.siblings(shape.digest)
         constants = constants_of(shape.digest, self._offers.learnt())
-        return lambda: self._plan(shape, wish, offers, links, constants, kept, siblings)
+        tested = self._tested()
+        return lambda: self._plan(shape, wish, offers, links, constants, kept, siblings, tested)
 
     def _plan(
         self,
@@ -142,14 +165,11 @@ class Planning:
         constants: Constants,
         kept: tuple[Span, ...],
         siblings: Sequence[tuple[str, int]],
-    ) -> Plan | Refusal:
+        tested: Findings,
+    ) -> Choice:
         """In a thread: a large mesh takes a fifth of a second."""
-        if kept:
-            standing = {NodeId(span.node): (span.first, span.end) for span in kept}
-            mended = mend(shape, wish, standing, offers, links, constants=constants)
-            if mended is not None and len(mended.stages) >= wish.stages_min:
-                return mended
-        return plan(shape, wish, offers, links, constants=constants, siblings=siblings)
+        standing = {NodeId(span.node): (span.first, span.end) for span in kept}
+        return choose(shape, wish, standing, offers, links, tested, constants=constants, siblings=siblings)
 
 
 class Loads:
@@ -163,6 +183,7 @@ class Loads:
         shapes: Shapes,
         command: Command,
         may_unload: Callable[[NodeId], None],
+        test: Callable[[Wanted], None],
         publish: Callable[[object], object],
         now: Callable[[], float],
         log: Logger,
@@ -173,6 +194,7 @@ class Loads:
         self._shapes = shapes
         self._command = command
         self._may_unload = may_unload
+        self._test = test
         self._publish = publish
         self._log = log
         self._runner: MachineRunner[LoadingInput] = MachineRunner(handle=machine.handle, perform=self._perform, now=now)
@@ -254,7 +276,7 @@ class Loads:
                 self._log.warning("a model could not be loaded", model=model[:16], code=code, why=words)
 
     async def _plan(self, wanted: PlanWanted) -> None:
-        made = await self._planning.plan(
+        made, wanted_tests = await self._planning.choose(
             wanted.model,
             wanted.context,
             without=wanted.without,
@@ -263,6 +285,8 @@ class Loads:
             kept=wanted.kept,
             stages_min=wanted.stages_min,
         )
+        for test in wanted_tests:
+            self._test(test)
         if isinstance(made, Refusal):
             self.submit(Planned(wanted.job, None, made.code, made.words, made.short_bytes))
             return

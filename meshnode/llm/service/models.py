@@ -113,6 +113,10 @@ class Models:
         ]
         return sorted(cards, key=lambda card: (not card.ready, -card.created, card.name))
 
+    def shapes(self) -> list[ModelShape]:
+        """Of every model that somebody holds."""
+        return [found.shape for found in self._library.manifests()]
+
     def _missing(self, found: Manifest) -> str:
         """Why it cannot be loaded at all: layers of which there is no copy in the mesh, nor anywhere to fetch one."""
         if found.source:

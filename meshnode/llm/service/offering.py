@@ -55,6 +55,7 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     rtts_us: dict[str, int] = {}  # to peers, by node id
     factors: dict[str, float] = {}  # what sessions taught, by model digest: see protocol/sharding/predict.py
     hop_overhead_s: float | None = None
+    whole_only: tuple[str, ...] = ()  # architectures that its engine cannot hold a part of
 
 
 class Lending(Protocol):
@@ -117,6 +118,7 @@ class Offers:
                     has_engine=offer.has_engine,
                     version=offer.version,
                     holds=holds(node),
+                    whole_only=offer.whole_only,
                 )
             )
             for peer, rtt_us in offer.rtts_us.items():

@@ -23,6 +23,8 @@ from meshnode.llm.service.offering import OfferKeeper
 from meshnode.llm.service.pinned import Pinned
 from meshnode.llm.service.pull.pulls import Pulls
 from meshnode.llm.service.served import Served
+from meshnode.llm.service.trials import Trials
+from meshnode.llm.service.trialstages import TrialStages
 from meshnode.llm.service.weights.weights import Weights
 from meshnode.llm.templates.client import TemplateWorker
 
@@ -47,6 +49,8 @@ class LlmService:
         served: Served,
         loaded: Loaded,
         pinned: Pinned,
+        trials: Trials,
+        trial_stages: TrialStages,
         weights: Weights,
         pulls: Pulls,
         client: httpx2.AsyncClient,
@@ -56,7 +60,9 @@ class LlmService:
     ) -> None:
         self._calls = calls
         self._methods = methods
-        self._parts = (hosts, loads, entries, generations, keeper, learning, served, loaded, pinned)
+        self._parts = (
+            hosts, loads, entries, generations, keeper, learning, served, loaded, pinned, trials, trial_stages
+        )  # fmt: skip
         self._weights = weights
         self._pulls = pulls
         self._client = client

@@ -17,7 +17,7 @@ from meshnode.llm.peers.stages import stage_methods
 from meshnode.llm.peers.weights import weight_methods
 from meshnode.llm.routes.mount import llm_routes
 from meshnode.llm.service.calls import Calls
-from meshnode.llm.service.chats import Chats, chats_collection
+from meshnode.llm.service.chats import Chats
 from meshnode.llm.service.desk import Desk
 from meshnode.llm.service.engines.upstream import Upstreams, parse_upstreams
 from meshnode.llm.service.entries import Entries
@@ -25,10 +25,10 @@ from meshnode.llm.service.generate import Generations
 from meshnode.llm.service.hosts import Hosts
 from meshnode.llm.service.learning import Learning, Remembered, weight_bytes
 from meshnode.llm.service.lending import Lent, Measured
-from meshnode.llm.service.loaded import Loaded, loaded_collection
+from meshnode.llm.service.loaded import Loaded
 from meshnode.llm.service.loads import Loads, Planning
 from meshnode.llm.service.models import Models, parse_aliases
-from meshnode.llm.service.offering import OfferKeeper, Offers, offers_collection
+from meshnode.llm.service.offering import OfferKeeper, Offers
 from meshnode.llm.service.pinned import Pinned
 from meshnode.llm.service.pipelines import Pipelines
 from meshnode.llm.service.prompts import CONTEXT_DEFAULT, Prompts
@@ -37,10 +37,12 @@ from meshnode.llm.service.pull.offers import Offers as PullOffers
 from meshnode.llm.service.pull.offers import shipped_catalogue
 from meshnode.llm.service.pull.pulls import Pulls
 from meshnode.llm.service.recording import Recording
-from meshnode.llm.service.served import Served, served_collection
+from meshnode.llm.service.served import Served
 from meshnode.llm.service.singles import Singles
+from meshnode.llm.service.trials import Trials
+from meshnode.llm.service.trialstages import TrialStages
 from meshnode.llm.service.weights.manifest import Manifest
-from meshnode.llm.service.weights.records import ModelRecords, model_collections
+from meshnode.llm.service.weights.records import ModelRecords
 from meshnode.llm.service.weights.room import disk_sizes
 from meshnode.llm.service.weights.shapes import Shapes
 from meshnode.llm.service.weights.weights import Weights
@@ -52,7 +54,6 @@ from protocol.effects import Persist
 from protocol.election.events import CoordinatorChanged
 from protocol.ids import NodeId
 from protocol.membership.events import PeerDown, PeerLeft, PeerUp
-from protocol.records.collection import Collection
 from protocol.sharding.held import LoadingParameters
 from protocol.sharding.hosting import Hosting
 from protocol.sharding.loading import LoadingMachine
@@ -69,11 +70,6 @@ SHIPPED: Final = Path(__file__).parents[1] / "data" / "meshnode-demo.gguf"
 MACHINE: Final = "llm"  # under which rows of the key-value store are kept
 _SPEED: Final = b"speed"
 _LEARNT: Final = b"learnt"
-
-
-def llm_collections() -> list[Collection]:
-    """The collections of records of this subsystem."""
-    return [chats_collection(), offers_collection(), served_collection(), loaded_collection(), *model_collections()]
 
 
 @dataclass(frozen=True)
@@ -124,6 +120,7 @@ class _Assembly:
             offload=ground.offload,
             slots=settings.slots,
             stages_min=settings.stages_min,
+            tested=lambda: self._trials.tested(),
         )
         self._pulls = self._build_pulls()
         self._lent = self._build_lent()
@@ -140,6 +137,15 @@ class _Assembly:
             log=ground.log("llm.loaded"),
         )
         self._entries = Entries(calls=self._calls, hosts=self._hosts, log=ground.log("llm.entry"))
+        self._trials = Trials(
+            calls=self._calls,
+            entries=self._entries,
+            hub=ground.hub,
+            writer=self._writer,
+            offload=ground.offload,
+            now=ground.now,
+            log=ground.log("llm.trial"),
+        )
         self._pipelines = Pipelines(ensure=self._ensure, name_of=ground.name_of, now=ground.now)
         self._renderer = TemplateWorker(clock_wall=ground.wall)
         self._prompts = Prompts(
@@ -203,7 +209,16 @@ class _Assembly:
             name_of=ground.name_of,
             wall=ground.wall,
         )
-        methods = {**stage_methods(self._hosts, self._loads, desk), **weight_methods(self._weights)}
+        trial_stages = TrialStages(
+            calls=self._calls,
+            hosts=self._hosts,
+            folder=ground.data_dir / "trials",
+            can_load=lambda: self._lent.can_load,
+            coordinator=self._coordinator,
+            offload=ground.offload,
+            log=log("llm.trial"),
+        )
+        methods = {**stage_methods(self._hosts, self._loads, desk, trial_stages), **weight_methods(self._weights)}
         service = LlmService(
             calls=self._calls,
             methods=methods,
@@ -216,6 +231,8 @@ class _Assembly:
             served=served,
             loaded=self._loaded,
             pinned=self._pinned,
+            trials=self._trials,
+            trial_stages=trial_stages,
             weights=self._weights,
             pulls=self._pulls,
             client=self._client,
@@ -289,7 +306,7 @@ class _Assembly:
             threads=settings.threads,
             memory_bytes_max=settings.memory_bytes_max,
             gpu_bytes_max=settings.gpu_bytes_max,
-            loaded_bytes=self._loaded_bytes,
+            loaded_bytes=lambda: self._hosts.loaded_bytes(),
             gpus=ground.gpus,
             rtts=ground.rtts,
             measured=None if stored is None else msgspec.msgpack.decode(stored, type=Measured),
@@ -344,6 +361,7 @@ class _Assembly:
             probe=probe,
             remember=remember,
             weight_bytes=lambda model, first, end: weight_bytes(self._shapes, model, first, end),
+            architecture=self._shapes.architecture,
             hear=self._learning.hear,
             now=ground.now,
             log=ground.log("llm.stages"),
@@ -370,6 +388,7 @@ class _Assembly:
             shapes=self._shapes,
             command=command,
             may_unload=self._may_delete,
+            test=lambda wanted: self._trials.want(wanted),
             publish=publish,
             now=ground.now,
             log=ground.log("llm.loads"),
@@ -391,9 +410,6 @@ class _Assembly:
 
     def _in_use(self, digest: str) -> bool:
         return any(host.pipeline.model == digest for host in self._hosts.stages.values())
-
-    def _loaded_bytes(self) -> int:
-        return sum(host.engine.facts.model_bytes for host in self._hosts.stages.values() if host.engine is not None)
 
     def _where(self, manifest: Manifest) -> Sequence[tuple[NodeId, int, int]]:
         """Which node needs which layers of a model that is pulled. Raises MeshError where it fits nowhere."""

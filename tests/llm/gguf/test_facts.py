@@ -49,7 +49,7 @@ def test_windows_and_cuts_follow_the_pattern() -> None:
 
 
 def test_an_unknown_architecture_runs_whole_and_says_why() -> None:
-    maker = Maker("mystery", 1, 2, 0)
+    maker = Maker("mystery", (1,), 2, 0)
     MODELS["llama"](maker)
     shape = shape_of(opened(maker.file))
     assert shape.cuts == ()

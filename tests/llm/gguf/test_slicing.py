@@ -107,7 +107,7 @@ def test_where_llama_cpp_insists_on_a_head_it_is_zero() -> None:
 
 
 def test_arrays_for_each_layer_are_cut() -> None:
-    maker = Maker("llama", 1, 6, 0)
+    maker = Maker("llama", (1,), 6, 0)
     maker.put("attention.head_count_kv", "[u32]", [1, 2, 3, 4, 5, 6])
     maker.put("rope.dimension_sections", "[i32]", [1, 2, 3, 4, 5, 6])
     maker.put("some.flags", "[bool]", [True, False, True, True, False, True])
@@ -170,7 +170,7 @@ def test_scales_and_positions_apply_once() -> None:
 
 
 def test_appended_prediction_heads_are_left_out() -> None:
-    maker = Maker("llama", 1, 5, 0)
+    maker = Maker("llama", (1,), 5, 0)
     maker.put("nextn_predict_layers", "u32", 1)
     MODELS["llama"](maker)
     weights = opened(maker.file)
@@ -213,7 +213,7 @@ def test_whichever_cuts_are_chosen_no_stage_is_refused(architecture: str) -> Non
 
 def test_what_cannot_be_cut_says_why() -> None:
     for architecture, reason in [*REFUSED.items(), ("mystery", "nobody has shown")]:
-        maker = Maker(architecture, 1, 2, 0)
+        maker = Maker(architecture, (1,), 2, 0)
         MODELS["llama"](maker)
         weights = opened(maker.file)
         assert isinstance(rule_of(weights), str)

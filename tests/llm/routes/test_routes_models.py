@@ -207,13 +207,18 @@ async def test_status_and_capabilities(it: Served) -> None:
     it.services.running = [session(1), session(2, stages=STAGES[:1])]
     assert await it.get("/api/llm/status") == {
         "ollama_ready": True, "local_models": ["demo"], "active_sessions": 2, "active_distrib_sessions": 1,
+        "versions": [
+            {"effect": "apart", "message": "0.3.9 (on attic) and 0.3.36 (on den) are not combined", "outdated": [ATTIC],
+             "update_to": "0.3.36"}
+        ],
     }  # fmt: skip
     attic, den = await it.get("/api/llm/inference/capabilities")
     assert den == {
         "node_id": ME, "node_name": "den", "models": ["demo"], "free_ram": 77, "ollama_ready": True,
         "link_latencies": {ATTIC: 0.5}, "link_bandwidths": {ATTIC: 2.0}, "inference_speeds": {"demo": 31.0},
-        "last_seen": "2027-01-15T08:00:00Z",
+        "last_seen": "2027-01-15T08:00:00Z", "engine_version": "0.3.36", "whole_only": [],
     }  # fmt: skip
+    assert (attic["engine_version"], attic["whole_only"]) == ("0.3.9", ["llama"])
     assert (attic["models"], attic["ollama_ready"]) == ([], False)
     assert await it.get("/api/llm/inference/capabilities?scope=local") == [den]
 

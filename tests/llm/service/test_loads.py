@@ -23,8 +23,8 @@ def loads(machine: LoadingMachine) -> Loads:
 
     unused: Any = None
     return Loads(
-        machine=machine, planning=unused, shapes=unused, command=unused, may_unload=refused, publish=unused,
-        now=lambda: 0.0, log=unused,
+        machine=machine, planning=unused, shapes=unused, command=unused, may_unload=refused, test=unused,
+        publish=unused, now=lambda: 0.0, log=unused,
     )  # fmt: skip
 
 

@@ -9,11 +9,13 @@ from protocol.sharding.pipelines import (
     CommandStage,
     EnsureAsked,
     EnsureRequest,
+    Layout,
     LoadFailed,
     Loading,
     LoadStage,
     PipelineLost,
     PipelineReady,
+    Planned,
     PlanWanted,
     ProbePipeline,
     Ready,
@@ -21,7 +23,7 @@ from protocol.sharding.pipelines import (
     UnloadStage,
     UnloadWanted,
 )
-from tests.protocol.sharding.coordinator import Coordinator
+from tests.protocol.sharding.coordinator import Coordinator, spans
 
 
 def test_one_load_is_joined_by_all_and_ready_only_after_its_probe() -> None:
@@ -365,3 +367,38 @@ def test_a_node_whose_stage_neighbours_lost_is_not_planned_with_until_it_reports
     it.report("b")
     it.ask("o")
     assert it.of(PlanWanted)[-1].without == frozenset()
+
+
+def test_a_load_waits_for_tests_of_versions_and_goes_on_after_them() -> None:
+    it = Coordinator()
+    ask = it.ask()
+    it.no_plan("untested")
+    assert it.answer(ask) is None
+    it.wait(1.5)
+    assert len(it.of(PlanWanted)) == 2
+    other = it.ask("n")
+    assert it.of(PlanWanted)[-1].model == "n"  # nobody else waits for it
+    it.tell(AskGone(other))
+    job = next(each.job for each in reversed(it.of(PlanWanted)) if each.model == "m")
+    it.tell(Planned(job, None, "untested", "they are tested"))
+    it.wait(4.0)
+    told = it.answer(ask)
+    assert isinstance(told, Loading)
+    assert told.words == "they are tested"
+    again = it.ask()
+    wanted = next(each for each in reversed(it.of(PlanWanted)) if each.model == "m")
+    it.tell(Planned(wanted.job, Layout(spans("a", "b"), 0, "as planned")))
+    assert {node for node, _ in it.orders(LoadStage)} == {"a", "b"}
+    assert it.answer(again) is None
+
+
+def test_a_load_does_not_wait_for_tests_for_ever() -> None:
+    it = Coordinator(tests_s=10.0)
+    ask = it.ask()
+    for _ in range(15):
+        if it.published(LoadFailed):
+            break
+        it.no_plan("untested")
+        it.wait(1.5)
+    assert [failed.code for failed in it.published(LoadFailed)] == ["untested"]
+    assert it.answer(ask) is not None

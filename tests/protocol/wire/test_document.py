@@ -13,7 +13,7 @@ import msgspec.inspect
 import pytest
 
 from meshnode.cluster.service import pings, twins, wishes
-from meshnode.llm.service import calls, desk, forwarding, prompts
+from meshnode.llm.service import calls, desk, forwarding, prompts, trialstages
 from meshnode.llm.service.weights import contracts
 from protocol.election import messages as election
 from protocol.membership import broadcasts, healing, intake, probing, suspicion
@@ -65,6 +65,8 @@ TABLES: dict[str, Iterable[type]] = {
         desk.UnloadRequest,
         forwarding.ForwardRequest,
         forwarding.EmbedRequest,
+        trialstages.TrialStage,
+        trialstages.TrialEnd,
         contracts.ReadRequest,
         contracts.ClaimRequest,
         contracts.ClaimAnswer,

@@ -18,6 +18,11 @@ class Shapes:
         found = self._weights.manifest(digest)
         return None if found is None else found.shape
 
+    def architecture(self, digest: str) -> str:
+        """A model's; empty if nobody knows it."""
+        found = self.shape(digest)
+        return "" if found is None else found.architecture
+
     def holds(self, node: NodeId, digest: str) -> tuple[tuple[int, int], ...]:
         """Ranges of layers on that node's disk."""
         return self._weights.holds(node, digest)

@@ -2,13 +2,19 @@
 
 import random
 import struct
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from statistics import NormalDist
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
-from tests.support.gguf_files import GgufFile
+from meshnode.llm.gguf.tiny.layout import GgufFile
 
-F32, F16, Q4_0, Q8_0, Q4_K = 0, 1, 2, 8, 12
-VOCABULARY = 320
+F32, F16, Q4_0, Q8_0, Q4_K, Q5_K, Q6_K, BF16 = 0, 1, 2, 8, 12, 13, 14, 30
+FILE_TYPES: Final[Mapping[int, int]] = MappingProxyType(
+    {F32: 0, F16: 1, Q4_0: 2, Q8_0: 7, Q4_K: 15, Q5_K: 17, Q6_K: 18, BF16: 32}
+)
+VOCABULARY: Final = 320
 
 _POOL = 16_381
 _POOL_BLOCKS = 1021
@@ -18,9 +24,9 @@ _LEVELS = [NormalDist().inv_cdf((index + 0.5) / 256) for index in range(256)]
 class Maker:
     """Adds keys under the architecture's name, and tensors of random weights."""
 
-    def __init__(self, architecture: str, kind: int, layers: int, seed: int, **sizes: int) -> None:
+    def __init__(self, architecture: str, kinds: Sequence[int], layers: int, seed: int, **sizes: int) -> None:
         self.file = GgufFile()
-        self.arch, self.kind, self.layers = architecture, kind, layers
+        self.arch, self.kinds, self.layers = architecture, cycle(kinds), layers
         self.rng = random.Random(f"{architecture} {seed}")
         self.d = sizes.get("d", 256)
         self.heads = sizes.get("heads", 4)
@@ -30,7 +36,7 @@ class Maker:
         self.file.key("general.architecture", "str", architecture)
         # Not named after the architecture: llama.cpp expects certain tokens of a model whose name says phi3.
         self.file.key("general.name", "str", "tiny random")
-        self.file.key("general.file_type", "u32", {F16: 1, Q4_0: 2, Q8_0: 7, Q4_K: 15}[kind])
+        self.file.key("general.file_type", "u32", FILE_TYPES[kinds[0]])
         self.file.key("general.quantization_version", "u32", 2)
 
     def put(self, key: str, kind: str, value: Any) -> None:
@@ -38,7 +44,7 @@ class Maker:
 
     def weight(self, name: str, *dims: int, kind: int | None = None) -> None:
         """A matrix; `dims` row length first. Scaled so that what comes out is as large as what goes in."""
-        kind = self.kind if kind is None else kind
+        kind = next(self.kinds) if kind is None else kind
         count = 1
         for dim in dims:
             count *= dim
@@ -67,20 +73,27 @@ class Maker:
             return self._around(count, 0.0, scale)
         if kind == F16:
             return self._drawn(count, 2, [struct.pack("<e", scale * level) for level in _LEVELS])
+        if kind == BF16:
+            return self._drawn(count, 2, [struct.pack("<f", scale * level)[2:] for level in _LEVELS])
         if kind == Q8_0:
             return self._blocks(count // 32, struct.pack("<e", scale / 73), 32)
         if kind == Q4_0:
             return self._blocks(count // 32, struct.pack("<e", scale / 4.6), 16)
         # Q4_K: a value is d * scale * (0..15) - dmin * minimum, each scale and minimum of 6 random bits.
-        return self._blocks(count // 256, struct.pack("<ee", scale / 150, scale / 20), 140)
+        if kind == Q4_K:
+            return self._blocks(count // 256, struct.pack("<ee", scale / 150, scale / 20), 140)
+        if kind == Q5_K:  # the same with 0..31
+            return self._blocks(count // 256, struct.pack("<ee", scale / 300, scale / 20), 172)
+        # Q6_K: a value is d * scale * (-32..31), each scale of 8 random bits.
+        return self._blocks(count // 256, b"", 208, struct.pack("<e", scale / 1400))
 
     def _drawn(self, count: int, size: int, table: list[bytes]) -> bytes:
         pool = b"".join(map(table.__getitem__, self.rng.randbytes(min(count, _POOL))))
         return self._repeated(pool, count * size, size)
 
-    def _blocks(self, count: int, head: bytes, body: int) -> bytes:
-        pool = b"".join(head + self.rng.randbytes(body) for _ in range(min(count, _POOL_BLOCKS)))
-        size = len(head) + body
+    def _blocks(self, count: int, head: bytes, body: int, tail: bytes = b"") -> bytes:
+        pool = b"".join(head + self.rng.randbytes(body) + tail for _ in range(min(count, _POOL_BLOCKS)))
+        size = len(head) + body + len(tail)
         return self._repeated(pool, count * size, size)
 
     def _repeated(self, pool: bytes, length: int, unit: int) -> bytes:

@@ -1,6 +1,6 @@
 """Architectures in which every token goes through the same weights."""
 
-from tests.support.tiny_models_maker import F32, VOCABULARY, Maker
+from meshnode.llm.gguf.tiny.maker import F32, VOCABULARY, Maker
 
 
 def llama(m: Maker) -> None:

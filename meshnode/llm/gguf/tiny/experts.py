@@ -1,6 +1,6 @@
 """Architectures with experts, of which each token uses some."""
 
-from tests.support.tiny_models_maker import Maker
+from meshnode.llm.gguf.tiny.maker import Maker
 
 
 def mixture(m: Maker, *, dense: int, shared: int = 0, every_head: bool = False, norms: bool = False) -> None:
