@@ -252,7 +252,7 @@ async def test_what_a_join_brought_is_whole_after_the_change(tmp_path: Path, adm
             PeerHint(identity.node_id, identity.public_key, (NOWHERE,)),
             PeerHint(keys_of(2)[2], keys_of(2)[1], ()),
         ),
-        issuer=member, issuer_name="kitchen", address=NOWHERE,
+        issuer_name="kitchen", address=NOWHERE,
         sealed_root=seal_root(root, identity.public_key) if admin else b"",
     )  # fmt: skip
     for _ in range(2):  # staged again, it is the same
