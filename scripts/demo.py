@@ -114,8 +114,7 @@ def layers_text(stages: Sequence[Any]) -> str:
     """One line for each node."""
     lines = [
         f"  {stage['node_name']}: layers {stage['layer_start']} to {stage['layer_end']}, "
-        f"{stage['steps']} step{'' if stage['steps'] == 1 else 's'}, "
-        f"{stage['compute_seconds']:.2f} s of computing, {stage['bytes_in'] + stage['bytes_out']} bytes exchanged"
+        f"in {stage['assigned_ram'] / 1e6:.1f} MB of memory"
         for stage in stages
     ]
     return "\n".join(lines)
