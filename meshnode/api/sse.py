@@ -230,7 +230,9 @@ class StreamPump:
                 return HEARTBEAT
         if self._stream.flush_s > 0 and not self.ended:
             # What comes after a silence leaves at once; only what follows on its heels is gathered.
-            await trio.sleep_until(self._given_at + self._stream.flush_s)
+            due = self._given_at + self._stream.flush_s
+            if due > trio.current_time():
+                await trio.sleep_until(due)
             self._given_at = trio.current_time()
         piece = self._frames[0] if len(self._frames) == 1 else b"".join(self._frames)
         self._frames.clear()

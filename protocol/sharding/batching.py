@@ -7,7 +7,6 @@ what was sampled. Its tables are in slots.py; computing is the engine's, choosin
 """
 
 import dataclasses
-import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Final, NamedTuple
@@ -24,7 +23,7 @@ from protocol.sharding.slots import (
     Session,
     Slot,
     common_prefix,
-    neighbours,
+    next_group,
 )
 from protocol.sharding.steps import OUTPUTS_MAX, Run, Sampled, Taken
 
@@ -308,10 +307,9 @@ class Batcher:
     def _plan_decoding(self, chosen: list[tuple[Session, Run]]) -> int:
         """One token and its guesses for the sessions whose turn it is; several groups share the stages."""
         decoding = [s for s in self._sessions.values() if s.slot is not None and s.is_decoding]
-        ready = sorted((session for session in decoding if not session.awaiting), key=lambda session: session.order)
-        cap = math.ceil(len(decoding) / self._limits.stages)
+        under_way = sum(any(one.run.outputs for one in sent) for sent in self._under_way.values())
         rows = 0
-        for session in neighbours(ready, cap):
+        for session in next_group(decoding, self._limits.stages, under_way):
             if session.slot is None:
                 continue  # it had to make room for an older one a moment ago
             at = len(session.text) - 1

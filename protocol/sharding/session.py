@@ -110,10 +110,14 @@ class Session:
         """The 16 bytes of the present try."""
         return self._stem + self.attempt.to_bytes(2, "little")
 
-    def start(self, now: float) -> list[SessionEffect]:
-        """Begin: ask for a pipeline."""
+    def start(self, now: float, pipeline: Pipeline | None = None) -> list[SessionEffect]:
+        """Begin, with a pipeline that was named a moment ago if it is long and wide enough; else ask for one."""
         self._began_asking = self._answered_at = now
-        self._ask_again(now)
+        fits = pipeline is not None and pipeline.context >= self._context and len(pipeline.stages) >= self._stages_min
+        if pipeline is not None and fits and pipeline.is_sound():
+            self._open(pipeline, now)
+        else:
+            self._ask_again(now)
         return self._taken()
 
     def handle(self, event: SessionInput, now: float) -> list[SessionEffect]:

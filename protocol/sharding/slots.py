@@ -5,6 +5,7 @@ Records without decisions; the decisions are in batching.py.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 from protocol.sharding.drafting import Drafter
@@ -125,23 +126,20 @@ def common_prefix(one: Sequence[int], other: Sequence[int], length_max: int) -> 
     return low
 
 
-def neighbours(ready: list[Session], count: int) -> list[Session]:
-    """The session that waits longest, then those whose slots lie next to its own, for only rows of slots that follow
-    each other are computed at once; then the others.
+def next_group(decoding: list[Session], stages: int, under_way: int) -> list[Session]:
+    """Whose next tokens are computed at once, the longest waiting first.
+
+    The sessions are divided by their slots into as many groups as there are stages, for only rows of slots that follow
+    each other are computed at once, and a group more would cost nearly as much as a whole one. Those that came apart
+    wait for each other unless fewer than `stages` steps are `under_way`, which would leave a stage idle.
     """
-    if not ready:
-        return []
-    by_slot = {session.slot: session for session in ready}
-    chosen = [ready[0]]
-    low = high = ready[0].slot or 0
-    while len(chosen) < count:
-        if high + 1 in by_slot:
-            high += 1
-            chosen.append(by_slot[high])
-        elif low - 1 in by_slot:
-            low -= 1
-            chosen.append(by_slot[low])
-        else:
-            break
-    rest = [session for session in ready if all(session is not one for one in chosen)]
-    return [*chosen, *rest][:count]
+    ordered = sorted(decoding, key=lambda session: session.slot or 0)
+    size, larger = divmod(len(ordered), stages)
+    ends = [size * number + min(number, larger) for number in range(stages + 1)]
+    groups = [ordered[begin:end] for begin, end in pairwise(ends) if end > begin]
+    ready = [group for group in groups if not any(session.awaiting for session in group)]
+    if not ready and under_way < stages:
+        parts = ([session for session in group if not session.awaiting] for group in groups)
+        ready = [part for part in parts if part]
+    chosen = min(ready, key=lambda group: min(session.order for session in group), default=[])
+    return sorted(chosen, key=lambda session: session.order)

@@ -1,7 +1,8 @@
-"""One bare llama.cpp process, the reference of the benchmark: python -m scripts.benchmarks.bare_llama FILE THREADS
+"""One bare llama.cpp process, the reference: python -m scripts.benchmarks.bare_llama FILE THREADS [exact]
 
 Reads {"prompt": [...], "tokens": n} a line, decodes greedily, and answers [seconds to first token, tokens a second
-after it]. Nothing but llama_decode and the largest logit: what a program linked to llama.cpp would do.
+after it]. Nothing but llama_decode and the largest logit: what a program linked to llama.cpp would do. `exact`: with
+the attention of the engine, whose sums do not depend on the batch.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ import numpy as np
 llama: Any = bindings
 
 
-def main(path: str, threads: int) -> None:
+def main(path: str, threads: int, *, exact: bool) -> None:
     """Serve until stdin ends."""
     silent = llama.llama_log_callback(lambda *_: None)
     llama.llama_log_set(silent, ctypes.c_void_p(0))
@@ -29,6 +30,8 @@ def main(path: str, threads: int) -> None:
     settings = llama.llama_context_default_params()
     settings.n_ctx, settings.n_batch, settings.n_ubatch = 2304, 256, 256
     settings.n_threads = settings.n_threads_batch = threads
+    if exact:
+        settings.flash_attn_type = 0
     context = llama.llama_init_from_model(model, settings)
     size = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
     for line in sys.stdin:
@@ -52,4 +55,4 @@ def decode(context: Any, size: int, tokens: list[int]) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), exact=sys.argv[3:] == ["exact"])

@@ -244,10 +244,10 @@ def _knows_all(agent: LocalAgent, count: int) -> bool:
 
 
 class Bare:
-    """One bare llama.cpp process, the reference. A context manager."""
+    """One bare llama.cpp process, the reference. `exact`: with the engine's attention. A context manager."""
 
-    def __init__(self, path: str, threads: int) -> None:
-        command = [sys.executable, "-m", "scripts.benchmarks.bare_llama", path, str(threads)]
+    def __init__(self, path: str, threads: int, *, exact: bool = False) -> None:
+        command = [sys.executable, "-m", "scripts.benchmarks.bare_llama", path, str(threads), *["exact"] * exact]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
     def __enter__(self) -> "Bare":

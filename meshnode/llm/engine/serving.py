@@ -97,9 +97,8 @@ class Requests:
         if self._sequencer is not None and self._sequencer.batcher.active:
             raise ValueError("The engine is busy: calibrate it before it serves.")
         model, single, prefill = self._model, [], []
-        if self._sequencer is not None:
-            self._sequencer.batcher.forget(PROBE_SLOT)
-        elif model.lengths[PROBE_SLOT]:
+        # Nothing may be sent on, not even that a slot is empty: there is no neighbour yet who could answer the step.
+        if model.lengths[PROBE_SLOT]:
             raise ValueError("The engine serves already: calibrate it before.")
         rows = max(1, min(rows, self._spec.context - 4))
         try:

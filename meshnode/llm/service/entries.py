@@ -13,7 +13,6 @@ import trio
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.logs import Logger
 from meshnode.llm.service.calls import PULSE_S, Attach, Calls, StreamSink, attend
-from meshnode.llm.service.host import EntrySink
 from meshnode.llm.service.hosts import Hosts
 from protocol.ids import NodeId
 from protocol.sharding.frames import (
@@ -185,12 +184,12 @@ class Entries:
         await host.until_loaded()
         decoder = FrameDecoder(bytes_max=FRAME_BYTES_MAX)
 
-        async def deliver(data: bytes) -> None:
+        def deliver(data: bytes) -> None:
             decoder.feed(data)
             while (frame := decoder.next_frame()) is not None:
                 self._heard(link.node, frame)
 
-        entry: EntrySink = host.attach_local(deliver)
+        entry = host.attach_own(deliver)
 
         async def send(data: bytes) -> None:
             way = FrameDecoder(bytes_max=len(data))
@@ -202,15 +201,13 @@ class Entries:
         try:
             link.send = send
             link.ready.set()
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(entry.write, nursery.cancel_scope)
-                while not entry.ended.is_set():
-                    # This very agent watches over that engine.
-                    self._pulsed(link)
-                    with trio.move_on_after(PULSE_S):
-                        await entry.ended.wait()
+            while not entry.ended.is_set():
+                # This very agent watches over that engine.
+                self._pulsed(link)
+                with trio.move_on_after(PULSE_S):
+                    await entry.ended.wait()
         finally:
-            await host.detach_local(entry)
+            await host.detach_own(entry)
 
     def _heard(self, node: NodeId, frame: Frame) -> None:
         """Hand a frame to its session. Raises MeshError if no stage sends such a thing."""

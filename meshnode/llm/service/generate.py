@@ -158,6 +158,7 @@ class Generations:
                 rng=self._rng,
                 stages_min=request.stages_min,
             ),
+            named=pipeline,
             sampling=self._prompts.sampling(request, prompt, tokens_max),
             me=self._calls.me,
             entries=self._entries,

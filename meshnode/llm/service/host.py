@@ -145,6 +145,28 @@ class EntrySink:
         self._send.close()
 
 
+class OwnEntry:
+    """This node's own entry, where a frame waits for nobody."""
+
+    def __init__(self, node: bytes, deliver: Callable[[bytes], None]) -> None:
+        self.node = node
+        self._deliver = deliver
+        self.ended = trio.Event()
+
+    async def put(self, frame: bytes) -> None:
+        """Hand one on."""
+        if self.ended.is_set():
+            return
+        try:
+            self._deliver(frame)
+        except MeshError:
+            self.ended.set()
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self.ended.set()
+
+
 class StageHost:
     """One stage: fetches, loads, serves until it is told to end."""
 
@@ -162,7 +184,7 @@ class StageHost:
         self._scope = trio.CancelScope()
         self._next: FrameSink | None = None
         self._first: FrameSink | None = None
-        self._entries: dict[bytes, EntrySink] = {}
+        self._entries: dict[bytes, EntrySink | OwnEntry] = {}
 
     @property
     def is_first(self) -> bool:
@@ -374,19 +396,19 @@ class StageHost:
             raise MeshError(ErrorCode.PROTOCOL_VIOLATION, f"Node {peer} spoke of a session in another node's name.")
         await self._give(frame)
 
-    def attach_local(self, deliver: Callable[[bytes], Awaitable[None]]) -> "EntrySink":
+    def attach_own(self, deliver: Callable[[bytes], None]) -> OwnEntry:
         """This node's own entry: frames for it go to `deliver`."""
-        entry = EntrySink(node_id_bytes(self._around.calls.me), deliver)
+        entry = OwnEntry(node_id_bytes(self._around.calls.me), deliver)
         self._add_entry(entry)
         return entry
 
-    def _add_entry(self, entry: "EntrySink") -> None:
+    def _add_entry(self, entry: EntrySink | OwnEntry) -> None:
         old = self._entries.get(entry.node)
         if old is not None:
             old.end()
         self._entries[entry.node] = entry
 
-    async def _drop_entry(self, entry: "EntrySink") -> None:
+    async def _drop_entry(self, entry: EntrySink | OwnEntry) -> None:
         if self._entries.get(entry.node) is entry:
             del self._entries[entry.node]
             if self.is_first and self.engine is not None and self.engine.ended is None:
@@ -396,8 +418,8 @@ class StageHost:
                     except MeshError:
                         return
 
-    async def detach_local(self, entry: "EntrySink") -> None:
-        """The opposite of attach_local."""
+    async def detach_own(self, entry: OwnEntry) -> None:
+        """The opposite of attach_own."""
         await self._drop_entry(entry)
 
     # ---- from the engine --------------------------------------------------------------------------------------------

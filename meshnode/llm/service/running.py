@@ -63,7 +63,9 @@ Out = Emit | Progressed | Finish
 
 
 class Running:
-    """See the module. `events` gives what happens until the end; closing it ends the session everywhere."""
+    """See the module. `events` gives what happens until the end; closing it ends the session everywhere. `named`: the
+    pipeline that it begins with.
+    """
 
     def __init__(
         self,
@@ -76,8 +78,10 @@ class Running:
         spawn: Callable[..., None],
         now: Callable[[], float],
         log: Logger,
+        named: Pipeline | None = None,
     ) -> None:
         self.machine = machine
+        self._named = named
         self._sampling = sampling
         self._me = node_id_bytes(me)
         self._entries = entries
@@ -112,7 +116,7 @@ class Running:
     async def events(self) -> AsyncGenerator[Out, None]:
         """Until Finish. Raises MeshError when the session fails."""
         try:
-            self._perform(self.machine.start(self._now()))
+            self._perform(self.machine.start(self._now(), self._named))
             while True:
                 while self._out:
                     event = self._out.popleft()

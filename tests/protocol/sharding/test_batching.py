@@ -211,6 +211,34 @@ def test_a_group_is_of_neighbouring_slots_for_only_those_are_computed_at_once() 
     assert not apart
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_those_left_over_join_others_instead_of_being_a_group_of_their_own(seed: int) -> None:
+    limits = replace(LIMITS, slots=8, context=300, cells=2400, stages=4, draft_tokens_max=0)
+    batcher, chain, rng = Batcher(limits), Stages(limits), random.Random(seed)
+    way: deque[Action] = deque()
+
+    def answer() -> StepPlan:
+        """The oldest step under way comes back."""
+        while not isinstance(action := way.popleft(), StepPlan):
+            chain.do(action)
+        batcher.take(chain.do(action))
+        return action
+
+    for number in range(8):
+        ask(batcher, chain, number, [number * 80 + place for place in range(rng.randrange(1, 60))], max_tokens=200)
+        for _ in range(rng.randrange(6)):
+            way.extend(batcher.actions())
+            if batcher.under_way:
+                answer()
+    groups = []
+    for _ in range(120):
+        while actions := batcher.actions():
+            way.extend(actions)
+        groups.append(sorted(run.slot for run in answer().runs))
+    assert {len(slots) for slots in groups[-40:]} == {2}
+    assert all(slots[1] - slots[0] == 1 for slots in groups[-40:])
+
+
 REFUSED = {
     "no prompt": (Open(session(1), ENTRY, ()), RefusalCode.BAD_REQUEST, False),
     "too long": (opening(1, [1] * 80), RefusalCode.CONTEXT_FULL, False),

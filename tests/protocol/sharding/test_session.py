@@ -45,6 +45,25 @@ def test_from_wish_to_finish() -> None:
     assert not entry.timers
 
 
+def test_a_pipeline_that_was_just_named_is_not_asked_for_again() -> None:
+    named = pipeline("a", "b", "c")
+    entry = Entry(named=named)
+    assert kinds(entry.out) == [OpenSession]
+    assert entry.session.pipeline == named
+    assert entry.emitted == []
+    entry.tell(StreamLost("c", "gone"))
+    entry.ready("a", "b", "d")
+    entry.pieces(0, 10, peer="d", finish=FINISH_EOG)
+    assert entry.emitted == [10]
+
+
+@pytest.mark.parametrize(
+    ("named", "stages_min"), [(pipeline("a", "b", context=99), 1), (pipeline("a", "b"), 3)], ids=["short", "few stages"]
+)
+def test_one_that_does_not_suit_is(named: Pipeline, stages_min: int) -> None:
+    assert kinds(Entry(named=named, stages_min=stages_min).out) == [Ensure]
+
+
 def test_tokens_may_come_before_the_acceptance() -> None:
     """Streams of different peers are not ordered among themselves."""
     entry = Entry()
