@@ -33,6 +33,7 @@ from protocol.trust.keys import GossipKey
 from protocol.trust.statements import ROLE_CODES, TRUST_STATEMENT_BYTES_MAX
 from protocol.trust.view import Role
 from protocol.wire import limits
+from protocol.wire.frames import Versions, agree
 
 JOIN_VERSION: Final = 1
 JOIN_VERSION_MIN: Final = 1
@@ -72,6 +73,9 @@ class Offer(_Message, frozen=True, tag=1):
     version_max: _Version
     root_certificate: _Certificate
     leaf_certificate: _Certificate
+    # The versions of the mesh's own protocol that this end speaks; 0 and 0 of a node that does not say.
+    protocol_min: _Version = 0
+    protocol_max: _Version = 0
 
 
 class Begin(_Message, frozen=True, tag=2):
@@ -81,6 +85,8 @@ class Begin(_Message, frozen=True, tag=2):
     token_id: _Token
     public_key: _Key
     nonce: _Nonce
+    protocol_min: _Version = 0  # as in Offer
+    protocol_max: _Version = 0
 
 
 class Terms(_Message, frozen=True, tag=3):
@@ -170,6 +176,20 @@ def decode_from_joiner(body: bytes) -> FromJoiner | None:
         return _from_joiner.decode(body)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return None
+
+
+def protocols_refusal(*, mesh: Versions, joiner: Versions) -> str | None:
+    """Why the joiner could not talk to this mesh as a member, in words for a person; None: it could, or nobody said.
+
+    Asked on both sides before the invitation is touched: a member that nobody can talk to would only be in the way.
+    """
+    if mesh.max == 0 or joiner.max == 0 or agree(mesh, joiner) is not None:
+        return None
+    older = "the machines of the mesh" if mesh.max < joiner.min else "the joining machine"
+    return (
+        f"The mesh speaks protocol version {mesh}, the joining machine {joiner}. Update meshnode on {older}, then join "
+        "with the same URL: the invitation is not used up, and counts until it expires."
+    )
 
 
 # ---- proofs -------------------------------------------------------------------------------------------------------

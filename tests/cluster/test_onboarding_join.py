@@ -15,6 +15,8 @@ from meshnode.kernel.identity import open_sealed_root
 from protocol.ids import Address, root_pin
 from protocol.trust.join_url import JoinUrl, build_join_url, parse_join_url
 from protocol.trust.roster import Roster
+from protocol.wire.frames import Versions
+from tests.support.join_attacker import guess
 from tests.support.onboarding import SteppedClock, open_mesh
 
 
@@ -295,3 +297,34 @@ def test_a_bad_url_is_a_bad_request(text: str, part: str) -> None:
         read_join_url(text)
     assert caught.value.code is ErrorCode.BAD_REQUEST
     assert caught.value.detail == {"part": part}
+
+
+@pytest.mark.parametrize(
+    ("versions", "update"),
+    [(Versions(2, 3), "Update meshnode on the machines of the mesh"), (Versions(0, 0), "")],
+)
+async def test_a_machine_of_another_protocol_is_refused_before_the_invitation_is_spent(
+    data_dir: Path, versions: Versions, update: str
+) -> None:
+    async with open_mesh(data_dir) as mesh:
+        invite = await mesh.invite()
+        if update:
+            error = await refused(mesh.join(invite.url, versions=versions))
+            assert error.code is ErrorCode.INCOMPATIBLE_VERSION
+            assert "speaks protocol version 1, the joining machine 2 to 3" in error.message
+            assert update in error.message
+            assert "not used up" in error.message
+            assert mesh.admin.admitted == []
+        # Whoever does not say, as older ones do not, is let in; so is another with the same invitation.
+        grant = await mesh.join(invite.url, versions=None if update else versions)
+        assert mesh.admin.admitted == [grant.node_id]
+
+
+async def test_the_issuer_itself_refuses_another_protocol(data_dir: Path) -> None:
+    async with open_mesh(data_dir) as mesh:
+        invite, me = await mesh.invite(), mesh.machine()
+        url = read_join_url(invite.url)
+        keys = (mesh.root.public_key, mesh.identity.public_key)
+        assert await guess(url, url.secret, me, *keys, speaks=(2, 2)) == "incompatible_version"
+        assert mesh.admin.admitted == []
+        assert await guess(url, url.secret, me, *keys, speaks=(1, 2)) == "granted"

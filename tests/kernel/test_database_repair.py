@@ -4,6 +4,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
@@ -157,7 +158,7 @@ def test_a_repair_loses_only_the_rows_on_damaged_pages(path: Path, tmp_path: Pat
     damaged = path.read_bytes()
     assert _refused(path).code is ErrorCode.DATABASE_CORRUPT
 
-    report = repair_database(path, wall=1_800_000_000.0)
+    report = repair_database(path, wall=1_800_000_000.0, migrations=MIGRATIONS)
     assert report.kept == path.with_name("meshnode.db.damaged-20270115T080000Z")
     assert report.kept.read_bytes() == damaged
     assert not report.salvage.complete
@@ -181,13 +182,13 @@ def test_a_truncated_file_and_a_destroyed_header_are_repaired(path: Path) -> Non
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 2 // 3])
     assert _refused(path).code is ErrorCode.DATABASE_CORRUPT
-    report = repair_database(path, wall=2.0)
+    report = repair_database(path, wall=2.0, migrations=MIGRATIONS)
     assert 0 < _report(report.salvage, "notes_rows").rows < ROWS
     assert _report(report.salvage, "kernel_protocol_state").complete
 
     path.write_bytes(b"\0" * 100 + content[100:])
     assert _refused(path).code is ErrorCode.DATABASE_CORRUPT
-    report = repair_database(path, wall=2.0)
+    report = repair_database(path, wall=2.0, migrations=MIGRATIONS)
     assert "header" in report.salvage.findings[0]
     assert _report(report.salvage, "notes_rows").rows == ROWS
     assert report.kept.name == "meshnode.db.damaged-19700101T000002Z-2", "an earlier kept file was not overwritten"
@@ -210,7 +211,7 @@ def test_rows_in_the_log_of_a_killed_agent_are_taken_over(path: Path, tmp_path: 
     out = tmp_path / "out.sql"
     export_database(path, out)
     assert "from the log" in out.read_text(encoding="utf-8")
-    report = repair_database(path, wall=2.0)
+    report = repair_database(path, wall=2.0, migrations=MIGRATIONS)
     assert _size(report.kept.with_name(report.kept.name + "-wal")) > 0
     assert not log.exists()
     assert _rows(path, "SELECT body FROM notes_rows WHERE id = 1999") == [("from the log",)]
@@ -243,10 +244,10 @@ def test_an_interrupted_repair_loses_nothing_and_can_be_finished(
         patch.setattr(repair_module, "_second_name", counting(repair_module._second_name))
         patch.setattr(repair_module.os, "replace", counting(repair_module.os.replace))
         with pytest.raises(Crash):
-            repair_database(path, wall=2.0)
+            repair_database(path, wall=2.0, migrations=MIGRATIONS)
     if path.read_bytes() == damaged:
         assert _refused(path).code is ErrorCode.DATABASE_CORRUPT
-        report = repair_database(path, wall=3.0)
+        report = repair_database(path, wall=3.0, migrations=MIGRATIONS)
         assert report.kept.read_bytes() == damaged
     assert len(list(path.parent.glob("*.damaged-*Z"))) == 1
     assert ROWS - 60 < _opened(path, _count) < ROWS
@@ -255,15 +256,31 @@ def test_an_interrupted_repair_loses_nothing_and_can_be_finished(
 def test_what_cannot_be_read_at_all_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / DATABASE_NAME
     with pytest.raises(MeshError) as caught:
-        repair_database(path, wall=1.0)
+        repair_database(path, wall=1.0, migrations=MIGRATIONS)
     assert caught.value.code is ErrorCode.NOT_FOUND
     path.write_bytes(b"\xa5" * PAGE * 3)
-    for attempt in (lambda: repair_database(path, wall=1.0), lambda: export_database(path, tmp_path / "out.sql")):
+    for attempt in (
+        lambda: repair_database(path, wall=1.0, migrations=MIGRATIONS),
+        lambda: export_database(path, tmp_path / "out.sql"),
+    ):
         with pytest.raises(MeshError) as caught:
             attempt()
         assert caught.value.code is ErrorCode.DATABASE_CORRUPT
     assert [entry.name for entry in _entries(tmp_path)] == [DATABASE_NAME]
     assert path.read_bytes() == b"\xa5" * PAGE * 3
+
+
+def test_a_newer_versions_database_is_not_repaired(path: Path) -> None:
+    with closing(apsw.Connection(str(path))) as connection:
+        connection.execute("INSERT INTO kernel_migrations VALUES ('notes', 2, 'x', '9.9.9', 1.0)")
+    before = path.read_bytes(), {file.name for file in _entries(path.parent)}
+    with pytest.raises(MeshError) as caught:
+        repair_database(path, wall=1.0, migrations=MIGRATIONS)
+    assert caught.value.code is ErrorCode.DATABASE_NEWER
+    assert "Install meshnode 9.9.9 or newer" in caught.value.message
+    assert "export-db" in caught.value.message
+    after = {file.name for file in _entries(path.parent)}
+    assert (path.read_bytes(), {name for name in after if not name.endswith(("-shm", "-wal"))}) == before
 
 
 def _count(database: Database) -> int:

@@ -131,3 +131,10 @@ def test_the_advice_for_a_database_of_a_newer_version_helps(house: Agents) -> No
     out = house.folder / "out.sql"
     advised(said["message"].replace("FILE.sql", str(out)), "export-db")
     assert "cluster_mesh" in out.read_text()
+    # A repair is no way round it, and does not take the sound file for a damaged one.
+    repair = [sys.executable, "-m", "meshnode", "config", "repair-db", "--data-dir", str(agent.folder)]
+    done = subprocess.run(repair, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode != 0
+    assert "Install meshnode" in done.stderr
+    assert not list(agent.folder.glob(f"{DATABASE_FILE}.*"))
+    assert agent.refused()["code"] == "database_newer"

@@ -32,7 +32,14 @@ from protocol.trust.join_url import JoinUrl
 NONCE = b"\x07" * 32
 
 
-async def guess(url: JoinUrl, secret: bytes, me: NodeIdentity, root_key: bytes, issuer_key: bytes) -> str:
+async def guess(
+    url: JoinUrl,
+    secret: bytes,
+    me: NodeIdentity,
+    root_key: bytes,
+    issuer_key: bytes,
+    speaks: tuple[int, int] = (0, 0),
+) -> str:
     """One attempt with a guessed secret by a client that skips every check of its own: "granted", a refusal's code, or
     "closed" if the port would not talk."""
     try:
@@ -43,7 +50,7 @@ async def guess(url: JoinUrl, secret: bytes, me: NodeIdentity, root_key: bytes, 
     try:
         frames = JoinFrames(stream, frame_bytes_max=JOIN_FRAME_BYTES_MAX)
         assert isinstance(decode_from_issuer(await frames.receive()), Offer)
-        await frames.send(Begin(1, url.token_id, me.public_key, NONCE))
+        await frames.send(Begin(1, url.token_id, me.public_key, NONCE, *speaks))
         terms = decode_from_issuer(await frames.receive())
         if isinstance(terms, Refused):
             return terms.code

@@ -43,6 +43,7 @@ from protocol.trust.roster import Roster
 from protocol.trust.statements import admission, eviction, seal
 from protocol.trust.view import Role
 from protocol.wire.crypto import SodiumSuite
+from protocol.wire.frames import Versions
 
 MIGRATIONS = (*kernel_migrations(), *read_migrations("cluster", "meshnode.cluster"))
 QUICK = JoinTimes(connect_s=3, greet_s=5, answer_s=10, stagger_s=0.05)
@@ -172,9 +173,15 @@ class MeshOfOne:
         return load_or_make_identity(self.folder / f"machine{self._machines}")
 
     async def join(
-        self, url: str, *, identity: NodeIdentity | None = None, name: str = "newcomer", times: JoinTimes = QUICK
+        self,
+        url: str,
+        *,
+        identity: NodeIdentity | None = None,
+        name: str = "newcomer",
+        times: JoinTimes = QUICK,
+        versions: Versions | None = None,
     ) -> JoinGrant:
-        joiner = Joiner(identity=identity or self.machine(), times=times)
+        joiner = Joiner(identity=identity or self.machine(), times=times, versions=versions)
         return await joiner.join(read_join_url(url), name)
 
     async def closed(self) -> None:

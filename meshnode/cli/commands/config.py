@@ -126,9 +126,10 @@ def export_db(session: Session, out: Path | None) -> None:
 def repair_db(session: Session) -> None:
     """Build a sound database from what can be read of a damaged one, while no agent runs. The damaged one is kept."""
     from meshnode.kernel.database import repair_database
+    from meshnode.node import all_migrations
 
     with _locked_database(session) as database:
-        report = repair_database(database, wall=time.time())
+        report = repair_database(database, wall=time.time(), migrations=all_migrations())
     if session.as_json:
         say_json({"database": str(database), "kept": str(report.kept), **_salvage_json(report.salvage)})
     else:

@@ -12,6 +12,7 @@ from typing import Final
 import psutil
 
 from meshnode.cli.doctor.finding import Finding, Patient, Result
+from meshnode.kernel.errors import ErrorCode, MeshError
 
 PYTHON_MIN: Final = (3, 11)
 FREE_BYTES_MIN: Final = 256 << 20
@@ -63,6 +64,22 @@ def check_data_folder(patient: Patient) -> Finding:
     if os.name == "posix" and stat.S_IMODE(entry.st_mode) & 0o077:
         return Finding("data_folder", Result.WARN, f"others may look into {folder}", f"chmod 700 {folder}")
     return Finding("data_folder", Result.OK, f"{folder} is ours alone")
+
+
+def check_database(patient: Patient) -> Finding:
+    """The database is one that `meshnode up` would open; otherwise its words, and the command that helps."""
+    from meshnode.kernel.database import DATABASE_NAME, examine_database
+    from meshnode.node import all_migrations  # Every part of the agent brings its tables: not for other commands.
+
+    if lock_holder(patient.data_dir) is not None:
+        return Finding("database", Result.OK, "the running agent has it open")
+    try:
+        found = examine_database(patient.data_dir / DATABASE_NAME, all_migrations())
+    except MeshError as error:
+        verb = {ErrorCode.DATABASE_CORRUPT: "repair-db", ErrorCode.DATABASE_NEWER: "export-db"}.get(error.code)
+        mend = f"meshnode config {verb} --data-dir {patient.data_dir}" if verb else ""
+        return Finding("database", Result.FAIL, error.message, mend)
+    return Finding("database", Result.OK, "it can be opened" if found else "there is none yet")
 
 
 def check_space(patient: Patient) -> Finding:

@@ -117,7 +117,7 @@ def open_writer(path: Path) -> apsw.Connection:
     STORAGE_FAILED or DISK_FULL). A file that is refused is not changed: neither its log is folded in, nor is anything
     moved.
     """
-    _refuse_leftovers(path)
+    refuse_leftovers(path)
     existed = path.exists() and path.stat().st_size > 0
     try:
         if not existed:
@@ -125,7 +125,7 @@ def open_writer(path: Path) -> apsw.Connection:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
     except (apsw.Error, OSError) as error:
-        raise _cannot_open(path, error) from error
+        raise cannot_open(path, error) from error
     try:
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         connection.config(apsw.SQLITE_DBCONFIG_DEFENSIVE, 1)
@@ -155,7 +155,7 @@ def open_reader(path: Path) -> apsw.Connection:
         connection.set_busy_timeout(BUSY_TIMEOUT_MS)
         connection.pragma("query_only", True)
     except apsw.Error as error:
-        raise _cannot_open(path, error) from error
+        raise cannot_open(path, error) from error
     return connection
 
 
@@ -185,7 +185,7 @@ def check_file(connection: apsw.Connection, path: Path, *, clock: Callable[[], f
         raise database_corrupt(path, f"it is damaged ({finding})")
 
 
-def _refuse_leftovers(path: Path) -> None:
+def refuse_leftovers(path: Path) -> None:
     """Refuse states in which opening would lose data: SQLite deletes a log whose database is missing or empty."""
     if repaired_path(path).exists():
         raise database_corrupt(path, "a repair was interrupted; run it again to finish it")
@@ -195,7 +195,8 @@ def _refuse_leftovers(path: Path) -> None:
         raise database_corrupt(path, f"the file is missing or empty although its log {log.name} holds data")
 
 
-def _cannot_open(path: Path, error: BaseException) -> MeshError:
+def cannot_open(path: Path, error: BaseException) -> MeshError:
+    """The error of a file that the system does not let us open."""
     return MeshError(
         ErrorCode.STORAGE_FAILED,
         f"The database {path} cannot be opened ({error}). Check that it is a file and that the user who runs the agent "

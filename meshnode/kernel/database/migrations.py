@@ -17,6 +17,7 @@ import apsw
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 
+_CREATED: Final = re.compile(r"CREATE TABLE (\w+)")
 _FILE_NAME: Final = re.compile(r"(?P<number>\d{4})_[a-z0-9_]+\.sql")
 
 _HISTORY_TABLE: Final = """
@@ -76,9 +77,8 @@ def apply_migrations(
     changed then. Raises ValueError on a gap in a sequence and apsw.Error
     on faulty SQL, after taking everything back.
     """
-    known = _by_key(migrations)
+    refuse_newer(connection, migrations, path, version)
     applied = _history(connection)
-    _refuse_newer(known, applied, path, version)
     missing = [migration for migration in migrations if (migration.subsystem, migration.number) not in applied]
     if not missing:
         return 0
@@ -138,13 +138,24 @@ def _history(connection: apsw.Connection) -> dict[tuple[str, int], tuple[str, st
     return {(str(row[0]), int(str(row[1]))): (str(row[2]), str(row[3])) for row in rows}
 
 
-def _refuse_newer(
-    known: dict[tuple[str, int], Migration],
-    applied: dict[tuple[str, int], tuple[str, str]],
-    path: Path,
-    version: str,
-) -> None:
-    for (subsystem, number), (checksum, writer) in sorted(applied.items()):
+def refuse_lost_history(connection: apsw.Connection, migrations: Sequence[Migration], path: Path) -> None:
+    """Raise the MeshError(DATABASE_CORRUPT) with which `apply_migrations` would end at a table that a step, by the
+    record not applied yet, has made. Changes nothing."""
+    applied = _history(connection)
+    for migration in migrations:
+        if (migration.subsystem, migration.number) not in applied:
+            for table in _CREATED.findall(migration.sql):
+                if connection.table_exists("main", table):
+                    raise _history_lost(path, f"table {table} already exists")
+
+
+def refuse_newer(connection: apsw.Connection, migrations: Sequence[Migration], path: Path, version: str) -> None:
+    """Raise MeshError(DATABASE_NEWER) if the database has a step that this version does not know or has otherwise.
+
+    Changes nothing. Raises apsw.Error when the record of the steps cannot be read.
+    """
+    known = _by_key(migrations)
+    for (subsystem, number), (checksum, writer) in sorted(_history(connection).items()):
         migration = known.get((subsystem, number))
         if migration is None:
             what = f"it has step {number} of '{subsystem}', which this version does not know"

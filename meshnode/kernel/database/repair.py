@@ -7,7 +7,8 @@ caller, who holds the data folder's lock.
 
 import os
 import shutil
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Final, TextIO
 
 import apsw
 
+from meshnode import __version__
 from meshnode.kernel.database.connection import (
     APPLICATION_ID,
     database_corrupt,
@@ -23,7 +25,8 @@ from meshnode.kernel.database.connection import (
     storage_error,
     wal_path,
 )
-from meshnode.kernel.database.salvage import Salvage, SalvageReport, Table, TableReport, open_salvage
+from meshnode.kernel.database.migrations import Migration, refuse_newer
+from meshnode.kernel.database.salvage import UNREADABLE, Salvage, SalvageReport, Table, TableReport, open_salvage
 from meshnode.kernel.durability import make_durable
 from meshnode.kernel.errors import ErrorCode, MeshError
 
@@ -65,13 +68,15 @@ def export_database(path: Path, out: Path) -> SalvageReport:
         return report
 
 
-def repair_database(path: Path, *, wall: float) -> RepairReport:
+def repair_database(
+    path: Path, *, wall: float, migrations: Sequence[Migration], version: str = __version__
+) -> RepairReport:
     """Build a sound database from what can be read of `path` and put it in its place.
 
     The damaged file and its log stay beside it as NAME.damaged-<date of `wall`, unix seconds>. Until the new file is
     complete, verified and on the disk, nothing is moved; an interrupted repair is finished by running it again. Raises
-    MeshError(NOT_FOUND, DATABASE_CORRUPT when nothing can be read, DISK_FULL, STORAGE_FAILED); the database is then
-    as it was.
+    MeshError(NOT_FOUND, DATABASE_CORRUPT when nothing can be read, DATABASE_NEWER when it has steps that `migrations`
+    has not, DISK_FULL, STORAGE_FAILED); the database is then as it was.
     """
     repaired = repaired_path(path)
     if repaired.exists():
@@ -83,6 +88,9 @@ def repair_database(path: Path, *, wall: float) -> RepairReport:
         leftover.unlink(missing_ok=True)
     try:
         with open_salvage(path) as salvage:
+            # A newer meshnode's is no damage: after a repair the agent would refuse it as before.
+            with suppress(*UNREADABLE, apsw.SQLError):
+                refuse_newer(salvage.connection, migrations, path, version)
             report = _build(salvage, building)
     except apsw.Error as error:
         building.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import msgpack
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,11 +23,13 @@ from protocol.trust.join import (
     decode_from_issuer,
     decode_from_joiner,
     encode_frame,
+    protocols_refusal,
     root_matches,
     same_proof,
     verifier_of,
 )
 from protocol.trust.keys import GossipKey
+from protocol.wire.frames import Versions
 from tests.protocol.trust.parts import public_key, seed
 
 VERIFIER = verifier_of(seed("secret")[:16])
@@ -108,8 +111,8 @@ def test_the_joiner_is_understood(message: object) -> None:
 
 
 def test_a_later_version_may_append() -> None:
-    body = msgpack.packb([2, 9, seed("t")[:8], public_key("a"), seed("n"), "what a later version says"])
-    assert decode_from_joiner(body) == Begin(9, seed("t")[:8], public_key("a"), seed("n"))
+    body = msgpack.packb([2, 9, seed("t")[:8], public_key("a"), seed("n"), 1, 2, "what a later version says"])
+    assert decode_from_joiner(body) == Begin(9, seed("t")[:8], public_key("a"), seed("n"), 1, 2)
 
 
 @given(st.binary(max_size=300))
@@ -126,3 +129,36 @@ def test_a_claim_of_a_huge_array_is_refused() -> None:
 def test_what_no_receiver_takes_is_not_sent() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         encode_frame(Page([bytes(1000)] * (JOIN_FRAME_BYTES_MAX // 1000 + 1)))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "joiner", "older"),
+    [
+        (Versions(1, 1), Versions(2, 3), "the machines of the mesh"),
+        (Versions(3, 4), Versions(1, 2), "the joining machine"),
+        (Versions(1, 2), Versions(2, 3), None),
+        (Versions(0, 0), Versions(2, 3), None),
+        (Versions(1, 1), Versions(0, 0), None),
+    ],
+)
+def test_protocols_that_have_no_version_in_common_are_refused(
+    mesh: Versions, joiner: Versions, older: str | None
+) -> None:
+    refusal = protocols_refusal(mesh=mesh, joiner=joiner)
+    assert (refusal is None) == (older is None)
+    if refusal is not None:
+        assert f"version {mesh}, the joining machine {joiner}. Update meshnode on {older}" in refusal
+
+
+def test_an_older_node_says_no_protocol_and_reads_what_a_newer_one_says() -> None:
+    class OldBegin(msgspec.Struct, frozen=True, array_like=True, tag=2):
+        version: int
+        token_id: bytes
+        public_key: bytes
+        nonce: bytes
+
+    old = OldBegin(1, seed("t")[:8], public_key("a"), seed("n"))
+    heard = decode_from_joiner(msgspec.msgpack.encode(old))
+    assert heard == Begin(1, seed("t")[:8], public_key("a"), seed("n"), 0, 0)
+    said = encode_frame(Begin(1, seed("t")[:8], public_key("a"), seed("n"), 1, 4))[4:]
+    assert msgspec.msgpack.decode(said, type=OldBegin) == old

@@ -32,11 +32,13 @@ from protocol.trust.join import (
     Terms,
     Transcript,
     decode_from_joiner,
+    protocols_refusal,
     same_proof,
 )
 from protocol.trust.keys import GossipKey
 from protocol.trust.statements import ROLE_CODES, plain_name
 from protocol.trust.view import Role
+from protocol.wire.frames import Versions
 
 _Request = TypeVar("_Request", Begin, Claim)
 
@@ -125,7 +127,10 @@ class Issuer:
         if the stream breaks.
         """
         me = self._me
-        await frames.send(Offer(JOIN_VERSION_MIN, JOIN_VERSION, me.root_certificate, me.leaf))
+        speaks = Versions()
+        await frames.send(
+            Offer(JOIN_VERSION_MIN, JOIN_VERSION, me.root_certificate, me.leaf, speaks.min, speaks.max),
+        )
         try:
             begin = await _expect(frames, Begin)
             if limited:
@@ -148,6 +153,9 @@ class Issuer:
                 f"This mesh speaks join versions {JOIN_VERSION_MIN} to {JOIN_VERSION}, the joining machine "
                 f"{begin.version}. Install the same version of meshnode on both.",
             )
+        refusal = protocols_refusal(mesh=Versions(), joiner=Versions(begin.protocol_min, begin.protocol_max))
+        if refusal is not None:
+            raise MeshError(ErrorCode.INCOMPATIBLE_VERSION, refusal)
         node_id = node_id_of(begin.public_key)
         invitation = self._usable(begin.token_id, node_id)
         transcript = Transcript(

@@ -35,6 +35,7 @@ from protocol.trust.join import (
     Terms,
     Transcript,
     decode_from_issuer,
+    protocols_refusal,
     root_matches,
     same_proof,
     verifier_of,
@@ -44,6 +45,7 @@ from protocol.trust.keys import GossipKey
 from protocol.trust.statements import Admission, open_statement, plain_name
 from protocol.trust.view import Role
 from protocol.wire.crypto import SodiumSuite
+from protocol.wire.frames import Versions
 
 Entropy = Callable[[int], bytes]
 
@@ -108,11 +110,18 @@ class Joiner:
     invitation that this identity used up a moment ago still counts for it."""
 
     def __init__(
-        self, *, identity: NodeIdentity, times: JoinTimes | None = None, entropy: Entropy = secrets.token_bytes
+        self,
+        *,
+        identity: NodeIdentity,
+        times: JoinTimes | None = None,
+        entropy: Entropy = secrets.token_bytes,
+        versions: Versions | None = None,
     ) -> None:
+        """`versions`: the protocol versions that this machine speaks, those of this build if not given."""
         self._identity = identity
         self._times = times or JoinTimes()
         self._entropy = entropy
+        self._versions = versions or Versions()
 
     async def join(self, url: JoinUrl, name: str) -> JoinGrant:
         """Redeem the invitation and return what it gave. Takes at most about a minute; changes nothing on this machine.
@@ -200,8 +209,13 @@ class Joiner:
                 f"its join versions are {offer.version_min} to {offer.version_max}, ours {JOIN_VERSION_MIN} to "
                 f"{JOIN_VERSION}: install the same version of meshnode on both machines",
             )
+        speaks = self._versions
+        refusal = protocols_refusal(mesh=Versions(offer.protocol_min, offer.protocol_max), joiner=speaks)
+        if refusal is not None:
+            raise MeshError(ErrorCode.INCOMPATIBLE_VERSION, refusal)
         nonce = self._entropy(NONCE_BYTES)
-        await frames.send(Begin(version, url.token_id, self._identity.public_key, nonce))
+        me = self._identity.public_key
+        await frames.send(Begin(version, url.token_id, me, nonce, speaks.min, speaks.max))
         terms = await _expect(frames, Terms)
         transcript = Transcript(
             token_id=url.token_id,
