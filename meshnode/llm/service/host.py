@@ -5,17 +5,16 @@ Frames are looked at only as far as who may send which kind; everything else abo
 
 import math
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import BulkStream
-from meshnode.kernel.logs import Logger
 from meshnode.llm.engine.client import Ended, EndReason, Engine, Outgoing
 from meshnode.llm.engine.spec import StageSpec
-from meshnode.llm.service.calls import Attach, Calls, FrameSink, StreamSink, attend, repack
+from meshnode.llm.service.calls import Attach, FrameSink, StreamSink, attend, repack
+from meshnode.llm.service.surroundings import Surroundings
 from protocol.ids import NodeId, node_id_bytes
 from protocol.sharding.frames import (
     FROM_ENTRY,
@@ -29,7 +28,7 @@ from protocol.sharding.frames import (
     Stats,
     decode,
 )
-from protocol.sharding.hosting import EngineChanged, EngineUsed, HostingInput
+from protocol.sharding.hosting import EngineChanged, EngineUsed
 from protocol.sharding.offers import Speed
 from protocol.sharding.pipelines import Pipeline, Span
 from protocol.sharding.steps import step_bytes_max
@@ -40,68 +39,6 @@ ATTACH_PAUSE_S: Final = 0.1
 ENTRY_QUEUE_BYTES_MAX: Final = 8 * 1024 * 1024
 CONTROL_FRAME_BYTES_MAX: Final = 16 * 1024 * 1024
 FETCH_SHARE: Final = 0.8  # of the progress of a load; the rest is the engine's
-
-
-class Weights(Protocol):
-    """Where a stage's file comes from."""
-
-    async def stage_file(
-        self, digest: str, first: int, end: int, *, tail: bool, progress: Callable[[int, int, str], None]
-    ) -> tuple[str, bool]:
-        """The path of a file with these layers, and whether it has the tail that was asked for."""
-        ...
-
-
-class OpenEngine(Protocol):
-    """A loaded engine for as long as the block runs; see engine/process.py."""
-
-    def __call__(
-        self, stage: StageSpec, /, *, progress: Callable[[float], None] | None = None
-    ) -> AbstractAsyncContextManager[Engine]: ...
-
-
-class Surroundings(Protocol):
-    """What a stage needs of the node that holds it."""
-
-    @property
-    def calls(self) -> Calls: ...
-    @property
-    def weights(self) -> Weights: ...
-    @property
-    def log(self) -> Logger: ...
-    @property
-    def threads(self) -> int:
-        """How many cores its engine may use."""
-        ...
-
-    @property
-    def open_engine(self) -> OpenEngine:
-        """What starts its engine."""
-        ...
-
-    def submit(self, event: HostingInput) -> None:
-        """Tell the machine that decides about stages."""
-        ...
-
-    def wants_speed(self) -> bool:
-        """Whether this node's speed is to be measured on what is loaded now."""
-        ...
-
-    async def measured(self, speed: Speed) -> None:
-        """Take a measurement in."""
-        ...
-
-    def weight_bytes(self, model: str, first: int, end: int) -> int:
-        """What each token reads of these layers; 0 if nobody knows."""
-        ...
-
-    def hear(self, pipeline: Pipeline, span: Span, stats: Stats) -> None:
-        """A stage tells what it did."""
-        ...
-
-    def cannot_split(self, model: str) -> None:
-        """This node's llama.cpp gives no hidden states of such models."""
-        ...
 
 
 async def _nothing_else(frame: Frame) -> None:

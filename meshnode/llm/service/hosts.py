@@ -16,7 +16,8 @@ from meshnode.kernel.machines import MachineRunner
 from meshnode.llm.engine.client import Engine
 from meshnode.llm.engine.process import open_engine
 from meshnode.llm.service.calls import Attach, Calls, Granted
-from meshnode.llm.service.host import OpenEngine, StageHost, Weights
+from meshnode.llm.service.host import StageHost
+from meshnode.llm.service.surroundings import OpenEngine, Weights
 from protocol.effects import Persist
 from protocol.ids import NodeId
 from protocol.sharding.frames import Stats
