@@ -4,18 +4,19 @@ Frames are looked at only as far as who may send which kind; everything else abo
 """
 
 import math
+import socket
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import BulkStream
-from meshnode.kernel.logs import Logger
 from meshnode.llm.engine.client import Ended, EndReason, Engine, Outgoing
 from meshnode.llm.engine.spec import StageSpec
-from meshnode.llm.service.calls import Attach, Calls, FrameSink, StreamSink, attend, repack
+from meshnode.llm.service.calls import Attach, FrameSink, StreamSink, attend, repack
+from meshnode.llm.service.lender import Borrowing
+from meshnode.llm.service.surroundings import Surroundings
 from protocol.ids import NodeId, node_id_bytes
 from protocol.sharding.frames import (
     FROM_ENTRY,
@@ -29,7 +30,7 @@ from protocol.sharding.frames import (
     Stats,
     decode,
 )
-from protocol.sharding.hosting import EngineChanged, EngineUsed, HostingInput
+from protocol.sharding.hosting import EngineChanged, EngineUsed
 from protocol.sharding.offers import Speed
 from protocol.sharding.pipelines import Pipeline, Span
 from protocol.sharding.steps import step_bytes_max
@@ -40,68 +41,6 @@ ATTACH_PAUSE_S: Final = 0.1
 ENTRY_QUEUE_BYTES_MAX: Final = 8 * 1024 * 1024
 CONTROL_FRAME_BYTES_MAX: Final = 16 * 1024 * 1024
 FETCH_SHARE: Final = 0.8  # of the progress of a load; the rest is the engine's
-
-
-class Weights(Protocol):
-    """Where a stage's file comes from."""
-
-    async def stage_file(
-        self, digest: str, first: int, end: int, *, tail: bool, progress: Callable[[int, int, str], None]
-    ) -> tuple[str, bool]:
-        """The path of a file with these layers, and whether it has the tail that was asked for."""
-        ...
-
-
-class OpenEngine(Protocol):
-    """A loaded engine for as long as the block runs; see engine/process.py."""
-
-    def __call__(
-        self, stage: StageSpec, /, *, progress: Callable[[float], None] | None = None
-    ) -> AbstractAsyncContextManager[Engine]: ...
-
-
-class Surroundings(Protocol):
-    """What a stage needs of the node that holds it."""
-
-    @property
-    def calls(self) -> Calls: ...
-    @property
-    def weights(self) -> Weights: ...
-    @property
-    def log(self) -> Logger: ...
-    @property
-    def threads(self) -> int:
-        """How many cores its engine may use."""
-        ...
-
-    @property
-    def open_engine(self) -> OpenEngine:
-        """What starts its engine."""
-        ...
-
-    def submit(self, event: HostingInput) -> None:
-        """Tell the machine that decides about stages."""
-        ...
-
-    def wants_speed(self) -> bool:
-        """Whether this node's speed is to be measured on what is loaded now."""
-        ...
-
-    async def measured(self, speed: Speed) -> None:
-        """Take a measurement in."""
-        ...
-
-    def weight_bytes(self, model: str, first: int, end: int) -> int:
-        """What each token reads of these layers; 0 if nobody knows."""
-        ...
-
-    def hear(self, pipeline: Pipeline, span: Span, stats: Stats) -> None:
-        """A stage tells what it did."""
-        ...
-
-    def cannot_split(self, model: str) -> None:
-        """This node's llama.cpp gives no hidden states of such models."""
-        ...
 
 
 async def _nothing_else(frame: Frame) -> None:
@@ -194,7 +133,7 @@ class StageHost:
     @property
     def is_last(self) -> bool:
         """Whether it samples."""
-        return self.index == len(self.pipeline.stages) - 1
+        return self.span.node == self.pipeline.last
 
     def stop(self) -> None:
         """End it; `over` tells when that is done."""
@@ -213,6 +152,8 @@ class StageHost:
         finally:
             self.over.set()
             self._settled.set()
+            # Their streams would go on to show life.
+            self._end_entries()
 
     def _broken(self, words: str, blamed: int | None) -> None:
         if not self._scope.cancel_called:
@@ -226,14 +167,16 @@ class StageHost:
             share = FETCH_SHARE * (done / total if total else 0.0)
             around.submit(EngineChanged(pipeline.id, "loading", share=share, words=words))
 
+        # The client of llama.cpp's RPC hands the others their weights out of its own file.
+        end = pipeline.stages[-1].end if pipeline.engine else span.end
         path, has_tail = await around.weights.stage_file(
-            pipeline.model, span.first, span.end, tail=not self.is_last, progress=fetched
+            pipeline.model, span.first, end, tail=not self.is_last, progress=fetched
         )
         spec = StageSpec(
             path=path,
-            layers=span.end - span.first,
+            layers=end - span.first,
             stage=self.index,
-            stages=len(pipeline.stages),
+            stages=1 if pipeline.engine else len(pipeline.stages),
             slots=pipeline.slots,
             context=pipeline.context,
             cells=pipeline.context * pipeline.slots,
@@ -242,13 +185,23 @@ class StageHost:
             gpu_layers=span.gpu_layers,
             hook="" if has_tail or self.is_last else "cb_eval",
             node=node_id_bytes(around.calls.me),
+            remote_layers=tuple(other.end - other.first for other in pipeline.stages[1:]) if pipeline.engine else (),
         )
+        if not pipeline.engine:
+            await self._compute(spec, has_tail, [])
+            return
+        async with Borrowing(pipeline, around.calls, self._bereft, self._count).open() as tunnels:
+            await self._compute(spec, has_tail, tunnels)
+
+    async def _compute(self, spec: StageSpec, has_tail: bool, tunnels: list[socket.socket]) -> None:
+        """Load and serve until the engine ends. Raises MeshError."""
+        around, pipeline = self._around, self.pipeline
 
         def loaded(share: float) -> None:
             share = FETCH_SHARE + (1 - FETCH_SHARE) * share
             around.submit(EngineChanged(pipeline.id, "loading", share=share, words="loading into memory"))
 
-        async with around.open_engine(spec, progress=loaded) as engine, trio.open_nursery() as nursery:
+        async with around.open_engine(spec, progress=loaded, tunnels=tunnels) as engine, trio.open_nursery() as nursery:
             self.engine = engine
             if has_tail and engine.facts.hook == "cb_eval":
                 around.log.warning(
@@ -256,7 +209,7 @@ class StageHost:
                     version=engine.facts.llama_cpp,
                 )
             nursery.start_soon(self._pump, engine, nursery.cancel_scope)
-            if around.wants_speed():
+            if not pipeline.engine and around.wants_speed():
                 await self._measure(engine)
             if not self.is_last:
                 nursery.start_soon(self._connect_next, nursery)
@@ -315,6 +268,17 @@ class StageHost:
         """A neighbour is gone, and with it this pipeline; the engine waits for the coordinator's word."""
         self._next = self._first = None
         self._broken(words, blamed)
+        self._end_entries()
+
+    def _bereft(self, words: str, index: int) -> None:
+        """A server that held layers of this engine is gone, which ends the engine, too: that is not its own fault."""
+        self._broken(words, index)
+        self._scope.cancel()
+
+    def _count(self, sent: int) -> None:
+        self.wire_bytes += sent
+
+    def _end_entries(self) -> None:
         for entry in list(self._entries.values()):
             entry.end()
 
@@ -340,8 +304,7 @@ class StageHost:
         if self.over.is_set():
             return  # what became of it is known
         self._broken(f"stage {blamed + 1}: {words}", blamed)
-        for entry in list(self._entries.values()):
-            entry.end()
+        self._end_entries()
 
     def _frame_bytes_max(self) -> int:
         assert self.engine is not None  # it is loaded
@@ -460,7 +423,8 @@ class StageHost:
             stats = item.message()
             assert isinstance(stats, Stats)
             self.stats = stats
-            self._around.hear(self.pipeline, self.span, stats)
+            if not self.pipeline.engine:  # its figures are those of several nodes' layers
+                self._around.hear(self.pipeline, self.span, stats)
             if self.is_first:
                 self._around.submit(EngineUsed(self.pipeline.id, stats.active + stats.queued))
         elif item.kind == Kind.ERROR:

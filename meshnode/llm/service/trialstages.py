@@ -22,8 +22,9 @@ from meshnode.llm.gguf.tiny.models import KINDS, MODELS, tiny_model
 from meshnode.llm.gguf.weights import open_weights
 from meshnode.llm.gguf.writing import write_file
 from meshnode.llm.service.calls import Calls
-from meshnode.llm.service.host import OpenEngine, StageHost
+from meshnode.llm.service.host import StageHost
 from meshnode.llm.service.hosts import Hosts
+from meshnode.llm.service.surroundings import OpenEngine
 from protocol.ids import NodeId
 from protocol.sharding.frames import Stats
 from protocol.sharding.hosting import EngineChanged, HostingInput
