@@ -136,6 +136,7 @@ class Ensure:
     without: tuple[NodeId, ...] = ()
     complaint: tuple[bytes, str] | None = None
     stages_min: int = 1
+    engine: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """What the stages of a pipeline, and the entry of a session, say to one another.
 
 A frame is u32 length of what follows (little-endian), u8 kind, body. STEP and TOKENS, one each per token, are packed
-by hand in steps.py; all other bodies are msgpack arrays, described here. Everything a peer sends is bounded before it
-is kept, and whatever is wrong with it is one error, FrameError. Between an engine and its own agent the same frames
-travel, those of the engine prefixed with where they go. Who may send which kind is said by the sets at the end.
+by hand in steps.py, RPC has llama.cpp's own bytes; all other bodies are msgpack arrays, described here. Everything a
+peer sends is bounded before it is kept, and whatever is wrong with it is one error, FrameError. Between an engine and
+its own agent the same frames travel, those of the engine prefixed with where they go. Who may send which kind is said
+by the sets at the end.
 """
 
 import struct
@@ -53,6 +54,7 @@ class Kind(IntEnum):
     STATS = 11
     EMBEDDING = 12
     PULSE = 13
+    RPC = 14
 
     LOADING = 32
     FACTS = 33

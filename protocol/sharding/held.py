@@ -72,11 +72,12 @@ class Held:
     broken: str = ""
     ever_ready: bool = False
     stages_min: int = 1  # what was wished when it was planned
+    engine: str = ""  # the same: empty where any would do, whichever it has
 
     @property
     def active(self) -> int:
         """Sessions, as its first stage counts them."""
-        first = self.reports.get(self.pipeline.nodes[0])
+        first = self.reports.get(self.pipeline.first)
         return 0 if first is None else first.active
 
 
@@ -100,6 +101,8 @@ class Load:
     words: str = "planning"
     again_at: float = 0.0  # plan anew then: memory is held by what belongs to nobody, or versions are being tested
     strayed_tries: int = 0
+    engine: str = ""
+    mends: bool = False  # sessions are on what was lost: better with less than was wished for than not at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +158,8 @@ class LoadingState:
 def suits(held: Held, request: EnsureRequest) -> bool:
     pipeline = held.pipeline
     if pipeline.model != request.model or pipeline.context < request.context:
+        return False
+    if request.engine and pipeline.engine != request.engine:
         return False
     if len(pipeline.stages) < request.stages_min:
         return False

@@ -339,4 +339,7 @@ def _same(old: _Stage, pipeline: Pipeline, span: Span) -> bool:
     misses_a_neighbour = (
         old.report.state == "broken" and blamed is not None and was.nodes[blamed : blamed + 1] != (old.span.node,)
     )
-    return layers and sizes and (old.report.state == "ready" or misses_a_neighbour)
+    # A server and its client know each other's memory: neither can change its partner.
+    return (
+        not (was.engine or pipeline.engine) and layers and sizes and (old.report.state == "ready" or misses_a_neighbour)
+    )

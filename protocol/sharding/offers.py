@@ -1,10 +1,14 @@
 """What nodes offer to a model, and what lies between them: the planner's other input. Measuring it is not done here."""
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import msgspec
 
 from protocol.ids import NodeId
+
+RpcSupport = Literal["", "yes", "not_built", "not_isolated"]
+"""Whether a node's engines can use and lend by llama.cpp's RPC, or why not; empty: it has no engine, or never said."""
 
 
 class Speed(msgspec.Struct, frozen=True):
@@ -45,6 +49,7 @@ class NodeOffer(msgspec.Struct, frozen=True, kw_only=True):
     has_engine: bool = True  # False: without the `llm` extra it routes, and holds no layers
     version: str = ""  # of llama-cpp-python
     whole_only: tuple[str, ...] = ()  # architectures of which its version can hold no part
+    rpc: RpcSupport = ""
     holds: tuple[tuple[int, int], ...] = ()  # ranges [a, b) of the model's layers that lie on its disk
 
     def held(self, first: int, end: int) -> int:

@@ -5,7 +5,7 @@ and hosting exchange with their agents stands below.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -17,6 +17,9 @@ PIPELINE_ID_BYTES = 8
 WITHOUT_MAX = 64
 FEW_NODES: Final = "few_nodes"
 """Code of a refusal: fewer nodes can run models than stages were wished for."""
+
+NO_ENGINE: Final = "no_engine"
+"""Code of a refusal: nodes lack the engine that was wished for."""
 
 LOAD_WORDS_CHARS_MAX = 512
 
@@ -33,6 +36,11 @@ _Seconds = Annotated[float, msgspec.Meta(ge=0.0)]
 
 class _Message(msgspec.Struct, frozen=True, array_like=True):
     """Arrays; readers ignore elements behind those that they know."""
+
+
+Engine = Annotated[str, msgspec.Meta(pattern="^(|rpc)$")]
+"""How the nodes share the work. Empty: each computes its stage. `rpc`: the first one computes all, and the others lend
+it memory and cores through llama.cpp's RPC servers."""
 
 
 class Span(_Message, frozen=True):
@@ -55,14 +63,34 @@ class Pipeline(_Message, frozen=True):
     slots: _Count
     stages: Annotated[tuple[Span, ...], msgspec.Meta(min_length=1, max_length=STAGES_MAX)]
     vocabulary: _Count = 0  # tokens; 0: not known
+    engine: Engine = ""
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
         """In the order of the stages."""
         return tuple(NodeId(span.node) for span in self.stages)
 
+    @property
+    def first(self) -> NodeId:
+        """The node that takes sessions in."""
+        return self.nodes[0]
+
+    @property
+    def last(self) -> NodeId:
+        """The node that samples."""
+        return self.nodes[0] if self.engine else self.nodes[-1]
+
+    @property
+    def engine_name(self) -> Literal["local", "pipeline", "rpc"]:
+        """As people call it."""
+        if self.engine:
+            return "rpc"
+        return "local" if len(self.stages) == 1 else "pipeline"
+
     def is_sound(self) -> bool:
         """Whether the stages are a chain from layer 0, each on a node of its own."""
+        if self.engine and len(self.stages) < 2:
+            return False
         at = 0
         for span in self.stages:
             if span.first != at or span.end <= at:
@@ -84,6 +112,7 @@ class EnsureRequest(_Message, frozen=True):
     failure: _Words = ""
     stages_min: Annotated[int, msgspec.Meta(ge=1, le=STAGES_MAX)] = 1  # split it so far, though fewer would do
     pinned: bool = False  # keep it loaded for a while though nobody uses it; asked again and again by whoever pins it
+    engine: Engine = ""  # `rpc`: with this one, though another would do
 
 
 class Ready(_Message, frozen=True, tag=0):
@@ -204,6 +233,7 @@ class Layout:
     stages: tuple[Span, ...]
     vocabulary: int
     words: str
+    engine: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +295,7 @@ class PlanWanted:
     taken: dict[NodeId, tuple[int, int]]
     kept: tuple[Span, ...] = ()
     stages_min: int = 1
+    engine: str = ""
 
 
 @dataclass(frozen=True, slots=True)

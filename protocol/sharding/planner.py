@@ -5,19 +5,20 @@ least SPLIT_GAIN_MIN times as fast. Pure, so the same facts give the same plan o
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 
 from protocol.ids import NodeId
 from protocol.sharding.fitting import Fitting, Wish
 from protocol.sharding.offers import Links, NodeOffer, version_groups
+from protocol.sharding.plans import GB, Alternative, Cut, Plan, Refusal, names_of, planned_stage
 from protocol.sharding.predict import UNCALIBRATED, Constants, Prediction, StageCost
+from protocol.sharding.remote import remote_or_refusal
 from protocol.sharding.search import (
     EFFORT_MAX,
     EFFORT_THINNED,
     EXACT_NODES,
-    Cut,
     Found,
     Search,
     filled,
@@ -29,61 +30,6 @@ from protocol.sharding.shapes import ModelShape
 
 SPLIT_GAIN_MIN: Final = 1.25
 VERSION_GROUPS_MAX: Final = 4
-NODES_NAMED_MAX: Final = 8
-GB: Final = 1e9
-
-
-class PlannedStage(msgspec.Struct, frozen=True, kw_only=True):
-    """Layers [first, end) of the model on one node; bytes as they will lie in its memory."""
-
-    node: NodeId
-    name: str
-    first: int
-    end: int
-    gpu_layers: int
-    weight_bytes: int
-    kv_bytes: int
-    compute_bytes: int
-    ram_bytes: int
-    vram_bytes: tuple[int, ...]
-    layers_held: int  # of its layers, how many lie on its disk already
-    compute_s: float  # for one token
-
-
-class Alternative(msgspec.Struct, frozen=True):
-    """What was considered and not taken."""
-
-    words: str
-    tokens_per_s: float | None = None
-
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """A pipeline, not loaded yet."""
-
-    model: str
-    engine: Literal["local", "pipeline"]
-    stages: tuple[PlannedStage, ...]
-    tokens_per_s: float  # one stream
-    streams: int
-    streams_tokens_per_s: float
-    prompt_tokens: int
-    first_token_s: float
-    wire_s: float  # all hops of one token, the way back included
-    learnt: bool  # whether sessions of this model have taught the speed of a stage
-    exact: bool
-    reasons: tuple[str, ...]
-    alternatives: tuple[Alternative, ...] = ()
-
-
-class Refusal(msgspec.Struct, frozen=True, kw_only=True):
-    """Why there is no plan. Bytes are 0 where memory is not the reason."""
-
-    code: Literal["no_nodes", "few_nodes", "too_long", "no_memory", "uncut", "untested"]
-    words: str
-    needed_bytes: int = 0
-    free_bytes: int = 0
-    short_bytes: int = 0
-    would_fit: tuple[str, ...] = ()
 
 
 def plan(
@@ -102,7 +48,7 @@ def plan(
         return Refusal(code="too_long", words=words)
     able = [offer for offer in offers if offer.has_engine]
     if not able:
-        names = _names(offer.name for offer in offers)
+        names = names_of(offer.name for offer in offers)
         return Refusal(
             code="no_nodes", words=f"No node can run models: {names or 'nobody is there'}; install the extra `llm`."
         )
@@ -119,7 +65,7 @@ def plan(
         if best is not None:
             found.append((best, group))
     if not found:
-        return _refusal(fitting, groups, siblings)
+        return remote_or_refusal(fitting, offers, links, _refusal(fitting, groups, siblings))
     best, group = min(found, key=lambda pair: _order(pair[0]))
     for other, others in found:
         if len(other.cuts) > len(best.cuts) and other.round_s * SPLIT_GAIN_MIN <= best.round_s:
@@ -170,7 +116,7 @@ def mend(
     cuts.sort(key=lambda cut: cut[1])
     found = Found(tuple(cuts), _prediction(fitting, cuts, links, constants).round_s(), False)
     made = _plan(fitting, found, [offer for offer, _, _ in cuts], offers, links, constants)
-    new = _names(offer.name for offer, _, _ in cuts if offer.node not in kept)
+    new = names_of(offer.name for offer, _, _ in cuts if offer.node not in kept)
     reason = f"mended with {new}: the other stages stay loaded" if new else "all stages stay loaded"
     return msgspec.structs.replace(made, reasons=(reason,), alternatives=())
 
@@ -250,7 +196,7 @@ def _plan(
 ) -> Plan:  # fmt: skip
     prediction = _prediction(fitting, best.cuts, links, constants)
     computes = prediction.computes(1)
-    stages = tuple(_stage(fitting, cut, computes[index]) for index, cut in enumerate(best.cuts))
+    stages = tuple(planned_stage(fitting, cut, computes[index]) for index, cut in enumerate(best.cuts))
     rate = prediction.tokens_per_s()
     wish = fitting.wish
     reasons, alternatives = _compared(fitting, best, group, links, constants)
@@ -272,26 +218,6 @@ def _plan(
     )
 
 
-def _stage(fitting: Fitting, cut: Cut, compute_s: float) -> PlannedStage:
-    offer, first, end = cut
-    placement = fitting.place(offer, first, end)
-    assert placement is not None  # every cut that is found was placed
-    return PlannedStage(
-        node=offer.node,
-        name=offer.name,
-        first=first,
-        end=end,
-        gpu_layers=placement.gpu_layers,
-        weight_bytes=placement.weight_bytes,
-        kv_bytes=placement.kv_bytes,
-        compute_bytes=placement.compute_bytes,
-        ram_bytes=placement.ram_bytes,
-        vram_bytes=placement.vram_bytes,
-        layers_held=offer.held(first, end),
-        compute_s=compute_s,
-    )
-
-
 def _compared(
     fitting: Fitting, best: Found, group: list[NodeOffer], links: Links, constants: Constants
 ) -> tuple[list[str], list[Alternative]]:
@@ -301,13 +227,13 @@ def _compared(
     pool = thinned(fitting, group, links, count)
     search = Search(fitting, pool, links, constants, EFFORT_THINNED)
     fewest = search.fewest() or count
-    names = _names(offer.name for offer, _, _ in best.cuts)
+    names = names_of(offer.name for offer, _, _ in best.cuts)
     if count == 1:
         reason = f"fits on {names} alone: {rate:.0f} tok/s"
         split = search.fastest(2) if len(pool) > 1 else None
         if split is not None:
             reason += f"; split over two would give {1 / split.round_s:.0f}"
-            others = _names(offer.name for offer, _, _ in split.cuts)
+            others = names_of(offer.name for offer, _, _ in split.cuts)
             alternatives.append(Alternative(f"split over {others}: {1 / split.round_s:.0f} tok/s", 1 / split.round_s))
         return [reason], alternatives
     if count == fitting.wish.stages_min:
@@ -315,7 +241,7 @@ def _compared(
     if fewest < count:
         fewer = search.fastest(fewest)
         if fewer is not None:
-            where = _names(offer.name for offer, _, _ in fewer.cuts)
+            where = names_of(offer.name for offer, _, _ in fewer.cuts)
             words = f"{where} would hold it in {fewest}: {1 / fewer.round_s:.1f} tok/s"
             alternatives.append(Alternative(words, 1 / fewer.round_s))
             return [f"split over {names}: {rate:.1f} tok/s; {words}"], alternatives
@@ -336,7 +262,7 @@ def whole_only_words(shape: ModelShape, offers: Iterable[NodeOffer]) -> str:
         return ""
     versions = ", ".join(sorted({offer.version for offer in bound}))
     return (
-        f"{_names(offer.name for offer in bound)}: only whole {shape.architecture} models, because llama-cpp-python"
+        f"{names_of(offer.name for offer in bound)}: only whole {shape.architecture} models, because llama-cpp-python"
         f" {versions} there does not give a layer's hidden states; update it"
     )
 
@@ -350,7 +276,7 @@ def _left_out(shape: ModelShape, group: list[NodeOffer], offers: Sequence[NodeOf
     versions = sorted({offer.version for offer in offers if offer.has_engine and offer.node not in inside})
     told = []
     if without:
-        told.append(Alternative(f"{_names(without)}: without the extra `llm`, so they only route"))
+        told.append(Alternative(f"{names_of(without)}: without the extra `llm`, so they only route"))
     if bound:
         told.append(Alternative(bound))
     if versions:
@@ -407,9 +333,3 @@ def _context_that_fits(fitting: Fitting, group: list[NodeOffer]) -> int:
             return context
         context //= 2
     return 0
-
-
-def _names(names: Iterable[str]) -> str:
-    listed = list(names)
-    shown = ", ".join(listed[:NODES_NAMED_MAX])
-    return shown if len(listed) <= NODES_NAMED_MAX else f"{shown} and {len(listed) - NODES_NAMED_MAX} more"

@@ -11,14 +11,13 @@ from typing import Final
 
 from protocol.sharding.fitting import Fitting
 from protocol.sharding.offers import Links, NodeOffer
+from protocol.sharding.plans import Cut
 from protocol.sharding.predict import Constants, back_s, hop_s
 
 EXACT_NODES: Final = 10
 EFFORT_MAX: Final = 80_000  # next stages looked at in all, about 0.2 s of an ordinary core
 EFFORT_THINNED: Final = 10_000  # the same where the answer cannot be exact anyway
 BEAM: Final = 8
-
-Cut = tuple[NodeOffer, int, int]
 
 
 @dataclass(frozen=True, slots=True)

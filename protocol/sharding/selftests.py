@@ -17,7 +17,8 @@ from msgspec.structs import replace
 from protocol.ids import NodeId
 from protocol.sharding.fitting import Wish
 from protocol.sharding.offers import Links, NodeOffer
-from protocol.sharding.planner import SPLIT_GAIN_MIN, Alternative, Plan, Refusal, mend, plan
+from protocol.sharding.planner import SPLIT_GAIN_MIN, mend, plan
+from protocol.sharding.plans import Alternative, Plan, Refusal
 from protocol.sharding.predict import UNCALIBRATED, Constants
 from protocol.sharding.shapes import ModelShape
 

@@ -39,7 +39,7 @@ from protocol.sharding.events import (
     StreamLost,
 )
 from protocol.sharding.patience import SessionParameters
-from protocol.sharding.pipelines import FEW_NODES, WITHOUT_MAX, Loading, Pipeline, Ready, Refused
+from protocol.sharding.pipelines import FEW_NODES, NO_ENGINE, WITHOUT_MAX, Loading, Pipeline, Ready, Refused
 from protocol.sharding.scrutiny import Bounds, nonsense
 
 STEM_BYTES: Final = 14
@@ -72,6 +72,7 @@ class Session:
         context: int,
         rng: Rng,
         stages_min: int = 1,
+        engine: str = "",
         params: SessionParameters | None = None,
     ) -> None:
         if len(stem) != STEM_BYTES or max_tokens < 1:
@@ -83,6 +84,7 @@ class Session:
         self._max_tokens = max_tokens
         self._context = context
         self._stages_min = stages_min
+        self._engine = engine
         self._rng = rng
         self.state: State = "ensuring"
         self.tokens: list[int] = []
@@ -140,10 +142,10 @@ class Session:
             case StageErred():
                 self._erred(event, now)
             case StageAlive(peer):
-                if self.pipeline is not None and peer == self.pipeline.nodes[-1]:
+                if self.pipeline is not None and peer == self.pipeline.last:
                     self._heard_at = now
             case StreamLost(peer, words):
-                if self.pipeline is not None and peer in (self.pipeline.nodes[0], self.pipeline.nodes[-1]):
+                if self.pipeline is not None and peer in (self.pipeline.first, self.pipeline.last):
                     self._strike(peer)
                     self._recover(f"the stream with {peer} was lost: {words}", now)
             case PeerDown(peer) | PeerLeft(peer):
@@ -169,7 +171,8 @@ class Session:
     def _ask_again(self, now: float) -> None:
         self.state = "ensuring"
         self._ask += 1
-        ask = Ensure(self._ask, self._model, self._context, self._without(), self._complaint, self._stages_min)
+        wish = (self._without(), self._complaint, self._stages_min, self._engine)
+        ask = Ensure(self._ask, self._model, self._context, *wish)
         self._out += [ask, self._timer("answer", now + self._params.answer_s)]
 
     def _without(self) -> tuple[NodeId, ...]:
@@ -196,7 +199,7 @@ class Session:
                     self._fail("timeout", f"Loading took longer than {self._params.load_s:.0f} s: {words}", True)
                 else:
                     self._out.append(self._timer("retry", now + self._params.ask_gap_s))
-            case Refused(code, words, _) if code == FEW_NODES:
+            case Refused(code, words, _) if code in (FEW_NODES, NO_ENGINE):
                 self._too_few(words, now)
             case Refused(code, words, retryable):
                 avoided = set(self._without()) - self._liars
@@ -215,10 +218,14 @@ class Session:
                 assert_never(event.answer)
 
     def _too_few(self, words: str, now: float) -> None:
-        """Fewer nodes are left than stages were wished for. An answer that has begun goes on with fewer."""
-        if self.attempt and self._stages_min > 1:
-            self._stages_min -= 1
-            self._out.append(Progressed("recovering", f"{words} It goes on with {self._stages_min}."))
+        """The nodes that are left cannot do what was wished for. An answer that has begun goes on with less."""
+        if self.attempt and (self._stages_min > 1 or self._engine):
+            if self._stages_min > 1:
+                self._stages_min -= 1
+                less = f"with {self._stages_min}"
+            else:
+                less, self._engine = f"without the engine {self._engine}", ""
+            self._out.append(Progressed("recovering", f"{words} It goes on {less}."))
             self._ask_again(now)
         else:
             self._fail("unavailable", words, True)
@@ -255,14 +262,14 @@ class Session:
         self.pipeline = pipeline
         self.state = "opening"
         self._heard_at = self._token_at = now
-        opened = OpenSession(pipeline.nodes[0], self.id, pipeline.id, self._prompt, tuple(self.tokens))
+        opened = OpenSession(pipeline.first, self.id, pipeline.id, self._prompt, tuple(self.tokens))
         self._out += [opened, self._timer("silence", now + self._params.silent_s)]
 
     def _close(self) -> None:
         """End the present try; harmless without one."""
         if self.pipeline is not None:
-            if self.pipeline.nodes[0] not in self._gone:
-                self._out.append(CancelSession(self.pipeline.nodes[0], self.id))
+            if self.pipeline.first not in self._gone:
+                self._out.append(CancelSession(self.pipeline.first, self.id))
             self._out.append(CancelTimer(self._key("silence")))
             self.pipeline = None
 
@@ -303,7 +310,7 @@ class Session:
                 self._out.append(Accuse(peer, "sent a frame of a session that was never opened"))
             return False
         nodes = self.pipeline.nodes
-        if peer not in (nodes if last is None else (nodes[-1],) if last else (nodes[0],)):
+        if peer not in (nodes if last is None else (self.pipeline.last,) if last else (self.pipeline.first,)):
             self._out.append(Accuse(peer, "sent a frame that is not its stage's to send"))
             return False
         return True
@@ -410,7 +417,7 @@ class Session:
                 self._recover(f"no sign of life for {params.silent_s:.1f} s", now)
             else:
                 # Signs of life without tokens are worth nothing: whoever sends them has a strike.
-                self._strike(self.pipeline.nodes[-1])
+                self._strike(self.pipeline.last)
                 self._recover(f"no token for {limit:.0f} s", now)
 
     def _give_up(self, words: str) -> None:

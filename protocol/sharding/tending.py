@@ -8,6 +8,7 @@ from protocol.sharding.held import Held, Load, LoadingState, Stray, is_ready, si
 from protocol.sharding.pipelines import (
     FEW_NODES,
     LOAD_WORDS_CHARS_MAX,
+    NO_ENGINE,
     PIPELINE_ID_BYTES,
     EnsureRequest,
     LoadFailed,
@@ -43,7 +44,8 @@ class Tending:
             (ask.request.context for ask in self._s.asks.values() if ask.request.model == request.model),
             default=request.context,
         )
-        load = self._s.loads[request.model] = Load(request.model, context, without, request.stages_min, 0, now, now)
+        load = Load(request.model, context, without, request.stages_min, 0, now, now, engine=request.engine)
+        self._s.loads[request.model] = load
         load.replaces = self._remains(load, now)
         self._plan(load, now)
 
@@ -72,12 +74,12 @@ class Tending:
         old = self._s.held.get(load.replaces) if load.replaces else None
         kept: tuple[Span, ...] = ()
         avoided = load.without | load.lost | self._s.silent
-        if old is not None:
+        if old is not None and not old.pipeline.engine and not load.engine:
             kept = tuple(
                 span for span in old.pipeline.stages if stands(old, NodeId(span.node)) and span.node not in avoided
             )
         wanted = PlanWanted(
-            load.job, load.model, load.context, avoided, sizes(freed), sizes(taken), kept, load.stages_min
+            load.job, load.model, load.context, avoided, sizes(freed), sizes(taken), kept, load.stages_min, load.engine
         )
         self._s.out.append(wanted)
 
@@ -85,7 +87,7 @@ class Tending:
         load = next((load for load in self._s.loads.values() if load.job == event.job), None)
         if load is None or load.pipeline is not None or load.layout is not None:
             return
-        if event.plan is not None and len(event.plan.stages) < load.stages_min and not load.replaces:
+        if event.plan is not None and len(event.plan.stages) < load.stages_min and not load.mends:
             # Loading it would serve nobody: whoever wants more stages would have it loaded again and again.
             words = f"It can be split over {len(event.plan.stages)} nodes here, not over {load.stages_min}."
             self.give_up(load, FEW_NODES, words, now)
@@ -101,9 +103,12 @@ class Tending:
                     self.lose(held, f"it made room for {load.model}", now)
             self._place(load, now)
             return
-        if event.code == FEW_NODES and load.replaces and load.stages_min > 1:
-            # Sessions are on it: better on fewer nodes than not at all.
+        if event.code == FEW_NODES and load.mends and load.stages_min > 1:
             load.stages_min -= 1
+            self._plan(load, now)
+            return
+        if event.code in (FEW_NODES, NO_ENGINE) and load.mends and load.engine:
+            load.engine = ""
             self._plan(load, now)
             return
         idle = [held for held in self._s.held.values() if self.may_evict(held) and held.pipeline.id not in load.freed]
@@ -140,7 +145,7 @@ class Tending:
             return
         name = self._s.rng.getrandbits(8 * PIPELINE_ID_BYTES).to_bytes(PIPELINE_ID_BYTES, "little")
         slots = self._s.params.slots
-        pipeline = Pipeline(name, load.model, load.context, slots, layout.stages, layout.vocabulary)
+        pipeline = Pipeline(name, load.model, load.context, slots, layout.stages, layout.vocabulary, layout.engine)
         if not pipeline.is_sound():
             self.give_up(load, "internal", "the plan is no chain of layers", now)
             return
@@ -153,6 +158,7 @@ class Tending:
             now,
             heard=dict.fromkeys(pipeline.nodes, now),
             stages_min=load.stages_min,
+            engine=load.engine,
         )
         old = self._s.held.get(load.replaces) if load.replaces else None
         for node in pipeline.nodes:
@@ -170,7 +176,10 @@ class Tending:
             self.lose(self._s.held[load.pipeline], words, now)
         self._release_old(load, now)
         refused = Refused(
-            code[:32], words[:LOAD_WORDS_CHARS_MAX], code not in ("no_memory", "too_long", "uncut"), short_bytes
+            code[:32],
+            words[:LOAD_WORDS_CHARS_MAX],
+            code not in ("no_memory", "too_long", "uncut", NO_ENGINE),
+            short_bytes,
         )
         for ask in [ask for ask, asked in self._s.asks.items() if asked.request.model == load.model]:
             self._s.answer(ask, refused)
@@ -221,7 +230,7 @@ class Tending:
             return
         if report.active:
             held.used_at = now
-        elif node == held.pipeline.nodes[0]:
+        elif node == held.pipeline.first:
             held.used_at = max(held.used_at, now - report.idle_s)
         if report.state in ("broken", "unloading"):
             blamed = report.blamed
@@ -231,7 +240,7 @@ class Tending:
             self.lose(held, f"{guilty}: {report.words or report.state}", now, guilty=guilty)
         elif held.state == "loading" and self._all(held, "ready"):
             self._probe_it(held, self._s.params.probe_s, now)
-        elif held.state == "probing" and report.probed == held.probe and node == held.pipeline.nodes[0]:
+        elif held.state == "probing" and report.probed == held.probe and node == held.pipeline.first:
             self._probed(held, report, now)
 
     def _missing(self, held: Held, node: NodeId, now: float) -> None:
@@ -251,7 +260,7 @@ class Tending:
         self._probe += 1
         held.state = "probing"
         held.probe, held.probe_due = self._probe, now + within_s
-        self._s.command(held.pipeline.nodes[0], ProbePipeline(held.pipeline.id, self._probe))
+        self._s.command(held.pipeline.first, ProbePipeline(held.pipeline.id, self._probe))
 
     def _probed(self, held: Held, report: StageReport, now: float) -> None:
         if not report.probed_ok:
@@ -340,7 +349,9 @@ class Tending:
         mine = load is not None and load.pipeline == held.pipeline.id
         if load is None and was_ready and guilty is not None:
             # Sessions are on it, and ask for another in a moment: begin while the survivors' engines still stand.
-            load = Load(held.pipeline.model, held.pipeline.context, frozenset(), held.stages_min, 0, now, now)
+            was = held.pipeline
+            load = Load(was.model, was.context, frozenset(), held.stages_min, 0, now, now)
+            load.engine, load.mends = held.engine, True
             self._s.loads[load.model] = load
             mine = True
         if load is not None and mine:

@@ -15,7 +15,7 @@ from protocol.sharding.fitting import Wish
 from protocol.sharding.held import LoadingParameters
 from protocol.sharding.offers import Links, NodeOffer, Speed
 from protocol.sharding.pipelines import FEW_NODES, Layout, Planned, PlanWanted, Span
-from protocol.sharding.planner import Refusal
+from protocol.sharding.plans import Refusal
 from protocol.sharding.selftests import Findings, Pair, Wanted, choose
 from protocol.sharding.shapes import ModelShape
 from simulations.checkers.checker import Checker

@@ -39,7 +39,7 @@ from meshnode.cli.doctor.network import (
     closed_input_chain,
 )
 from meshnode.cli.doctor.system import System, run_program, this_system
-from meshnode.cli.doctor.tools import check_engine, check_gpu, check_sandbox
+from meshnode.cli.doctor.tools import check_engine, check_gpu, check_rpc, check_sandbox
 from meshnode.kernel.database import DATABASE_NAME, open_database
 from meshnode.kernel.datafolder import open_data_folder
 from meshnode.kernel.errors import MeshError
@@ -376,6 +376,23 @@ def test_an_engine_that_the_mesh_cannot_combine_is_updated_here(
     mine = check_engine(patient(data_dir, versions=(Versions("0.3.9 (on den) is not combined", False, "0.3.36"),)))
     assert mine.result is WARN
     assert mine.mend.endswith("install 'llama-cpp-python==0.3.36'")
+
+
+@pytest.mark.parametrize(
+    ("support", "said", "mend"),
+    [
+        ("yes", "is there", ""),
+        ("not_built", "has no RPC", 'CMAKE_ARGS="-DGGML_RPC=on" '),
+        ("not_isolated", "no process a network of its own", "bwrap"),
+        ("", "no engine", ""),
+    ],
+)
+def test_rpc(data_dir: Path, monkeypatch: pytest.MonkeyPatch, support: str, said: str, mend: str) -> None:
+    monkeypatch.setattr("meshnode.cli.doctor.tools.rpc_support", lambda: support)
+    finding = check_rpc(patient(data_dir, root=data_dir))
+    assert finding.result is OK
+    assert said in finding.found
+    assert mend in finding.mend
 
 
 def test_gpu_without_driver(data_dir: Path) -> None:

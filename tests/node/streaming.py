@@ -47,6 +47,7 @@ def stream(
     *,
     tokens: int = 200,
     stages: int = 1,
+    engine: str | None = None,
     model: str = MODEL,
     words: str = "Tell me a story.",
     after: int = 0,
@@ -64,7 +65,7 @@ def stream(
         "max_tokens": tokens,
         "temperature": 0,
         "ignore_eos": True,
-        "meshnode": {"stages": stages},
+        "meshnode": {"stages": stages, **({"engine": engine} if engine else {})},
     }
     got = Streamed(time.monotonic())
     connection = http.client.HTTPConnection(LOOPBACK, agent.api_port, timeout=ANSWER_S)

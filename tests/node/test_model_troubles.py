@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.node.loopback import LOOPBACK, REPOSITORY, Agent, Answer, agents, until
+from tests.node.loopback import LOOPBACK, REPOSITORY, Agent, Answer, agents, agree, until
 from tests.support.tiny_models import tiny_model
 
 pytestmark = pytest.mark.skipif(
@@ -175,6 +175,22 @@ import importlib.util
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == "llama_cpp" else found(name, package)
 """
+
+
+def test_an_engine_that_nodes_lack_is_refused_with_how_to_get_it() -> None:
+    with agents() as made:
+        two = [made.make(name, llm__threads=1) for name in ("one", "two")]
+        for agent in two:
+            agent.llama = {"rpc": "not_built"}
+        two[0].start()
+        two[1].start(two[0].invite())
+        agree(two)
+        until(lambda: "two" in chat(two[0], meshnode={"engine": "rpc"}).body.decode(), "both offers")
+        said = refused(
+            chat(two[0], meshnode={"engine": "rpc"}), 503, "llama.cpp's RPC", "built without RPC", "CMAKE_ARGS="
+        )
+        assert "one: its llama-cpp-python" in said["message"]
+        assert answers(two[0])
 
 
 def test_a_node_without_the_extra_serves_v1_by_routing(tmp_path: Path) -> None:

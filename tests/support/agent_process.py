@@ -2,9 +2,9 @@
 
 OPTIONS is one JSON object: `settings` (dotted key to value), `join_url`, `clock_ahead_s` (the wall clock is wrong by so
 much), `versions` ([min, max] of the protocol that this agent claims to speak) and `llama` (the `version` of
-llama-cpp-python that its engines claim to be, whether they really compute otherwise, by `flash_attention`, or give no
-hidden states, by `uncut`). One
-JSON line on standard output says that it is ready; a MeshError goes to standard error as JSON, with exit code 1.
+llama-cpp-python that its engines claim to be, what they claim of `rpc`, whether they really compute otherwise, by
+`flash_attention`, or give no hidden states, by `uncut`). One JSON line on standard output says that it is ready; a
+MeshError goes to standard error as JSON, with exit code 1.
 """
 
 import json
@@ -47,10 +47,11 @@ def main(options: dict[str, Any]) -> int:
     return 0
 
 
-def pretend(version: str, flash_attention: bool = False, uncut: bool = False) -> None:
+def pretend(version: str = "", flash_attention: bool = False, uncut: bool = False, rpc: str = "") -> None:
     """Engines of another version. They run for real; with flash attention they sum in another order, and in F16.
 
     Those that are `uncut` end as one does whose llama.cpp gives no hidden states (tests/llm/engine/test_hooks.py).
+    `rpc`: what they say of llama.cpp's RPC, whatever they have.
     """
     from msgspec.structs import replace
 
@@ -70,7 +71,10 @@ def pretend(version: str, flash_attention: bool = False, uncut: bool = False) ->
         process.open_engine = part_refused
     from meshnode.llm.service import lending
 
-    lending.engine_version = lambda: version
+    if version:
+        lending.engine_version = lambda: version
+    if rpc:
+        lending.rpc_support = lambda: rpc
 
 
 if __name__ == "__main__":

@@ -118,7 +118,9 @@ class Services:
         async for event in self._tell(self.script):
             yield event
 
-    async def load(self, model: str, *, stages_min: int) -> AsyncGenerator[Loading, None]:
+    async def load(
+        self, model: str, *, stages_min: int = 1, engine: str | None = None
+    ) -> AsyncGenerator[Loading, None]:
         self.calls.append(("load", model, stages_min))
         async for step in self._tell(self.steps):
             yield step

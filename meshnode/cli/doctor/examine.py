@@ -26,7 +26,7 @@ from meshnode.cli.doctor.network import (
     check_multicast,
     check_ports,
 )
-from meshnode.cli.doctor.tools import check_engine, check_gpu, check_sandbox
+from meshnode.cli.doctor.tools import check_engine, check_gpu, check_rpc, check_sandbox
 
 CHECK_LIMIT_S: Final = 2.0
 
@@ -48,6 +48,7 @@ CHECKS: Final[Mapping[str, Check]] = {
     "open_files": check_open_files,
     "lingering": check_lingering,
     "engine": check_engine,
+    "rpc": check_rpc,
     "gpu": check_gpu,
     "sandbox": check_sandbox,
 }

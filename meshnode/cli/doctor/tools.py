@@ -11,6 +11,8 @@ from meshnode.cli.doctor.finding import Finding, Patient, Result
 from meshnode.cli.doctor.system import run_program
 from meshnode.kernel.resources.gpu import GpuUnavailable
 from meshnode.kernel.resources.nvidia import NvidiaSource, driver_is_present
+from meshnode.llm.service.lending import engine_version, rpc_support
+from protocol.sharding.remote import BUILD_WORDS
 
 ENGINE: Final = "llama-cpp-python>=0.3.36,<0.4"
 NVML: Final = "nvidia-ml-py>=13,<14"
@@ -40,6 +42,22 @@ def check_engine(patient: Patient) -> Finding:
         found = "no engine for models, and no C++ compiler to build it"
         return Finding("engine", Result.WARN, found, f"{build} && {mend}")
     return Finding("engine", Result.WARN, f"no engine for models; {compiler} can build it in some minutes", mend)
+
+
+def check_rpc(patient: Patient) -> Finding:
+    """Whether this node takes part in models that cannot be cut into stages; it is a full member without."""
+    match rpc_support():
+        case "yes":
+            return Finding("rpc", Result.OK, "llama.cpp's RPC is there, for models that cannot be cut")
+        case "not_built":
+            found = "llama-cpp-python has no RPC: models that cannot be cut run here on this node alone, or not"
+            pip = "pipx runpip meshnode" if "pipx" in Path(sys.prefix).parts else f"{sys.executable} -m pip"
+            mend = BUILD_WORDS.format(version=engine_version()).replace(" pip ", f" {pip} ")
+            return Finding("rpc", Result.OK, found, mend)
+        case "not_isolated":
+            found = "llama.cpp's RPC is not used: this system gives no process a network of its own"
+            return Finding("rpc", Result.OK, found, _unlock_namespaces(patient))
+    return Finding("rpc", Result.OK, "no engine for models, so no RPC of one")
 
 
 def add_package(requirement: str) -> str:

@@ -1,6 +1,6 @@
-"""The engine process: python -m meshnode.llm.engine DATA_FD BEAT_FD.
+"""The engine process: python -m meshnode.llm.engine DATA_FD BEAT_FD [TUNNEL_FD ...].
 
-It reads one frame, what to load, gives up what it does not need, loads, says what it has loaded, and serves. Its two
+It reads one frame, what to load, gives up what it does not need, loads, says what it has loaded, and serves. Its
 sockets are all it has of the outside.
 """
 
@@ -19,14 +19,21 @@ from protocol.sharding.frames import FrameError
 
 def main(arguments: list[str]) -> int:
     """Serve one stage. 0: told to stop; ORPHAN_EXIT_CODE: the agent is gone; 1: it could not be loaded."""
-    data, beat = (socket.socket(fileno=int(number)) for number in arguments)
+    data, beat, *tunnels = (socket.socket(fileno=int(number)) for number in arguments)
     channel = Channel(data, bytes_max=REQUEST_BYTES_MAX)
     try:
         spec = read_spec(channel)
-        isolated = isolate(nice=spec.nice, memory_bytes_max=spec.memory_bytes_max, network=spec.gpu_layers != 0)
+        isolated = isolate(
+            nice=spec.nice,
+            memory_bytes_max=spec.memory_bytes_max,
+            network=spec.gpu_layers != 0,
+            shuts_in=spec.lends,
+        )
         watchdog = Watchdog(beat)
         watchdog.start()
-        return serve(spec, channel, watchdog, isolated)
+        if spec.lends:
+            return lend(spec, channel, isolated, tunnels)
+        return serve(spec, channel, watchdog, isolated, tunnels)
     except AgentGone:
         return ORPHAN_EXIT_CODE
     except FrameError as error:
@@ -49,12 +56,19 @@ def read_spec(channel: Channel) -> StageSpec:
         raise FrameError(f"a spec that cannot be read: {error}") from error
 
 
-def serve(spec: StageSpec, channel: Channel, watchdog: Watchdog, isolated: bool) -> int:
+def lend(spec: StageSpec, channel: Channel, isolated: bool, tunnels: list[socket.socket]) -> int:
+    """Serve this process's memory and cores to the client behind the tunnel."""
+    from meshnode.llm.engine.lending import lend_all
+
+    return lend_all(spec, channel, isolated, tunnels[0])
+
+
+def serve(spec: StageSpec, channel: Channel, watchdog: Watchdog, isolated: bool, tunnels: list[socket.socket]) -> int:
     """Load and run; llama.cpp's libraries are loaded here and not before, so that isolation comes first."""
     from meshnode.llm.engine.loading import load
     from meshnode.llm.engine.stage import Stage
 
-    model = load(spec, channel, isolated=isolated)
+    model = load(spec, channel, isolated=isolated, tunnels=tunnels)
     if model is None:
         channel.flush(5.0)
         return 1

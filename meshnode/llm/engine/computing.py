@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from meshnode.llm.engine import library
 from meshnode.llm.engine.library import Log, exported, ggml, keep_threads, llama_cpp, llama_cpp_version
+from meshnode.llm.engine.remote import RemoteDevices
 from meshnode.llm.engine.spec import StageSpec
 from protocol.sharding.frames import StageErrorCode
 from protocol.sharding.steps import Run
@@ -48,8 +49,12 @@ class CannotCompute(Exception):  # noqa: N818 -- named after what happened
 class Model:
     """A loaded stage. One thread uses it. Raises CannotLoad."""
 
-    def __init__(self, spec: StageSpec, log: Log, progress: Callable[[float], None]) -> None:
+    def __init__(
+        self, spec: StageSpec, log: Log, progress: Callable[[float], None], remote: RemoteDevices | None = None
+    ) -> None:
+        """`remote`: devices that hold the last layers instead of this node's own."""
         self.spec = spec
+        self._remote = remote
         began = time.monotonic()
         self._log = log
         # Callbacks live as long as the context: ctypes does not keep them.
@@ -72,6 +77,9 @@ class Model:
     # ---- loading
 
     def _load_where_it_fits(self) -> int:
+        if self._remote is not None:
+            self._load(0)
+            return 0
         wanted = self.spec.gpu_layers if llama_cpp.llama_supports_gpu_offload() else 0
         layers = self.spec.layers + 1 if wanted < 0 else min(wanted, self.spec.layers + 1)
         while True:
@@ -91,6 +99,8 @@ class Model:
         params.n_gpu_layers = gpu_layers
         params.progress_callback = self._progress
         params.use_extra_bufts = not library.has_amx()
+        if self._remote is not None:
+            self._remote.apply(params)
         self.model = llama_cpp.llama_model_load_from_file(spec.path.encode(), params)
         if not self.model:
             raise self._cannot(f"llama.cpp cannot load {spec.path}")

@@ -1,7 +1,7 @@
 """What an engine process is started with: its command and its environment, which holds no secrets of the agent's."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 GOMP_SPIN_COUNT: Final = 10_000
@@ -39,9 +39,10 @@ def engine_environment(environment: Mapping[str, str], *, threads: int) -> dict[
     }
 
 
-def engine_command(data_fd: int, beat_fd: int) -> list[str]:
-    """How to start one, with the Python that runs this agent. -P: the working directory holds no modules."""
-    return [sys.executable, "-P", "-m", "meshnode.llm.engine", str(data_fd), str(beat_fd)]
+def engine_command(sockets: Iterable[int]) -> list[str]:
+    """How to start one, with the Python that runs this agent: data, beats, tunnels. -P: the working directory holds no
+    modules."""
+    return [sys.executable, "-P", "-m", "meshnode.llm.engine", *map(str, sockets)]
 
 
 def kernel_oom_kills() -> int:

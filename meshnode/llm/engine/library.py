@@ -24,11 +24,12 @@ _BUFFER: Final = re.compile(r"\b(model|KV|RS|compute|output) buffer size\s*=\s*(
 LOG_LINES_MAX: Final = 4000
 
 
-def _load(name: str) -> ctypes.CDLL:
+def load_library(name: str) -> ctypes.CDLL:
+    """One of llama.cpp's own. Raises OSError where this build lacks it."""
     return ctypes.CDLL(os.path.join(_FOLDER, f"lib{name}{_SUFFIX}"))
 
 
-ggml: Final = _load("ggml-base")
+ggml: Final = load_library("ggml-base")
 ggml.ggml_get_name.restype = ctypes.c_char_p
 ggml.ggml_get_name.argtypes = [ctypes.c_void_p]
 ggml.ggml_nbytes.restype = ctypes.c_size_t
@@ -92,7 +93,7 @@ class _ThreadpoolParams(ctypes.Structure):
 def keep_threads(context: Any, threads: int) -> bool:
     """Give a context of a build without OpenMP threads that sleep at once without work. False: not exported."""
     try:
-        cpu = _load("ggml-cpu")
+        cpu = load_library("ggml-cpu")
         initialise, new = ggml.ggml_threadpool_params_init, cpu.ggml_threadpool_new
         attach = llama_cpp._lib.llama_attach_threadpool
     except (OSError, AttributeError):

@@ -1,6 +1,7 @@
 """Loading one stage and saying what it is."""
 
 import ctypes
+import socket
 import time
 from typing import Any, Final
 
@@ -8,10 +9,13 @@ import psutil
 
 from meshnode.llm.engine.channel import Channel
 from meshnode.llm.engine.computing import CannotLoad, Model
+from meshnode.llm.engine.isolation import raise_loopback
 from meshnode.llm.engine.library import Log, has_openmp, llama_cpp, llama_cpp_version
+from meshnode.llm.engine.remote import RemoteDevices
 from meshnode.llm.engine.sequencing import is_rewindable
 from meshnode.llm.engine.spec import Facts, Loading, StageSpec, frame_bytes_max
 from meshnode.llm.engine.stage import agent_error, agent_message
+from meshnode.llm.engine.tunnel import Tunnel
 from meshnode.llm.engine.vocabulary import Vocabulary
 from protocol.sharding.frames import SNAPSHOT_BYTES_MAX, Kind
 
@@ -19,7 +23,7 @@ PROGRESS_INTERVAL_S: Final = 0.1
 META_BYTES_MAX: Final = 1 << 20
 
 
-def load(spec: StageSpec, channel: Channel, *, isolated: bool) -> Model | None:
+def load(spec: StageSpec, channel: Channel, *, isolated: bool, tunnels: list[socket.socket]) -> Model | None:
     """The stage, its facts sent; or None, the reason sent. Progress is sent on the way."""
     llama_cpp.llama_backend_init()
     log = Log()
@@ -33,7 +37,8 @@ def load(spec: StageSpec, channel: Channel, *, isolated: bool) -> Model | None:
             channel.to_agent(agent_message(Kind.LOADING, Loading(min(1.0, max(0.0, share)))))
 
     try:
-        model = Model(spec, log, progress)
+        remote = _remote(spec, isolated, tunnels) if tunnels else None
+        model = Model(spec, log, progress, remote)
     except CannotLoad as error:
         channel.to_agent(agent_error(error.code, str(error)))
         return None
@@ -42,6 +47,20 @@ def load(spec: StageSpec, channel: Channel, *, isolated: bool) -> Model | None:
     channel.widen(max(frame_bytes_max(spec, model.width), SNAPSHOT_BYTES_MAX))
     channel.to_agent(agent_message(Kind.FACTS, _facts(spec, model, log, isolated)))
     return model
+
+
+def _remote(spec: StageSpec, isolated: bool, tunnels: list[socket.socket]) -> RemoteDevices:
+    """The servers behind the tunnels. Raises CannotLoad."""
+    if not isolated:
+        raise CannotLoad("This system gives an engine no network of its own, so its RPC would be open to other users.")
+    try:
+        raise_loopback()
+        ways = [Tunnel(agent, listens=True) for agent in tunnels]
+        for way in ways:
+            way.start()
+        return RemoteDevices([way.endpoint for way in ways], spec.remote_layers)
+    except OSError as error:
+        raise CannotLoad(f"llama.cpp's RPC cannot be used: {error}") from error
 
 
 def _facts(spec: StageSpec, model: Model, log: Log, isolated: bool) -> Facts:

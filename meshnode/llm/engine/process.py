@@ -6,7 +6,7 @@ import socket as sockets
 import struct
 import subprocess
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
@@ -52,13 +52,15 @@ async def open_engine(
     load_deadline_s: float = LOAD_DEADLINE_S,
     patience: Patience = PATIENCE,
     beats_lost_s: float = BEATS_LOST_S,
+    tunnels: Sequence[sockets.socket] = (),
 ) -> AsyncIterator[Engine]:
     """A loaded engine in a process of its own, for as long as the block runs.
 
     Raises MeshError if it cannot be loaded: what failed, and its last words. `progress` is called with 0 to 1.
+    `tunnels` are handed to the process and closed here: chunks of llama.cpp's RPC (tunnel.py) go through them.
     Cancelled or failed, nothing is left behind: no process, no socket.
     """
-    watch = _Watch(stage, patience, beats_lost_s)
+    watch = _Watch(stage, patience, beats_lost_s, tunnels)
     try:
         engine = await watch.start()
         await watch.load(engine, progress, load_deadline_s)
@@ -83,7 +85,10 @@ async def open_engine(
 class _Watch:
     """One process and its sockets."""
 
-    def __init__(self, stage: StageSpec, patience: Patience, beats_lost_s: float) -> None:
+    def __init__(
+        self, stage: StageSpec, patience: Patience, beats_lost_s: float, tunnels: Sequence[sockets.socket] = ()
+    ) -> None:
+        self._tunnels = tunnels
         self._stage, self._patience, self._beats_lost_s = stage, patience, beats_lost_s
         self._process: trio.Process | None = None
         self._data: trio.socket.SocketType | None = None
@@ -97,13 +102,14 @@ class _Watch:
         ours, theirs = sockets.socketpair()
         beats, beating = sockets.socketpair()
         self._data, self._beats = trio.socket.from_stdlib_socket(ours), trio.socket.from_stdlib_socket(beats)
+        passed = [sock.fileno() for sock in (theirs, beating, *self._tunnels)]
         try:
             self._process = await trio.lowlevel.open_process(
-                engine_command(theirs.fileno(), beating.fileno()),
+                engine_command(passed),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                pass_fds=(theirs.fileno(), beating.fileno()),
+                pass_fds=passed,
                 env=engine_environment(os.environ, threads=self._stage.threads),
                 # Ctrl-C in the agent's terminal is for the agent.
                 start_new_session=True,
@@ -112,8 +118,8 @@ class _Watch:
             words = f"No engine process can be started: {error}. Free memory or processes, then load the model again."
             raise MeshError(ErrorCode.UNAVAILABLE, words, retryable=True) from error
         finally:
-            theirs.close()
-            beating.close()
+            for sock in (theirs, beating, *self._tunnels):
+                sock.close()
         return Engine(self._process, self._data, self._stage)
 
     async def load(self, engine: Engine, progress: Callable[[float], None] | None, deadline_s: float) -> None:

@@ -61,6 +61,15 @@ class StageSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     node: bytes = bytes(NODE_ID_BYTES)
 
+    lends: bool = False
+    """Hold nothing and run llama.cpp's RPC server, for the one tunnel that the process was started with."""
+
+    lent_bytes: int = 0
+    """What the client of a lending process may fill at most."""
+
+    remote_layers: tuple[int, ...] = ()
+    """How many of the last layers each tunnel's RPC server takes, in the order of the tunnels; the rest stays here."""
+
     @property
     def is_first(self) -> bool:
         """Whether this stage sequences."""

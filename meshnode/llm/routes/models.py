@@ -99,7 +99,8 @@ class ModelRoutes:
                 yield step.model, frame("llm_pull_progress", told)
 
     async def _load(self, body: LoadBody) -> AsyncGenerator[tuple[str, bytes], None]:
-        async with aclosing(self._llm.load(body.model, stages_min=body.meshnode.stages)) as steps:
+        wish = body.meshnode
+        async with aclosing(self._llm.load(body.model, stages_min=wish.stages, engine=wish.engine)) as steps:
             async for step in steps:
                 told = LoadTold(body.model, step.step, step.bytes_done, step.bytes_total)
                 yield body.model, frame("llm_load_progress", told)

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from meshnode.llm.model import (
     ChatSession,
+    EngineKind,
     GenerationEvent,
     GenerationRequest,
     Loading,
@@ -27,7 +28,7 @@ class Llm(Protocol):
         """One generation; close it to stop it everywhere."""
         ...
 
-    def load(self, model: str, *, stages_min: int) -> AsyncGenerator[Loading, None]:
+    def load(self, model: str, *, stages_min: int, engine: EngineKind | None) -> AsyncGenerator[Loading, None]:
         """Make a model ready; ends when it is."""
         ...
 

@@ -1,6 +1,6 @@
 """The JSON of these paths: the names that clients of the API know, and a few of our own. Layer ranges are inclusive."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -12,9 +12,11 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 
 
 class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What only meshnode knows. `stages`: split over at least so many nodes, though fewer would do."""
+    """What only meshnode knows. `stages`: split over at least so many nodes, though fewer would do. `engine`: `rpc`
+    insists on llama.cpp's RPC servers on the other nodes."""
 
     stages: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    engine: Literal["rpc"] | None = None
 
 
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

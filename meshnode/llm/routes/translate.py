@@ -103,6 +103,7 @@ def request_of(body: ChatBody) -> GenerationRequest:
             tokens_max=body.max_tokens,
         ),
         stages_min=body.meshnode.stages,
+        engine=body.meshnode.engine,
     )
 
 

@@ -41,10 +41,10 @@ class Granted(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Attach(msgspec.Struct, frozen=True, array_like=True):
-    """A stream to a stage, for a neighbour or an entry."""
+    """A stream to a stage, for a neighbour, an entry, or the one that computes with an RPC server there."""
 
     pipeline: PipelineId
-    role: Annotated[str, msgspec.Meta(pattern="^(previous|last|entry)$")]
+    role: Annotated[str, msgspec.Meta(pattern="^(previous|last|entry|rpc)$")]
 
 
 class Calls:

@@ -12,6 +12,7 @@ from meshnode.kernel.times import rfc3339
 from meshnode.llm.model import (
     Embedded,
     EmbeddingRequest,
+    EngineKind,
     GenerationEvent,
     GenerationRequest,
     Loading,
@@ -33,13 +34,13 @@ from meshnode.llm.service.loads import Loads, Planning
 from meshnode.llm.service.models import Models
 from meshnode.llm.service.offering import Offers
 from meshnode.llm.service.pinned import Pinned
-from meshnode.llm.service.pipelines import Pipelines
+from meshnode.llm.service.pipelines import Pipelines, wished_engine
 from meshnode.llm.service.prompts import Prompts
 from meshnode.llm.service.served import Served
 from meshnode.llm.service.singles import Singles
 from protocol.ids import NodeId
 from protocol.sharding.pipelines import Pipeline
-from protocol.sharding.planner import Plan, Refusal
+from protocol.sharding.plans import Plan, Refusal
 from protocol.sharding.shapes import ModelShape
 
 ASK_S: Final = 3.0
@@ -163,11 +164,14 @@ class Desk:
         ]
         return [*cards, *self._served.cards(self._name_of), *absent]
 
-    async def load(self, model: str, *, stages_min: int = 1) -> AsyncGenerator[Loading, None]:
+    async def load(
+        self, model: str, *, stages_min: int = 1, engine: EngineKind | None = None
+    ) -> AsyncGenerator[Loading, None]:
         """Make a model ready; ends when it is."""
         known = self._models.find(model)
         context = self._prompts.wanted_context(known)
-        async with aclosing(self._pipelines.ready(known, context, stages_min=stages_min)) as steps:
+        ready = self._pipelines.ready(known, context, stages_min=stages_min, engine=wished_engine(engine))
+        async with aclosing(ready) as steps:
             async for step in steps:
                 if isinstance(step, Loading):
                     yield step
@@ -287,7 +291,7 @@ class Desk:
             entry=self._calls.me,
             phase=active.phase,
             started_at=rfc3339(active.started_at),
-            engine="local" if len(stages) < 2 else "pipeline",
+            engine="local" if active.pipeline is None else active.pipeline.engine_name,
             stages=tuple(stages),
             prompt_tokens=active.prompt_tokens,
             cached_tokens=active.cached_tokens,

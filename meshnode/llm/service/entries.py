@@ -13,6 +13,7 @@ import trio
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.logs import Logger
 from meshnode.llm.service.calls import PULSE_S, Attach, Calls, StreamSink, attend
+from meshnode.llm.service.host import StageHost
 from meshnode.llm.service.hosts import Hosts
 from protocol.ids import NodeId
 from protocol.sharding.frames import (
@@ -102,7 +103,7 @@ class Entries:
 
     async def open(self, pipeline: Pipeline, session: bytes, frame: bytes) -> None:
         """Connect with the first and the last stage, and send the OPEN frame. Raises MeshError with detail node_id."""
-        first, last = pipeline.nodes[0], pipeline.nodes[-1]
+        first, last = pipeline.first, pipeline.last
         # The answer may come before this returns, so the way back stands first.
         for node in dict.fromkeys((last, first)):
             link = self._link(node, pipeline.id)
@@ -179,7 +180,7 @@ class Entries:
 
     async def _serve_here(self, link: EntryLink) -> None:
         host = self._hosts.stages.get(link.pipeline)
-        if host is None:
+        if not isinstance(host, StageHost):
             raise _lost(link.node, "this node holds no stage of that pipeline")
         await host.until_loaded()
         decoder = FrameDecoder(bytes_max=FRAME_BYTES_MAX)

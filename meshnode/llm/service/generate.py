@@ -28,7 +28,7 @@ from meshnode.llm.service.calls import Calls
 from meshnode.llm.service.entries import Entries
 from meshnode.llm.service.folding import AnswerFold
 from meshnode.llm.service.models import Known, Models
-from meshnode.llm.service.pipelines import Pipelines
+from meshnode.llm.service.pipelines import Pipelines, wished_engine
 from meshnode.llm.service.prompts import Prompts
 from meshnode.llm.service.running import Running
 from meshnode.llm.templates.ids import call_id
@@ -157,6 +157,7 @@ class Generations:
                 context=context,
                 rng=self._rng,
                 stages_min=request.stages_min,
+                engine=wished_engine(request.engine),
             ),
             named=pipeline,
             sampling=self._prompts.sampling(request, prompt, tokens_max),
@@ -189,7 +190,13 @@ class Generations:
             pipeline: Pipeline | None = None
             context = self._prompts.wanted_context(known)
             ready = self._pipelines.ready(
-                known, context, session, stages_min=request.stages_min, failed=failed, failure=failure
+                known,
+                context,
+                session,
+                stages_min=request.stages_min,
+                engine=wished_engine(request.engine),
+                failed=failed,
+                failure=failure,
             )
             async with aclosing(ready) as steps:
                 async for step in steps:
@@ -271,7 +278,7 @@ class Generations:
         return Routed(
             session=active.id,
             model=known.name,
-            engine="local" if len(pipeline.stages) == 1 else "pipeline",
+            engine=pipeline.engine_name,
             stages=self._pipelines.stage_lines(pipeline),
             reason=reason,
         )

@@ -4,6 +4,7 @@ Frames are looked at only as far as who may send which kind; everything else abo
 """
 
 import math
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ from meshnode.kernel.links import BulkStream
 from meshnode.llm.engine.client import Ended, EndReason, Engine, Outgoing
 from meshnode.llm.engine.spec import StageSpec
 from meshnode.llm.service.calls import Attach, FrameSink, StreamSink, attend, repack
+from meshnode.llm.service.lender import Borrowing
 from meshnode.llm.service.surroundings import Surroundings
 from protocol.ids import NodeId, node_id_bytes
 from protocol.sharding.frames import (
@@ -131,7 +133,7 @@ class StageHost:
     @property
     def is_last(self) -> bool:
         """Whether it samples."""
-        return self.index == len(self.pipeline.stages) - 1
+        return self.span.node == self.pipeline.last
 
     def stop(self) -> None:
         """End it; `over` tells when that is done."""
@@ -150,6 +152,8 @@ class StageHost:
         finally:
             self.over.set()
             self._settled.set()
+            # Their streams would go on to show life.
+            self._end_entries()
 
     def _broken(self, words: str, blamed: int | None) -> None:
         if not self._scope.cancel_called:
@@ -163,14 +167,16 @@ class StageHost:
             share = FETCH_SHARE * (done / total if total else 0.0)
             around.submit(EngineChanged(pipeline.id, "loading", share=share, words=words))
 
+        # The client of llama.cpp's RPC hands the others their weights out of its own file.
+        end = pipeline.stages[-1].end if pipeline.engine else span.end
         path, has_tail = await around.weights.stage_file(
-            pipeline.model, span.first, span.end, tail=not self.is_last, progress=fetched
+            pipeline.model, span.first, end, tail=not self.is_last, progress=fetched
         )
         spec = StageSpec(
             path=path,
-            layers=span.end - span.first,
+            layers=end - span.first,
             stage=self.index,
-            stages=len(pipeline.stages),
+            stages=1 if pipeline.engine else len(pipeline.stages),
             slots=pipeline.slots,
             context=pipeline.context,
             cells=pipeline.context * pipeline.slots,
@@ -179,13 +185,23 @@ class StageHost:
             gpu_layers=span.gpu_layers,
             hook="" if has_tail or self.is_last else "cb_eval",
             node=node_id_bytes(around.calls.me),
+            remote_layers=tuple(other.end - other.first for other in pipeline.stages[1:]) if pipeline.engine else (),
         )
+        if not pipeline.engine:
+            await self._compute(spec, has_tail, [])
+            return
+        async with Borrowing(pipeline, around.calls, self._bereft, self._count).open() as tunnels:
+            await self._compute(spec, has_tail, tunnels)
+
+    async def _compute(self, spec: StageSpec, has_tail: bool, tunnels: list[socket.socket]) -> None:
+        """Load and serve until the engine ends. Raises MeshError."""
+        around, pipeline = self._around, self.pipeline
 
         def loaded(share: float) -> None:
             share = FETCH_SHARE + (1 - FETCH_SHARE) * share
             around.submit(EngineChanged(pipeline.id, "loading", share=share, words="loading into memory"))
 
-        async with around.open_engine(spec, progress=loaded) as engine, trio.open_nursery() as nursery:
+        async with around.open_engine(spec, progress=loaded, tunnels=tunnels) as engine, trio.open_nursery() as nursery:
             self.engine = engine
             if has_tail and engine.facts.hook == "cb_eval":
                 around.log.warning(
@@ -193,7 +209,7 @@ class StageHost:
                     version=engine.facts.llama_cpp,
                 )
             nursery.start_soon(self._pump, engine, nursery.cancel_scope)
-            if around.wants_speed():
+            if not pipeline.engine and around.wants_speed():
                 await self._measure(engine)
             if not self.is_last:
                 nursery.start_soon(self._connect_next, nursery)
@@ -252,6 +268,17 @@ class StageHost:
         """A neighbour is gone, and with it this pipeline; the engine waits for the coordinator's word."""
         self._next = self._first = None
         self._broken(words, blamed)
+        self._end_entries()
+
+    def _bereft(self, words: str, index: int) -> None:
+        """A server that held layers of this engine is gone, which ends the engine, too: that is not its own fault."""
+        self._broken(words, index)
+        self._scope.cancel()
+
+    def _count(self, sent: int) -> None:
+        self.wire_bytes += sent
+
+    def _end_entries(self) -> None:
         for entry in list(self._entries.values()):
             entry.end()
 
@@ -277,8 +304,7 @@ class StageHost:
         if self.over.is_set():
             return  # what became of it is known
         self._broken(f"stage {blamed + 1}: {words}", blamed)
-        for entry in list(self._entries.values()):
-            entry.end()
+        self._end_entries()
 
     def _frame_bytes_max(self) -> int:
         assert self.engine is not None  # it is loaded
@@ -397,7 +423,8 @@ class StageHost:
             stats = item.message()
             assert isinstance(stats, Stats)
             self.stats = stats
-            self._around.hear(self.pipeline, self.span, stats)
+            if not self.pipeline.engine:  # its figures are those of several nodes' layers
+                self._around.hear(self.pipeline, self.span, stats)
             if self.is_first:
                 self._around.submit(EngineUsed(self.pipeline.id, stats.active + stats.queued))
         elif item.kind == Kind.ERROR:

@@ -17,6 +17,7 @@ from meshnode.llm.engine.client import Engine
 from meshnode.llm.engine.process import open_engine
 from meshnode.llm.service.calls import Attach, Calls, Granted
 from meshnode.llm.service.host import StageHost
+from meshnode.llm.service.lender import Lender
 from meshnode.llm.service.surroundings import OpenEngine, Weights
 from protocol.effects import Persist
 from protocol.ids import NodeId
@@ -87,7 +88,7 @@ class Hosts:
         self._architecture = architecture
         self._hear = hear
         self._runner: MachineRunner[HostingInput] = MachineRunner(handle=machine.handle, perform=self._perform, now=now)
-        self._stages: dict[bytes, StageHost] = {}
+        self._stages: dict[bytes, StageHost | Lender] = {}
         self._taken_in: set[bytes] = set()
         self._answers: dict[int, tuple[trio.Event, list[str]]] = {}
         self._calls_made = 0
@@ -124,7 +125,7 @@ class Hosts:
         self.log.warning("this llama-cpp-python runs such models only whole: update it", architecture=architecture)
 
     @property
-    def stages(self) -> Mapping[bytes, StageHost]:
+    def stages(self) -> Mapping[bytes, StageHost | Lender]:
         """By pipeline."""
         return self._stages
 
@@ -154,7 +155,18 @@ class Hosts:
         their test: told as taken memory, they would be in its way.
         """
         planned = [host for name, host in self._stages.items() if name not in self._taken_in]
-        return sum(host.engine.facts.model_bytes for host in planned if host.engine is not None)
+        # The client of llama.cpp's RPC counts what lies on other nodes as well.
+        return sum(
+            min(host.engine.facts.model_bytes, host.span.ram_bytes)
+            if host.pipeline.engine
+            else host.engine.facts.model_bytes
+            for host in planned
+            if host.engine is not None
+        )
+
+    def lent_bytes(self) -> int:
+        """What other nodes' engines may fill here, which is no file's."""
+        return sum(host.span.ram_bytes for host in self._stages.values() if isinstance(host, Lender))
 
     async def command(self, peer: NodeId, command: StageCommand) -> str:
         """A coordinator's command: empty if it is obeyed, else why not."""
@@ -175,9 +187,7 @@ class Hosts:
             raise MeshError(
                 ErrorCode.NOT_FOUND, "This node holds no stage of that pipeline (yet). Ask again.", retryable=True
             )
-        nodes = host.pipeline.nodes
-        expected = {"previous": nodes[host.index - 1] if host.index else None, "last": nodes[-1]}
-        if attach.role != "entry" and (peer != expected[attach.role] or (attach.role == "last" and not host.is_first)):
+        if not _may_attach(host, peer, attach.role):
             raise MeshError(ErrorCode.FORBIDDEN, "Another node has that place in the pipeline.")
 
         async def serve(stream: BulkStream) -> None:
@@ -188,7 +198,7 @@ class Hosts:
     def engine(self, pipeline: bytes) -> Engine:
         """The engine of a stage. Raises MeshError NOT_FOUND."""
         host = self._stages.get(pipeline)
-        if host is None or host.engine is None:
+        if not isinstance(host, StageHost) or host.engine is None:
             raise MeshError(ErrorCode.NOT_FOUND, "This node holds no stage of that pipeline.", retryable=True)
         return host.engine
 
@@ -220,9 +230,10 @@ class Hosts:
             case _:
                 raise TypeError(f"hosting cannot perform {effect!r}")
 
-    async def _host(self, pipeline: Pipeline, span: Span, before: StageHost | None) -> None:
+    async def _host(self, pipeline: Pipeline, span: Span, before: StageHost | Lender | None) -> None:
         # Known from the first moment on, so that a stop that comes while the one before ends is not lost.
-        host = self._stages[pipeline.id] = StageHost(pipeline, span, self)
+        lends = pipeline.engine and span.node != pipeline.first
+        host = self._stages[pipeline.id] = (Lender if lends else StageHost)(pipeline, span, self)
         if before is not None:
             before.stop()
             await before.over.wait()
@@ -256,3 +267,18 @@ class Hosts:
             self.submit(ReportDone(to, False))
         else:
             self.submit(ReportDone(to, True))
+
+
+def _may_attach(host: StageHost | Lender, peer: NodeId, role: str) -> bool:
+    """Whether a peer has that place beside a stage."""
+    pipeline = host.pipeline
+    if isinstance(host, Lender):
+        return role == "rpc" and peer == pipeline.first
+    match role:
+        case "entry":
+            return True
+        case "previous":
+            return not pipeline.engine and host.index > 0 and peer == pipeline.nodes[host.index - 1]
+        case "last":
+            return not pipeline.engine and host.is_first and peer == pipeline.last
+    return False

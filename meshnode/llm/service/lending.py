@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -11,9 +12,10 @@ import psutil
 
 from meshnode.kernel.resources.gpu import GpuDevice
 from meshnode.kernel.resources.memory import ControlGroups, effective_memory
+from meshnode.llm.engine.isolation import can_be_alone
 from meshnode.llm.service.offering import PEERS_TOLD_MAX, Device, Offer
 from protocol.ids import NodeId
-from protocol.sharding.offers import Speed
+from protocol.sharding.offers import RpcSupport, Speed
 from protocol.sharding.predict import Learnt
 
 RESERVE_SHARE: Final = 0.125  # of the machine's memory stays for others
@@ -43,8 +45,19 @@ def engine_version() -> str:
         return ""
 
 
+def rpc_support() -> RpcSupport:
+    """Whether llama.cpp here has its RPC backend, and this system the isolation that it needs. May start a process."""
+    found = importlib.util.find_spec("llama_cpp")
+    if found is None or found.origin is None:
+        return ""
+    if not any((Path(found.origin).parent / "lib").glob("libggml-rpc.*")):
+        return "not_built"
+    return "yes" if can_be_alone() else "not_isolated"
+
+
 class Lent:
-    """This node's figures. `loaded_bytes` are the mapped weights of its stages, which the system counts as free."""
+    """This node's figures. `loaded_bytes` are the mapped weights of its stages, which the system counts as free;
+    `lent_bytes` other memory, which it does not."""
 
     def __init__(
         self,
@@ -55,6 +68,7 @@ class Lent:
         memory_bytes_max: int,
         gpu_bytes_max: int,
         loaded_bytes: Callable[[], int],
+        lent_bytes: Callable[[], int],
         gpus: Callable[[], Sequence[GpuDevice]],
         rtts: Callable[[], Mapping[NodeId, float]],
         measured: Measured | None,
@@ -66,12 +80,14 @@ class Lent:
         self._memory_bytes_max = memory_bytes_max
         self._gpu_bytes_max = gpu_bytes_max
         self._loaded_bytes = loaded_bytes
+        self._lent_bytes = lent_bytes
         self._gpus = gpus
         self._rtts = rtts
         self._learnt = learnt
         self._groups = ControlGroups()
         self.version = engine_version()
         self._whole_only: tuple[str, ...] = ()
+        self.rpc: RpcSupport = rpc_support() if lends else ""
         fits = measured is not None and measured.llama == self.version and measured.threads == self.threads
         self._speed = measured.speed if measured is not None and fits else None
 
@@ -112,7 +128,7 @@ class Lent:
         memory = effective_memory(machine.total, machine.available, self._groups.limits())
         loaded = self._loaded_bytes()
         if self._memory_bytes_max:
-            return max(0, min(self._memory_bytes_max, memory.available) - loaded)
+            return max(0, min(self._memory_bytes_max - self._lent_bytes(), memory.available) - loaded)
         return max(0, memory.available - int(RESERVE_SHARE * memory.total) - loaded)
 
     def offer(self) -> Offer:
@@ -131,6 +147,7 @@ class Lent:
             factors=dict(learnt.factors),
             hop_overhead_s=learnt.hop_overhead_s,
             whole_only=self._whole_only,
+            rpc=self.rpc,
         )
 
     def _devices(self) -> list[Device]:

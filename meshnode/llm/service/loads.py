@@ -41,8 +41,9 @@ from protocol.sharding.pipelines import (
     UnloadStage,
     UnloadWanted,
 )
-from protocol.sharding.planner import Plan, Refusal
+from protocol.sharding.plans import Plan, Refusal
 from protocol.sharding.predict import Constants, constants_of
+from protocol.sharding.remote import asked_remote
 from protocol.sharding.selftests import Choice, Findings, Wanted, choose
 from protocol.sharding.shapes import ModelShape
 from protocol.sharding.standings import Standing, standings
@@ -99,13 +100,13 @@ class Planning:
         taken: dict[NodeId, tuple[int, int]] | None = None,
         kept: Sequence[Span] = (),
         stages_min: int = 1,
+        engine: str = "",
     ) -> Choice:
         """The same for a load, and the tests of versions that would change it."""
         patience = OFFER_WAIT_S
         while True:
-            asked = self._prepared(
-                self._shapes.shape(digest), context, without, freed or {}, taken or {}, tuple(kept), stages_min
-            )
+            shape, shifts = self._shapes.shape(digest), (freed or {}, taken or {})
+            asked = self._prepared(shape, context, without, *shifts, tuple(kept), stages_min, engine)
             choice = await self._offload(asked)
             if isinstance(choice.made, Plan) or patience <= 0 or not self._offers.unheard():
                 return choice
@@ -134,6 +135,7 @@ class Planning:
         taken: dict[NodeId, tuple[int, int]],
         kept: tuple[Span, ...],
         stages_min: int,
+        engine: str = "",
     ) -> Callable[[], Choice]:
         """The question with all its facts, to be answered in a thread."""
         if shape is None:
@@ -151,6 +153,8 @@ class Planning:
             streams=1,
             stages_min=min(max(self._stages_min, stages_min), max(1, len(offers))),
         )
+        if engine:
+            return lambda: Choice(asked_remote(shape, wish, offers, links))
         siblings = self._shapes.siblings(shape.digest)
         constants = constants_of(shape.digest, self._offers.learnt())
         tested = self._tested()
@@ -284,6 +288,7 @@ class Loads:
             taken=wanted.taken,
             kept=wanted.kept,
             stages_min=wanted.stages_min,
+            engine=wanted.engine,
         )
         for test in wanted_tests:
             self._test(test)
@@ -292,7 +297,8 @@ class Loads:
             return
         shape = self._shapes.shape(wanted.model)
         vocabulary = 0 if shape is None else shape.n_vocab
-        self.submit(Planned(wanted.job, Layout(spans_of(made), vocabulary, "; ".join(made.reasons))))
+        layout = Layout(spans_of(made), vocabulary, "; ".join(made.reasons), "rpc" if made.engine == "rpc" else "")
+        self.submit(Planned(wanted.job, layout))
 
     async def _send(self, node: NodeId, command: StageCommand) -> None:
         match command.order:

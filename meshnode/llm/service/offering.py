@@ -17,7 +17,7 @@ from meshnode.llm.model import UNREADABLE
 from protocol.ids import NodeId
 from protocol.node import Node
 from protocol.records.collection import Collection, only_owner
-from protocol.sharding.offers import DeviceOffer, LinkFacts, Links, NodeOffer, Speed
+from protocol.sharding.offers import DeviceOffer, LinkFacts, Links, NodeOffer, RpcSupport, Speed
 from protocol.sharding.predict import FACTOR_MAX, FACTOR_MIN, HOP_OVERHEAD_MAX_S, Learnt
 from protocol.wire import limits
 
@@ -56,6 +56,7 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     factors: dict[str, float] = {}  # what sessions taught, by model digest: see protocol/sharding/predict.py
     hop_overhead_s: float | None = None
     whole_only: tuple[str, ...] = ()  # architectures that its engine cannot hold a part of
+    rpc: RpcSupport = ""
 
 
 class Lending(Protocol):
@@ -117,6 +118,7 @@ class Offers:
                     devices=devices,
                     has_engine=offer.has_engine,
                     version=offer.version,
+                    rpc=offer.rpc,
                     holds=holds(node),
                     whole_only=offer.whole_only,
                 )

@@ -12,7 +12,7 @@ import trio
 from msgspec.structs import replace
 
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.llm.model import Loading, StageLine
+from meshnode.llm.model import EngineKind, Loading, StageLine
 from meshnode.llm.service.models import Known
 from protocol.ids import NodeId
 from protocol.membership.events import PeerDown, PeerLeft
@@ -26,6 +26,11 @@ UNANSWERED_S: Final = 15.0
 
 AskEnsure = Callable[[EnsureRequest], Awaitable[Answer]]
 """Ask the coordinator. Raises MeshError."""
+
+
+def wished_engine(wish: EngineKind | None) -> str:
+    """As pipelines name it: which of the others it is follows from the stages."""
+    return "rpc" if wish == "rpc" else ""
 
 
 class Pipelines:
@@ -44,6 +49,7 @@ class Pipelines:
         session: str = "",
         *,
         stages_min: int = 1,
+        engine: str = "",
         failed: Pipeline | None = None,
         failure: str = "",
     ) -> AsyncGenerator[Loading | Pipeline, None]:
@@ -51,7 +57,7 @@ class Pipelines:
 
         Raises MeshError when there will be none.
         """
-        request = EnsureRequest(known.digest, context, stages_min=stages_min)
+        request = EnsureRequest(known.digest, context, stages_min=stages_min, engine=engine)
         asked = replace(request, failed=None if failed is None else failed.id, failure=failure[:LOAD_WORDS_CHARS_MAX])
         answered_at = self._now()
         while True:
@@ -85,7 +91,7 @@ class Pipelines:
         if request.failed is None and not request.without and known is not None:
             pipeline, at = known
             suits = pipeline.context >= request.context and len(pipeline.stages) >= request.stages_min
-            if self._now() - at < KNOWN_S and suits:
+            if self._now() - at < KNOWN_S and suits and request.engine in ("", pipeline.engine):
                 return Ready(pipeline)
         self._known.pop(request.model, None)
         answer = await self._ask(request)

@@ -121,7 +121,7 @@ class Prompts:
     ) -> tuple[int, ...]:
         """Ask the first stage, then the last: both hold the vocabulary. Raises MeshError."""
         wanted = TokeniseRequest(pipeline.id, text, add_special, parse_special, quoted)
-        nodes = tuple(dict.fromkeys((pipeline.nodes[0], pipeline.nodes[-1])))
+        nodes = tuple(dict.fromkeys((pipeline.first, pipeline.last)))
         words = ""
         for node in nodes:
             # A first stage that hangs must not take all the time that there is for the last one.

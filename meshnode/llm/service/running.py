@@ -171,7 +171,8 @@ class Running:
 
     async def _ask(self, effect: Ensure) -> None:
         failed, failure = effect.complaint if effect.complaint is not None else (None, "")
-        request = EnsureRequest(effect.model, effect.context, effect.without, failed, failure, effect.stages_min)
+        wish = (effect.model, effect.context, effect.without, failed, failure, effect.stages_min)
+        request = EnsureRequest(*wish, engine=effect.engine)
         try:
             answer = await self._ensure(request)
         except MeshError as error:

@@ -114,10 +114,10 @@ class Singles:
             self._pipelines.forget(pipeline.model)
             raise MeshError(
                 ErrorCode.PROTOCOL_VIOLATION,
-                f"Node {pipeline.nodes[-1]} sent {len(vector)} bytes that are no vector of {width} numbers. Try again; "
+                f"Node {pipeline.last} sent {len(vector)} bytes that are no vector of {width} numbers. Try again; "
                 "if it does so again, unload the model and evict that node.",
                 retryable=True,
-                detail={"node_id": pipeline.nodes[-1]},
+                detail={"node_id": pipeline.last},
             )
         return values
 

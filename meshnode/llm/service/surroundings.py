@@ -1,6 +1,7 @@
 """What the stages of a node need of the node that holds them."""
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -28,7 +29,12 @@ class OpenEngine(Protocol):
     """A loaded engine for as long as the block runs; see engine/process.py."""
 
     def __call__(
-        self, stage: StageSpec, /, *, progress: Callable[[float], None] | None = None
+        self,
+        stage: StageSpec,
+        /,
+        *,
+        progress: Callable[[float], None] | None = None,
+        tunnels: Sequence[socket.socket] = (),
     ) -> AbstractAsyncContextManager[Engine]: ...
 
 

@@ -59,7 +59,7 @@ from protocol.sharding.hosting import Hosting
 from protocol.sharding.loading import LoadingMachine
 from protocol.sharding.offers import Speed
 from protocol.sharding.pipelines import Answer, EnsureRequest, MembersUp, Pipeline, StageCommand
-from protocol.sharding.planner import Refusal
+from protocol.sharding.plans import Refusal
 from protocol.sharding.predict import NOTHING_LEARNT
 from protocol.trust import authority
 
@@ -307,6 +307,7 @@ class _Assembly:
             memory_bytes_max=settings.memory_bytes_max,
             gpu_bytes_max=settings.gpu_bytes_max,
             loaded_bytes=lambda: self._hosts.loaded_bytes(),
+            lent_bytes=lambda: self._hosts.lent_bytes(),
             gpus=ground.gpus,
             rtts=ground.rtts,
             measured=None if stored is None else msgspec.msgpack.decode(stored, type=Measured),

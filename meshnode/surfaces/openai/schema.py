@@ -109,10 +109,12 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
 
 class MeshnodeIn(Struct, forbid_unknown_fields=True):
     """What only this system understands. `stages`: split the model over at least so many nodes, to see it split.
-    `speculate`: false computes every token by itself; the answer is the same, later.
+    `engine`: `rpc` insists on llama.cpp's RPC servers on the other nodes. `speculate`: false computes every token by
+    itself; the answer is the same, later.
     """
 
     stages: Annotated[int, Meta(ge=1, le=64)] = 1
+    engine: Literal["rpc"] | None = None
     speculate: bool = True
 
 

@@ -92,8 +92,9 @@ class Coordinator:
     def published(self, kind: type) -> list:
         return [each.event for each in self.of(Publish) if isinstance(each.event, kind)]
 
-    def plan(self, *nodes: str, size: int = 10) -> None:
-        self.tell(Planned(self.of(PlanWanted)[-1].job, Layout(spans(*nodes, size=size), 1000, "as planned")))
+    def plan(self, *nodes: str, size: int = 10, engine: str = "") -> None:
+        layout = Layout(spans(*nodes, size=size), 1000, "as planned", engine)
+        self.tell(Planned(self.of(PlanWanted)[-1].job, layout))
 
     def no_plan(self, code: str = "no_memory") -> None:
         self.tell(Planned(self.of(PlanWanted)[-1].job, None, code, "4.2 GB short", 42))

@@ -30,10 +30,12 @@ def pipeline(*nodes: str, name: bytes = b"pipeline", context: int = 100) -> Pipe
 class Entry:
     """One session, the effects of its last step, and a clock that its timers move."""
 
-    def __init__(self, max_tokens: int = 20, stages_min: int = 1, named: Pipeline | None = None, **changes) -> None:
+    def __init__(
+        self, max_tokens: int = 20, stages_min: int = 1, engine: str = "", named: Pipeline | None = None, **changes
+    ) -> None:
         self.session = Session(
             stem=b"s" * 14, model="model", prompt=PROMPT, max_tokens=max_tokens, context=100, rng=Random(1),
-            stages_min=stages_min, params=SessionParameters(**changes),
+            stages_min=stages_min, engine=engine, params=SessionParameters(**changes),
         )  # fmt: skip
         self.now = 1000.0
         self.timers: dict = {}

@@ -4,6 +4,7 @@ from protocol.election.events import CoordinatorChanged
 from protocol.membership.events import PeerDown, PeerLeft
 from protocol.sharding.pipelines import (
     FEW_NODES,
+    NO_ENGINE,
     AskGone,
     CommandFailed,
     CommandStage,
@@ -355,6 +356,44 @@ def test_a_plan_of_fewer_stages_than_wished_for_is_not_loaded_again_and_again() 
     it.plan("a", "b")
     assert it.orders(LoadStage) == []
     assert it.answer(ask) == Refused(FEW_NODES, "It can be split over 2 nodes here, not over 3.", True)
+
+
+def test_a_wish_for_an_engine_holds_for_what_replaces_a_broken_pipeline_as_far_as_it_can() -> None:
+    it = Coordinator()
+    it.ask(engine="rpc")
+    it.plan("a", "b", engine="rpc")
+    pipeline = it.newest()
+    assert pipeline.engine == "rpc"
+    it.load(pipeline)
+    it.probe(pipeline)
+    it.tell(PeerDown("b", ("a",)))
+    wanted = it.of(PlanWanted)[-1]
+    assert (wanted.engine, wanted.kept) == ("rpc", ()), "a client and its servers know each other's memory"
+    ask = it.ask(engine="rpc")
+    it.no_plan(NO_ENGINE)
+    assert it.of(PlanWanted)[-1].engine == ""
+    it.plan("a")
+    it.gone("a", pipeline)
+    alone = it.newest()
+    it.load(alone)
+    it.probe(alone)
+    assert it.of(PlanWanted)[-1].engine == "rpc", "whoever insists is told that it cannot be"
+    it.no_plan(NO_ENGINE)
+    assert it.answer(ask) == Refused(NO_ENGINE, "4.2 GB short", False, 42)
+    assert it.answer(it.ask()) == Ready(alone)
+
+
+def test_what_was_never_ready_is_not_replaced_with_less_than_was_wished_for() -> None:
+    """Else whoever wishes for more would have it loaded so again and again."""
+    for code in (FEW_NODES, NO_ENGINE):
+        it = Coordinator()
+        ask = it.ask(engine="rpc", stages_min=2)
+        it.plan("a", "b", engine="rpc")
+        it.tell(CommandFailed("b", it.newest().id, "cannot be reached"))
+        plans = len(it.of(PlanWanted))
+        it.no_plan(code)
+        assert len(it.of(PlanWanted)) == plans
+        assert it.answer(ask).code == code
 
 
 def test_a_node_whose_stage_neighbours_lost_is_not_planned_with_until_it_reports() -> None:

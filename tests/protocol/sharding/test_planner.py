@@ -9,7 +9,8 @@ from msgspec import structs
 
 from protocol.sharding.fitting import Fitting, Wish
 from protocol.sharding.offers import DeviceOffer, LinkFacts, Links, NodeOffer, Speed
-from protocol.sharding.planner import Plan, Refusal, mend, plan
+from protocol.sharding.planner import mend, plan
+from protocol.sharding.plans import Plan, Refusal
 from protocol.sharding.search import proportional
 from tests.protocol.sharding.parts import (
     GB,

@@ -5,7 +5,7 @@ from math import inf
 import pytest
 
 from protocol.sharding.fitting import Wish
-from protocol.sharding.planner import Plan, Refusal
+from protocol.sharding.plans import Plan, Refusal
 from protocol.sharding.selftests import Choice, Findings, Outcome, Pair, choose, kind_of, pair_of
 from tests.protocol.sharding.parts import links, node, shape
 

@@ -27,7 +27,7 @@ from protocol.sharding.events import (
     StopFound,
     StreamLost,
 )
-from protocol.sharding.pipelines import FEW_NODES, Loading, Pipeline, Ready, Refused, Span
+from protocol.sharding.pipelines import FEW_NODES, NO_ENGINE, Loading, Pipeline, Ready, Refused, Span
 from tests.protocol.sharding.entry import PROMPT, Entry, kinds, pipeline, streaming
 
 
@@ -385,6 +385,12 @@ def test_with_fewer_nodes_than_stages_were_wished_for_an_answer_goes_on_and_says
     entry.ready("c", name=b"another-")
     entry.pieces(3, 13)
     assert entry.emitted == [10, 11, 12, 13]
+    for code in (FEW_NODES, NO_ENGINE):
+        wished = streaming(engine="rpc")
+        wished.tell(PeerDown("b", ()))
+        wished.tell(EnsureAnswered(wished.last(Ensure).ask, Refused(code, "It is not there.", True)))
+        assert wished.last(Progressed).words == "It is not there. It goes on without the engine rpc."
+        assert wished.last(Ensure).engine == ""
     not_begun = Entry(stages_min=3)
     not_begun.tell(EnsureAnswered(1, Refused(FEW_NODES, "Too few are there.", True)))
     assert not_begun.last(Fail) == Fail("unavailable", "Too few are there.", True)

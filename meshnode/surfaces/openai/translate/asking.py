@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from meshnode.llm.model import AnswerFormat, Message, Sampling, Tool, ToolCall, ToolChoice
+from meshnode.llm.model import AnswerFormat, EngineKind, Message, Sampling, Tool, ToolCall, ToolChoice
 from meshnode.surfaces.openai.errors import invalid, unsupported
 from meshnode.surfaces.openai.schema import CallIn, FormatIn, MeshnodeIn, MessageIn, Part, SamplingIn, ToolIn
 
@@ -204,3 +204,8 @@ def thinking_of(effort: str | None) -> dict[str, Any]:
 def stages_of(wishes: MeshnodeIn | None) -> int:
     """How far a model is to be split at least."""
     return 1 if wishes is None else wishes.stages
+
+
+def engine_of(wishes: MeshnodeIn | None) -> EngineKind | None:
+    """The engine that is insisted on; None: whichever is best."""
+    return None if wishes is None else wishes.engine

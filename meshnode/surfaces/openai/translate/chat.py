@@ -20,6 +20,7 @@ from meshnode.surfaces.openai.schema import ChatRequest
 from meshnode.surfaces.openai.translate.asking import (
     TEXT_ONLY,
     answer_of,
+    engine_of,
     messages_of,
     refuse,
     refuse_unless,
@@ -64,6 +65,7 @@ def requests_of(request: ChatRequest) -> list[GenerationRequest]:
                 sampling=sampling,
                 template_kwargs=thinking_of(request.reasoning_effort) | (request.chat_template_kwargs or {}),
                 stages_min=stages_of(request.meshnode),
+                engine=engine_of(request.meshnode),
             )
         )
     return made

@@ -5,7 +5,7 @@ from typing import Any
 from meshnode.llm.model import Finished, GenerationEvent, GenerationRequest, TextDelta, TokenDetail, Usage
 from meshnode.surfaces.openai.errors import invalid, unsupported
 from meshnode.surfaces.openai.schema import CompletionRequest, Prompts
-from meshnode.surfaces.openai.translate.asking import refuse, sampling_of, stages_of
+from meshnode.surfaces.openai.translate.asking import engine_of, refuse, sampling_of, stages_of
 from meshnode.surfaces.openai.translate.chat import refuse_streaming, usage_of
 
 TOKENS_DEFAULT = 16  # what this endpoint has always meant by nothing
@@ -31,6 +31,7 @@ def requests_of(request: CompletionRequest) -> list[GenerationRequest]:
                 request, tokens_max=request.max_tokens or TOKENS_DEFAULT, logprobs=request.logprobs, seed_step=step
             ),
             stages_min=stages_of(request.meshnode),
+            engine=engine_of(request.meshnode),
         )
         for prompt in prompts
         for step in range(request.n or 1)

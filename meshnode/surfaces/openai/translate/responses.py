@@ -28,6 +28,7 @@ from meshnode.surfaces.openai.errors import invalid, unsupported
 from meshnode.surfaces.openai.schema import ItemIn, ResponsesRequest, ResponseTool
 from meshnode.surfaces.openai.translate.asking import (
     checked_tools,
+    engine_of,
     refuse,
     refuse_unless,
     stages_of,
@@ -75,6 +76,7 @@ def request_of(request: ResponsesRequest) -> GenerationRequest:
         ),
         template_kwargs=thinking_of(None if reasoning is None else reasoning.effort),
         stages_min=stages_of(request.meshnode),
+        engine=engine_of(request.meshnode),
     )
 
 
