@@ -128,7 +128,7 @@ class Nodes:
 
     def nodes(self, *, limit: int | None = None, cursor: str | None = None) -> tuple[list[NodeInfo], str | None]:
         """Members, the newest first, and the cursor of the next page."""
-        members = sorted(self._hub.roster.members(), key=self._admitted_key)
+        members = sorted(self._hub.roster.members(), key=self._joined_key)
         start = 0
         if cursor is not None:
             ids = [str(member) for member in members]
@@ -139,9 +139,9 @@ class Nodes:
         more = start + len(page) < len(members)
         return [self._info(member) for member in page], page[-1] if page and more else None
 
-    def _admitted_key(self, member: NodeId) -> tuple[int, str]:
+    def _joined_key(self, member: NodeId) -> tuple[int, str]:
         admission = self._hub.roster.admission(member)
-        return (-(admission.admitted_at if admission is not None else 0), member)
+        return (-(admission.joined_at if admission is not None else 0), member)
 
     def online(self) -> list[NodeId]:
         """Members that are up, this node included."""
@@ -275,7 +275,7 @@ class Nodes:
             status=core.status_of(up=up),
             addresses=core.addresses_text(addresses),
             last_seen=rfc3339(self._facts.wall()) if up else rfc3339(seen) if seen is not None else None,
-            joined_at=rfc3339(admission.admitted_at / 1000) if admission is not None else None,
+            joined_at=rfc3339(admission.joined_at / 1000) if admission is not None else None,
             gpu=core.gpu_of(heard[0] if heard is not None else None, listed),
             role=core.role_of(hub.roster.role(node)),
             coordinator=hub.election.coordinator == node,

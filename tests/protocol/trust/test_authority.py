@@ -171,6 +171,7 @@ def test_who_can_be_promoted(roster: Roster, who: str, expected: str | None) -> 
         assert isinstance(answer, Admission)
         assert (answer.role, answer.name, answer.public_key) == ("admin", "member", public_key("member"))
         assert answer.admitted_at == 1_001, "it counts although this clock is behind the one that admitted"
+        assert answer.joined_at == 1_000, "it is a member since its first admission, not since its promotion"
     else:
         assert code(answer) == expected
 
