@@ -285,7 +285,7 @@ class ClusterRoutes:
             ),
             Route(
                 method="GET", path="/join/{token...}", summary="The page that tells an invited person what to do.",
-                handler=self.landing, public=True, tag=TAG,
+                handler=self.landing, media=("text/html",), public=True, tag=TAG,
             ),
             Route(
                 method="GET", path="/api/events", summary="What happens in the mesh, as server-sent events.",
