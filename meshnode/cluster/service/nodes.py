@@ -380,7 +380,7 @@ class Nodes:
                 if collection == PROFILE_COLLECTION:
                     self._profiles.pop(NodeId(key.decode("ascii", "replace")), None)
                     self._changed()
-            case RecordHeld(author=author, ahead_s=ahead_s):
+            case RecordHeld(author=author, ahead_s=ahead_s) if author in self._hub.roster:
                 self._clocks.held(author, ahead_s)
                 self._changed()
             case LinkLost(peer=peer, code=ErrorCode.EVICTED) if self._hub.me in self._hub.roster:
