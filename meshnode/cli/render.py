@@ -90,7 +90,7 @@ def node_text(node: Answer, wall: float) -> str:
         ("joined", ago_text(node.get("joined_at"), wall) if node.get("joined_at") else ""),
         (
             "up",
-            duration_text(node["uptime_seconds"]) if node.get("uptime_seconds") and node["status"] == "online" else "",
+            duration_text(node["uptime_seconds"]) if node.get("uptime_seconds") and up else "",
         ),
         ("version", printable(node.get("version") or "")),
         ("system", _system(node)),

@@ -232,7 +232,7 @@ async def test_promoting(house: House) -> None:
     order = [node.id for node in house[0].nodes.nodes()[0]]
     joined = house[0].nodes.node(house.id(1)).joined_at
     await refused(ErrorCode.NOT_ADMIN, house[1].trust.promote(house.id(2)))
-    await refused(ErrorCode.NOT_FOUND, house[0].trust.promote(keys_of(NEW)[2]))
+    await refused(ErrorCode.UNKNOWN_NODE, house[0].trust.promote(keys_of(NEW)[2]))
     await house[0].trust.promote(house.id(1))
     assert house[1].trust.is_admin
     assert load_root(house[1].folder) == ROOT

@@ -115,15 +115,15 @@ class Nodes:
         return self._rtt_s
 
     def find(self, wanted: str, *, also_evicted: bool = False) -> NodeId:
-        """The member (or, by its id, an evicted one) that a person means. MeshError NOT_FOUND or CONFLICT."""
+        """The member (or, by its id, an evicted one) that a person means. MeshError UNKNOWN_NODE or CONFLICT."""
         if also_evicted and any(tombstone.node_id == wanted for tombstone in self._hub.roster.evictions()):
             return NodeId(wanted)
         return core.find([(member, self.name_of(member)) for member in self._hub.roster.members()], wanted)
 
     def node(self, node: NodeId) -> NodeInfo:
-        """One member. MeshError NOT_FOUND if it is none."""
+        """One member. MeshError UNKNOWN_NODE if it is none."""
         if node not in self._hub.roster:
-            raise MeshError(ErrorCode.NOT_FOUND, f"{node} is no member of this mesh. `meshnode nodes` lists them.")
+            raise MeshError(ErrorCode.UNKNOWN_NODE, f"{node} is no member of this mesh. `meshnode nodes` lists them.")
         return self._info(node)
 
     def nodes(self, *, limit: int | None = None, cursor: str | None = None) -> tuple[list[NodeInfo], str | None]:
