@@ -124,6 +124,10 @@ def _responses(route: Route, schema_of: Mapping[int, Any]) -> dict[str, Any]:
         events = {name: schema_of[id(kind)] for name, kind in route.events.items()}
         media = {"schema": {"type": "string"}, **({"x-events": events} if events else {})}
         responses["200"] = {"description": "A stream of events.", "content": {"text/event-stream": media}}
+    elif route.media:
+        types = {kind: "object" if kind == "application/json" else "string" for kind in route.media}
+        contents = {kind: {"schema": {"type": name}} for kind, name in types.items()}
+        responses[str(route.status)] = {"description": HTTPStatus(route.status).phrase, "content": contents}
     elif route.response in (Content, ByteStream):
         media = {"schema": {"type": "string", "format": "binary"}}
         responses[str(route.status)] = {"description": "The content.", "content": {"application/octet-stream": media}}
@@ -136,6 +140,9 @@ def _responses(route: Route, schema_of: Mapping[int, Any]) -> dict[str, Any]:
             "description": HTTPStatus(route.status).phrase,
             "content": {"application/json": media},
         }
+    if route.also_status is not None:
+        described = HTTPStatus(route.also_status).phrase
+        responses[str(route.also_status)] = {**responses[str(route.status)], "description": described}
     codes: dict[int, list[str]] = {}
     for code in (*_ALWAYS, *route.errors):
         codes.setdefault(http_status(code), []).append(code.value)

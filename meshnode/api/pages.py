@@ -14,10 +14,14 @@ import trio
 from meshnode.api.routing import AsgiApp, AsgiReceive, AsgiSend, Mount, Route
 
 _STATIC = {
-    "/docs.css": ("docs.css", "text/css; charset=utf-8"),
-    "/login": ("login.html", "text/html; charset=utf-8"),
-    "/login.js": ("login.js", "text/javascript; charset=utf-8"),
+    "/docs.css": ("docs.css", "text/css"),
+    "/login": ("login.html", "text/html"),
+    "/login.js": ("login.js", "text/javascript"),
 }
+
+
+def _media_type(path: str) -> str:
+    return _STATIC[path][1] if path in _STATIC else "text/html"
 
 
 class Pages:
@@ -47,8 +51,7 @@ class Pages:
         async def page() -> Response:
             from quart import request
 
-            _, media_type = _STATIC.get(request.path, ("", "text/html; charset=utf-8"))
-            return Response(texts[request.path], content_type=media_type)
+            return Response(texts[request.path], content_type=f"{_media_type(request.path)}; charset=utf-8")
 
         for number, path in enumerate(texts):
             app.add_url_rule(path, f"page_{number}", page, methods=["GET"])
@@ -66,7 +69,15 @@ class Pages:
             table.append(("/", "The front page.", False))
         return Mount(
             [
-                Route(method="GET", path=path, asgi=self, summary=summary, public=public, tag="pages")
+                Route(
+                    method="GET",
+                    path=path,
+                    asgi=self,
+                    media=(_media_type(path),),
+                    summary=summary,
+                    public=public,
+                    tag="pages",
+                )
                 for path, summary, public in table
             ]
         )

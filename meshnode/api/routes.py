@@ -121,6 +121,7 @@ class SystemRoutes:
                     handler=self.ready,
                     summary="Whether the agent can do its work; 503 and what it waits for when not.",
                     response=Readiness,
+                    also_status=503,
                     public=True,
                 ),
                 Route(
@@ -136,6 +137,7 @@ class SystemRoutes:
                     handler=self.metrics_text,
                     summary="Every figure, for Prometheus.",
                     response=Content,
+                    media=("text/plain",),
                 ),
                 Route(
                     method="GET",

@@ -107,7 +107,11 @@ class Route:
     """The type of the answer, for the description; None for 204, `EventStream`, `Content` and so on."""
     events: Mapping[str, Any] = field(default_factory=dict)
     """For an event stream: the name of each event and the type of its data."""
+    media: tuple[str, ...] = ()
+    """For the description, where `response` does not tell it: the media types in which the answer may come."""
     status: int = 200
+    also_status: int | None = None
+    """Another status that comes with an answer of the same type."""
     public: bool = False
     """Answered without credentials. Host, Origin and every limit still hold."""
     get_changes: bool = False

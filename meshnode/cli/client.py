@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -24,6 +25,7 @@ ANSWER_BYTES_MAX: Final = 256 * 1024 * 1024
 PAGES_MAX: Final = 1_000
 PAGE_ITEMS: Final = 500
 _TOKEN_BYTES_MAX: Final = 256
+_LISTENER_TIMEOUT_S: Final = 1.0
 
 _CODE_OF_STATUS: Final = {
     400: ErrorCode.BAD_REQUEST,
@@ -220,10 +222,12 @@ class AgentClient:
     def _trouble(self, error: Exception, timeout_s: float) -> MeshError:
         self.close()
         place = f"{HOST}:{self._port}"
-        if isinstance(error, ConnectionRefusedError):
+        if not isinstance(error, TimeoutError) and (why := self._nobody_listens()) is not None:
+            # A connection may also end because the agent just did, or never began: this machine lacks 127.0.0.1.
+            reason = "" if isinstance(why, ConnectionRefusedError) else f" ({why.strerror or why})"
             return MeshError(
                 ErrorCode.AGENT_NOT_RUNNING,
-                f"no agent is running on {place}: start one with {self._how_to_start}",
+                f"no agent is running on {place}{reason}: start one with {self._how_to_start}",
                 retryable=True,
                 detail={"port": self._port},
             )
@@ -237,6 +241,16 @@ class AgentClient:
         return MeshError(
             ErrorCode.UNAVAILABLE, f"The agent on {place} ended the connection ({what}). Try again.", retryable=True
         )
+
+    def _nobody_listens(self) -> OSError | None:
+        """Why no connection to the agent's port can be made now; None if one can."""
+        try:
+            with socket.create_connection((HOST, self._port), timeout=_LISTENER_TIMEOUT_S):
+                return None
+        except TimeoutError:
+            return None  # somebody may be there and busy
+        except OSError as error:
+            return error
 
     def _trusted_uids(self) -> set[int]:
         trusted = {0, os.geteuid()}

@@ -76,6 +76,7 @@ def state_of(node: Answer) -> str:
 
 def node_text(node: Answer, wall: float) -> str:
     """`meshnode node NAME`: everything known of one member."""
+    up = node["status"] == "online"
     facts = [
         ("name", printable(node["name"]) + (" (this node)" if node.get("this_node") else "")),
         ("id", node["id"]),
@@ -87,7 +88,10 @@ def node_text(node: Answer, wall: float) -> str:
         ("datagrams", "blocked; they travel over the link" if node.get("udp_blocked") else ""),
         ("last seen", "" if node.get("this_node") else _seen(node, wall)),
         ("joined", ago_text(node.get("joined_at"), wall) if node.get("joined_at") else ""),
-        ("up", duration_text(node["uptime_seconds"]) if node.get("uptime_seconds") else ""),
+        (
+            "up",
+            duration_text(node["uptime_seconds"]) if node.get("uptime_seconds") and up else "",
+        ),
         ("version", printable(node.get("version") or "")),
         ("system", _system(node)),
         ("processor", _processor(node)),

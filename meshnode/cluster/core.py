@@ -133,7 +133,7 @@ def find(nodes: Iterable[tuple[NodeId, str]], wanted: str) -> NodeId:
                 f"{len(matches)} nodes are called {wanted!r}; name one by its id: {', '.join(matches)}.",
                 detail={"candidates": list(matches)},
             )
-    raise MeshError(ErrorCode.NOT_FOUND, f"No node of this mesh is called {wanted!r}. `meshnode nodes` lists them.")
+    raise MeshError(ErrorCode.UNKNOWN_NODE, f"No node of this mesh is called {wanted!r}. `meshnode nodes` lists them.")
 
 
 def quantile(ordered: Sequence[float], fraction: float) -> float:

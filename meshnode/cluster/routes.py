@@ -224,26 +224,26 @@ class ClusterRoutes:
             ),
             Route(
                 method="GET", path="/api/nodes/{id}", summary="One member, by id, name or beginning of its id.",
-                handler=self.node, response=NodeInfo, errors=(ErrorCode.NOT_FOUND, ErrorCode.CONFLICT), tag=TAG,
+                handler=self.node, response=NodeInfo, errors=(ErrorCode.UNKNOWN_NODE, ErrorCode.CONFLICT), tag=TAG,
             ),
             Route(
                 method="DELETE", path="/api/nodes/{id}", summary="Evict a member for good. Admins only.",
                 handler=self.evict, query=EvictQuery, status=204,
-                errors=(ErrorCode.NOT_FOUND, ErrorCode.NOT_ADMIN, ErrorCode.CONFLICT), tag=TAG,
+                errors=(ErrorCode.UNKNOWN_NODE, ErrorCode.NOT_ADMIN, ErrorCode.CONFLICT), tag=TAG,
             ),
             Route(
                 method="PATCH", path="/api/nodes/{id}", summary="Rename the node that is asked; no other.",
                 handler=self.rename, request=RenameBody, response=NodeInfo,
-                errors=(ErrorCode.NOT_FOUND, ErrorCode.FORBIDDEN), tag=TAG,
+                errors=(ErrorCode.UNKNOWN_NODE, ErrorCode.FORBIDDEN), tag=TAG,
             ),
             Route(
                 method="POST", path="/api/nodes/{id}/promote", summary="Make a member an admin. Admins only.",
-                handler=self.promote, response=NodeInfo, errors=(ErrorCode.NOT_FOUND, ErrorCode.NOT_ADMIN), tag=TAG,
+                handler=self.promote, response=NodeInfo, errors=(ErrorCode.UNKNOWN_NODE, ErrorCode.NOT_ADMIN), tag=TAG,
             ),
             Route(
                 method="POST", path="/api/nodes/{id}/ping", summary="Round trips over the control link.",
                 handler=self.ping, request=PingBody, response=PingReport,
-                errors=(ErrorCode.NOT_FOUND, ErrorCode.UNREACHABLE, ErrorCode.TIMEOUT), tag=TAG,
+                errors=(ErrorCode.UNKNOWN_NODE, ErrorCode.UNREACHABLE, ErrorCode.TIMEOUT), tag=TAG,
             ),
             Route(
                 method="POST", path="/api/cluster/join-token", summary="A one-time invitation.",
@@ -285,7 +285,7 @@ class ClusterRoutes:
             ),
             Route(
                 method="GET", path="/join/{token...}", summary="The page that tells an invited person what to do.",
-                handler=self.landing, public=True, tag=TAG,
+                handler=self.landing, media=("text/html",), public=True, tag=TAG,
             ),
             Route(
                 method="GET", path="/api/events", summary="What happens in the mesh, as server-sent events.",

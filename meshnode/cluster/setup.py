@@ -95,7 +95,11 @@ def build_cluster(
     restart: Callable[[], None],
 ) -> Cluster:
     """Wire it. Raises MeshError if identity and certificate do not fit together."""
-    notices = Notices()
+
+    def no_room() -> str | None:
+        return None if database.no_room is None else database.no_room.message
+
+    notices = Notices(no_room)
     nodes = Nodes(hub=driver.node, facts=facts, bus=bus, metrics=metrics, notices=notices)
     trust = Trust(
         data_dir=data_dir,

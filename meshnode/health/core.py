@@ -8,6 +8,7 @@ from statistics import median
 from typing import Final
 
 from meshnode.health.model import MeshContact, ServiceState, Status, Verdict
+from meshnode.kernel.times import span_text
 
 _MIB: Final = 1 << 20
 
@@ -78,7 +79,7 @@ def judge_clock(wall: float, offsets: Sequence[float]) -> Verdict:
     offset = median(offsets)
     direction = "behind" if offset > 0 else "ahead of"
     peers = "the only peer measured" if len(offsets) == 1 else f"the median of {len(offsets)} peers"
-    text = f"this clock is {abs(offset):.1f} s {direction} {peers}"
+    text = f"this clock is {span_text(abs(offset))} {direction} {peers}"
     if abs(offset) < CLOCK_NOISE_S:
         text = f"this clock agrees with {peers}"
     if abs(offset) > CLOCK_OFFSET_S_CRITICAL:

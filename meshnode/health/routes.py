@@ -21,6 +21,7 @@ def health_routes(service: HealthService) -> list[Route]:
             summary="Every check of this node with its reason; 503 when one is unhealthy.",
             handler=health,
             response=HealthReport,
+            also_status=503,
             tag="health",
         ),
     ]

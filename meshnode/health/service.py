@@ -7,6 +7,7 @@ memory (services, mesh, clock, event loop) is judged anew for every reader. It m
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -42,6 +43,7 @@ from meshnode.kernel.resources.memory import ControlGroups, effective_memory
 from meshnode.kernel.service import Policy
 
 CHECK_INTERVAL_S: Final = 30.0
+FULL_INTERVAL_S: Final = 1.0
 CHECK_LIMIT_S: Final = 10.0
 LAG_INTERVAL_S: Final = 1.0
 LAG_SAMPLES: Final = 60
@@ -59,6 +61,10 @@ class Services(Protocol):
     """What the supervisor knows of the agent's services."""
 
     def __call__(self) -> Sequence[ServiceState]: ...
+
+
+def _full(error: MeshError) -> Verdict:
+    return Verdict(Status.UNHEALTHY, error.message)
 
 
 def available_memory() -> int:
@@ -124,6 +130,9 @@ class HealthService:
     def report(self) -> HealthReport:
         """The present report: UNKNOWN before the first round, and while services start."""
         checks = self._checks | {name: self._judge_now(name, judge) for name, judge in self._live.items()}
+        if (full := self._store.no_room) is not None:
+            # Whatever the last round found: what the disk says is free may not be free for this user or this file.
+            checks |= {name: self._judge_now(name, partial(_full, full)) for name in ("database", "storage")}
         status = worst(check.status for check in checks.values()) if self._checks else Status.UNKNOWN
         return HealthReport(status, checks)
 
@@ -161,7 +170,9 @@ class HealthService:
             nursery.start_soon(self._watch_loop)
             while True:
                 await self.check()
-                await trio.sleep(self._interval_s)
+                # While the disk is full, its own write is what finds out that there is room again.
+                full = self._store.no_room is not None
+                await trio.sleep(min(self._interval_s, FULL_INTERVAL_S) if full else self._interval_s)
 
     async def _watch_loop(self) -> None:
         while True:

@@ -18,6 +18,11 @@ class HealthStore:
         """Why the database takes no more writes, or None."""
         return self._database.failure
 
+    @property
+    def no_room(self) -> MeshError | None:
+        """What the last write met if the disk was full, or None."""
+        return self._database.no_room
+
     async def write(self, wall: float) -> None:
         """Write the row; returns once it is durable. Raises MeshError as every write does."""
 

@@ -119,7 +119,7 @@ class StartEngine:
 
 @dataclass(frozen=True, slots=True)
 class RebindEngine:
-    """The engine of pipeline `old` now serves in `pipeline`: same layers, other neighbours, no sessions."""
+    """What the engine of pipeline `old` holds now serves in `pipeline`: same layers, other neighbours, no sessions."""
 
     old: bytes
     pipeline: Pipeline

@@ -23,7 +23,7 @@ from protocol.trust.statements import (
 from protocol.trust.view import Role, RosterView
 from protocol.wire.crypto import usable_identity
 
-Code = Literal["forbidden", "join_refused", "evicted", "not_a_member", "not_found"]
+Code = Literal["forbidden", "join_refused", "evicted", "not_a_member", "unknown_node"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ def evicting(
     if roster.evicted(node) is not None:
         return None
     if peer not in roster or node not in roster:
-        return Denied("not_found", f"{node} is no member of this mesh. `meshnode nodes` lists them.")
+        return Denied("unknown_node", f"{node} is no member of this mesh. `meshnode nodes` lists them.")
     return eviction(node_id=node, evicted_at=wall_ms, by=peer, reason=reason)
 
 
@@ -174,7 +174,7 @@ def promoting(roster: TrustRoster, node: NodeId, *, by: NodeId, wall_ms: int) ->
     """What an admin signs to make a member an admin. None: it is one already."""
     known = roster.admission(node)
     if known is None:
-        return Denied("not_found", f"{node} is no member of this mesh. `meshnode nodes` lists them.")
+        return Denied("unknown_node", f"{node} is no member of this mesh. `meshnode nodes` lists them.")
     if known.role == "admin":
         return None
     return admission(
@@ -183,6 +183,7 @@ def promoting(roster: TrustRoster, node: NodeId, *, by: NodeId, wall_ms: int) ->
         role="admin",
         admitted_at=succeeding_time(known, wall_ms),
         by=by,
+        first_admitted_at=known.joined_at,
     )
 
 

@@ -53,6 +53,13 @@ class Admission(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=1):
     by_bytes: _Node
     # The id of the invitation that was redeemed, so that any node can see that none counted twice; empty for a founder.
     invitation: Annotated[bytes, msgspec.Meta(max_length=INVITATION_BYTES_MAX)] = b""
+    # When the admission was made that this one took the place of, itself or by way of others; 0: there was none.
+    first_admitted_at: _Milliseconds = 0
+
+    @property
+    def joined_at(self) -> int:
+        """Since when the machine is a member, whatever was changed about it since: unix milliseconds."""
+        return self.first_admitted_at or self.admitted_at
 
     @property
     def node_id(self) -> NodeId:
@@ -122,10 +129,17 @@ _decoder: msgspec.msgpack.Decoder[TrustStatement] = msgspec.msgpack.Decoder(Trus
 
 
 def admission(
-    *, public_key: bytes, name: str, role: Role, admitted_at: int, by: NodeId, invitation: bytes = b""
+    *,
+    public_key: bytes,
+    name: str,
+    role: Role,
+    admitted_at: int,
+    by: NodeId,
+    invitation: bytes = b"",
+    first_admitted_at: int = 0,
 ) -> Admission:
     """An admission, checked. `admitted_at` is unix milliseconds. Raises ValueError if a field is out of bounds."""
-    made = Admission(public_key, name, ROLE_CODES[role], admitted_at, node_id_bytes(by), invitation)
+    made = Admission(public_key, name, ROLE_CODES[role], admitted_at, node_id_bytes(by), invitation, first_admitted_at)
     return cast(Admission, _checked(made))
 
 

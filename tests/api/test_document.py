@@ -14,6 +14,7 @@ from meshnode.cluster.routes import ClusterRoutes
 from meshnode.health.routes import health_routes
 from meshnode.kernel.errors import ErrorCode, exit_code, http_status
 from meshnode.kernel.metrics import KERNEL_METRICS
+from meshnode.surfaces.openai.routes import openai_mount
 from tests.support.api_client import fetch
 from tests.support.api_server import running_api
 from tests.support.open_routes import public_routes
@@ -53,13 +54,43 @@ def test_nothing_else_is_documented(rows: dict[str, list[str]]) -> None:
     assert set(rows) == known | {spec.name for spec in KERNEL_METRICS}
 
 
-async def test_the_paths_without_credentials_are_documented() -> None:
+async def described() -> Any:
+    """The description of the agent's routes."""
     nothing: Any = None  # only the list of routes is read, and no handler runs
     cluster = ClusterRoutes(**dict.fromkeys(signature(ClusterRoutes).parameters, nothing))
     # The trial server has event streams of its own at that path.
     mesh = [route for route in cluster.routes() if route.path != "/api/events"]
-    async with running_api(mounts=[Mount(mesh), Mount(health_routes(nothing))]) as running:
-        document = (await fetch(running.port, "GET", "/openapi.json")).json
+    openai = openai_mount(nothing, nothing)
+    async with running_api(mounts=[Mount(mesh), Mount(health_routes(nothing)), openai]) as running:
+        return (await fetch(running.port, "GET", "/openapi.json")).json
+
+
+async def test_every_answer_with_a_body_is_described_with_its_media_types() -> None:
+    document = await described()
+    answers = {
+        f"{method.upper()} {path}": operation["responses"]
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+    media = {
+        name: {status: set(one.get("content", ())) for status, one in listed.items()}
+        for name, listed in answers.items()
+    }
+    assert [name for name, statuses in media.items() if name.startswith("GET") and "204" in statuses] == []
+    assert all(statuses["200"] for statuses in media.values() if "200" in statuses)
+    both = {"application/json", "text/event-stream"}
+    for path in ("chat/completions", "completions", "responses"):
+        assert media[f"POST /v1/{path}"]["200"] == both
+    assert media["POST /v1/embeddings"]["200"] == {"application/json"}
+    assert media["GET /join/{token}"]["200"] == {"text/html"}
+    assert media["GET /docs.css"]["200"] == {"text/css"}
+    assert media["GET /metrics"]["200"] == {"text/plain"}
+    for path in ("/readyz", "/api/health"):
+        assert answers[f"GET {path}"]["503"]["content"] == answers[f"GET {path}"]["200"]["content"]
+
+
+async def test_the_paths_without_credentials_are_documented() -> None:
+    document = await described()
     text = DOCUMENT.read_text("utf-8").partition("These paths need no credentials:")[2].partition("\n\n")[0]
     named = {name if " " in name else f"GET {name}" for name in re.findall(r"`([^`]+)`", text)}
     assert named == public_routes(document)

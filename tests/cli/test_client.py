@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -74,6 +75,33 @@ def test_something_that_speaks_no_http_listens(connect: Connect) -> None:
             connect(listening.getsockname()[1]).get("/")
         thread.join()
     assert caught.value.code is ErrorCode.UNAVAILABLE
+
+
+def test_an_agent_that_ends_meanwhile_is_not_running(connect: Connect) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+    client = connect(listening.getsockname()[1])
+
+    def serve() -> None:
+        connection, _ = listening.accept()
+        connection.recv(1)
+        listening.close()
+        connection.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with pytest.raises(MeshError, match=r"no agent is running on .*: start one with") as caught:
+        client.get("/")
+    thread.join()
+    assert caught.value.code is ErrorCode.AGENT_NOT_RUNNING
+
+
+def test_a_machine_without_loopback_runs_no_agent() -> None:
+    # In a network namespace of its own, whose loopback interface is down.
+    asked = [sys.executable, "-m", "meshnode", "status", "--api-port", "9"]
+    done = subprocess.run(["unshare", "-n", *asked], capture_output=True, text=True, check=False, timeout=30)
+    if "unshare" in done.stderr:
+        pytest.skip("needs root, for a network namespace")
+    assert "no agent is running on 127.0.0.1:9 (Network is unreachable): start one with" in done.stderr
 
 
 def test_an_agent_that_hangs_is_given_up(connect: Connect) -> None:

@@ -185,3 +185,8 @@ def test_a_narrow_terminal_gets_fewer_columns_and_whole_lines() -> None:
     assert nodes_text([node(), peer()], WALL, 500) == whole
     assert "192.0.2.2" not in status_text(summary(), 45)
     assert "attic" in status_text(summary(), 45)
+
+
+def test_who_is_offline_is_not_up() -> None:
+    assert "up  " in plain(node_text(peer(), WALL))
+    assert "up  " not in plain(node_text(peer(status="offline"), WALL))

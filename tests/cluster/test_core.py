@@ -26,8 +26,8 @@ BEAT = Heartbeat(b"\0" * 8, 1, 1, 40, 425, 150, 2000, 30, 500, 61, 990, 0, -1, 3
 @pytest.mark.parametrize(
     ("wanted", "found"),
     [("aaaa1111", "aaaa1111"), ("Büro", "aaaa2222"), ("BÜRO", "aaaa2222"), ("bbbb", "bbbb3333"), ("attic", "dddd5555"),
-     ("kitchen", ErrorCode.CONFLICT), ("aaaa", ErrorCode.CONFLICT), ("bbb", ErrorCode.NOT_FOUND),
-     ("", ErrorCode.NOT_FOUND), ("nobody", ErrorCode.NOT_FOUND)],
+     ("kitchen", ErrorCode.CONFLICT), ("aaaa", ErrorCode.CONFLICT), ("bbb", ErrorCode.UNKNOWN_NODE),
+     ("", ErrorCode.UNKNOWN_NODE), ("nobody", ErrorCode.UNKNOWN_NODE)],
 )  # fmt: skip
 def test_whom_a_person_means(wanted: str, found: str | ErrorCode) -> None:
     if isinstance(found, ErrorCode):

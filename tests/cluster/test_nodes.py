@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from protocol.membership.events import DatagramsPass, PeerMeasured
-from protocol.records.events import ClockAgrees, ClockContradicted
+from protocol.records.events import ClockAgrees, ClockContradicted, RecordHeld
 from protocol.wire.messages import Heartbeat
-from tests.cluster.parts import House
+from tests.cluster.parts import House, keys_of
 
 
 def test_the_warning_of_the_clock_goes_when_it_agrees_again(tmp_path: Path) -> None:
@@ -41,3 +41,13 @@ def test_the_mark_of_blocked_datagrams_goes_at_the_first_proof(tmp_path: Path) -
     assert bus.last_id == before + 1, "observers are told"
     nodes.observe(DatagramsPass(peer))
     assert bus.last_id == before + 1
+
+
+def test_the_clock_of_one_who_left_is_nobodys_trouble(tmp_path: Path) -> None:
+    house = House(tmp_path, 2)
+    nodes, stranger = house[0].nodes, keys_of(9)[2]
+    nodes.observe(RecordHeld("nodes", b"key", stranger, 400.0))
+    assert nodes.summary().warnings == ()
+    nodes.observe(RecordHeld("nodes", b"key", house.id(1), 400.0))
+    (said,) = nodes.summary().warnings
+    assert nodes.name_of(house.id(1)) in said

@@ -229,13 +229,17 @@ async def test_an_evicted_node_shown_its_tombstone_knows_at_once(house: House) -
 
 
 async def test_promoting(house: House) -> None:
+    order = [node.id for node in house[0].nodes.nodes()[0]]
+    joined = house[0].nodes.node(house.id(1)).joined_at
     await refused(ErrorCode.NOT_ADMIN, house[1].trust.promote(house.id(2)))
-    await refused(ErrorCode.NOT_FOUND, house[0].trust.promote(keys_of(NEW)[2]))
+    await refused(ErrorCode.UNKNOWN_NODE, house[0].trust.promote(keys_of(NEW)[2]))
     await house[0].trust.promote(house.id(1))
     assert house[1].trust.is_admin
     assert load_root(house[1].folder) == ROOT
     house.hubs.run(5.0)
     assert [house.hubs.hub(n).roster.role(house.id(1)) for n in range(3)] == ["admin"] * 3
+    assert house[0].nodes.node(house.id(1)).joined_at == joined
+    assert [node.id for node in house[0].nodes.nodes()[0]] == order, "it is no newer member than before"
     submitted = len(house[0].driver.submitted)
     await house[0].trust.promote(house.id(1))
     assert len(house[0].driver.submitted) == submitted, "an admin already"

@@ -67,7 +67,8 @@ def test_the_clock(wall: float, offsets: list[float], expected: Status) -> None:
 
 
 def test_the_clock_says_in_which_direction_it_is_wrong() -> None:
-    assert "this clock is 10.0 s behind the only peer measured" in judge_clock(NOW, [10.0]).message
+    assert "this clock is 10 s behind the only peer measured" in judge_clock(NOW, [10.0]).message
+    assert "this clock is 365 days behind the only" in judge_clock(NOW, [31_535_999.9]).message
     assert judge_clock(NOW, [-9.0, -3.2, -3.2, 4.0]).message == "this clock is 3.2 s ahead of the median of 4 peers"
     assert judge_clock(NOW, [0.04, -0.03]).message == "this clock agrees with the median of 2 peers"
 

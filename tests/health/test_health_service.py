@@ -1,5 +1,6 @@
 """Health as a whole: a real database, checks that fail and hang, the report over HTTP, readiness."""
 
+import errno
 import itertools
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from meshnode.kernel.offload import InlineOffload
 from meshnode.kernel.service import AgentHealth, Policy, ServiceHealth, State
 from tests.support.api_client import fetch
 from tests.support.api_server import TOKEN, running_api
+from tests.support.failing_disk import FailingDisk
 from tests.support.recording_log import RecordingLog
 
 MIGRATIONS = read_migrations("health", "meshnode.health")
@@ -218,3 +220,23 @@ async def test_the_report_over_http(data_dir: Path) -> None:
 
 def test_this_machine_has_memory() -> None:
     assert available_memory() > 0
+
+
+async def test_a_full_disk_is_told_at_once_and_so_is_room(data_dir: Path) -> None:
+    world = World()
+    async with open_database(data_dir / DATABASE_NAME, MIGRATIONS, wall=1.8e9) as database:
+        built = build_health(
+            database=database, data_dir=data_dir, mesh=world, supervised=world.supervised, publish=world.told.append,
+            clock=SystemClock(), offload=InlineOffload(), logger=world.log,
+        )  # fmt: skip
+        assert (await built.service.check()).status is Status.HEALTHY
+        # Another part's write meets it, between two rounds of checks.
+        with FailingDisk(errno.ENOSPC), pytest.raises(MeshError):
+            await HealthStore(database).write(2.0)
+        report = built.service.report()
+        assert report.status is Status.UNHEALTHY
+        for name in ("database", "storage"):
+            assert "is full: nothing was stored. Free some space" in report.checks[name].message
+        assert not built.readiness().ready
+        await HealthStore(database).write(3.0)
+        assert built.service.report().status is Status.HEALTHY

@@ -212,8 +212,10 @@ async def test_a_full_disk_acknowledges_nothing_and_is_recovered_from(path: Path
         assert len({id(error) for _, _, error in codes}) == 10
         assert "Free some space" in codes[0][2].message
         assert database.failure is None
+        assert database.no_room is not None
         assert bodies(database) == ["before"]
         await database.write(insert("after"))
+        assert database.no_room is None
     async with open_database(path, MIGRATIONS, wall=1.0) as database:
         assert bodies(database) == ["before", "after"]
 

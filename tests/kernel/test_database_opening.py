@@ -1,11 +1,13 @@
 """Opening the database: migrations, and the files that are refused and left as they are."""
 
+from contextlib import closing
 from pathlib import Path
 
 import apsw
 import pytest
 
 from meshnode.kernel.database import DATABASE_NAME, Migration, kernel_migrations, open_database, read_migrations
+from meshnode.kernel.database.connection import APPLICATION_ID, check_file
 from meshnode.kernel.errors import ErrorCode, MeshError
 from tests.kernel.test_database import MIGRATIONS, NOTES, content_of, insert, log_of, put
 
@@ -145,3 +147,22 @@ async def test_a_folder_in_the_databases_place_is_said_so(path: Path) -> None:
         async with open_database(path, MIGRATIONS, wall=1.0):
             pass
     assert caught.value.code is ErrorCode.STORAGE_FAILED
+
+
+def test_what_sqlite_finds_is_told_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "some.db"
+    with closing(apsw.Connection(str(path))) as connection:
+        connection.pragma("application_id", APPLICATION_ID)
+        connection.execute("CREATE TABLE a (id INTEGER PRIMARY KEY, body TEXT)")
+        connection.execute("CREATE INDEX by_body ON a(body)")
+        connection.execute("INSERT INTO a VALUES (1, 'x')")
+    content = bytearray(path.read_bytes())
+    content[3 * 4096 - 1] ^= 0xFF  # in the index, or in the table: either way they disagree
+    content[2 * 4096 - 1] ^= 0xFF
+    content[4096 + 3 : 4096 + 5] = b"\x00\x09"
+    path.write_bytes(bytes(content))
+    with closing(apsw.Connection(str(path))) as connection, pytest.raises(MeshError) as caught:
+        check_file(connection, path)
+    assert "it is damaged (" in caught.value.message
+    assert "***" not in caught.value.message
+    assert "\n" not in caught.value.message

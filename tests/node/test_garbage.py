@@ -79,7 +79,7 @@ def test_every_route_bears_garbage(agent: Agent) -> None:
 def test_paths_and_methods_that_do_not_exist(agent: Agent) -> None:
     assert agent.error("GET", "/api/nothing")["code"] == "not_found"
     assert agent.error("PUT", "/api/status")["code"] == "method_not_allowed"
-    assert agent.error("GET", "/api/nodes/nobody")["code"] == "not_found"
-    assert agent.error("DELETE", "/api/nodes/nobody")["code"] == "not_found"
+    assert agent.error("GET", "/api/nodes/nobody")["code"] == "unknown_node"
+    assert agent.error("DELETE", "/api/nodes/nobody")["code"] == "unknown_node"
     assert agent.error("DELETE", f"/api/nodes/{agent.node_id}")["code"] == "bad_request"
     assert agent.error("DELETE", "/api/cluster/invitations/nothing")["code"] in ("not_found", "bad_request")

@@ -145,7 +145,7 @@ def test_an_evicted_node_is_out_everywhere_and_stays_out(house: Agents) -> None:
     assert "leave --force" in warning
     # What it tries is refused.
     assert c.call("POST", f"/api/nodes/{a.node_id}/ping", {"count": 1}).status >= 400
-    assert a.error("POST", f"/api/nodes/{c.node_id}/ping", {"count": 1})["code"] == "not_found"
+    assert a.error("POST", f"/api/nodes/{c.node_id}/ping", {"count": 1})["code"] == "unknown_node"
     # Nor does a restart let it in again.
     c.stop()
     c.start()

@@ -1,4 +1,4 @@
-"""`meshnode completion`: what a shell needs to complete commands, flags and node names."""
+"""`meshnode completion`: what a shell needs to complete commands, flags, and names of nodes and models."""
 
 import os
 from pathlib import PurePath
@@ -26,7 +26,7 @@ _SHELLS = ("bash", "zsh", "fish")
 def completion(ctx: click.Context, session: Session, shell: str | None) -> None:
     """Print the completion script for your shell.
 
-    It completes commands, flags and node names.
+    It completes commands, flags, and the names of nodes and models.
     """
     chosen = shell or PurePath(os.environ.get("SHELL", "")).name
     source = get_completion_class(chosen) if chosen in _SHELLS else None

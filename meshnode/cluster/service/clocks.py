@@ -7,11 +7,11 @@ theirs counts again. It decides nothing.
 from collections.abc import Callable
 from typing import Final
 
+from meshnode.kernel.times import span_text
 from protocol.ids import NodeId
 
 NAMED_MAX: Final = 3
 _REMEDY: Final = "set it (for example: `timedatectl set-ntp true`)"
-_UNITS: Final = ((2 * 86_400.0, 86_400.0, "days"), (2 * 3_600.0, 3_600.0, "hours"), (120.0, 60.0, "minutes"))
 
 
 class Clocks:
@@ -36,7 +36,7 @@ class Clocks:
         names = ", ".join(name_of(author) for author in authors[:NAMED_MAX])
         if len(authors) > NAMED_MAX:
             names += f" and {len(authors) - NAMED_MAX} more"
-        ahead = _duration(min(self._ahead_s.values()))
+        ahead = span_text(min(self._ahead_s.values()))
         if len(authors) > 1:
             return (
                 f"this machine's clock is {ahead} behind the clocks of {names}: what they write is held back here "
@@ -46,10 +46,3 @@ class Clocks:
             f"the clock of {names} is {ahead} ahead of this machine's: what it writes is held back here; on whichever "
             f"of the two has the wrong clock, {_REMEDY}"
         )
-
-
-def _duration(seconds: float) -> str:
-    for least, unit_s, name in _UNITS:
-        if seconds >= least:
-            return f"{seconds / unit_s:.0f} {name}"
-    return f"{seconds:.0f} s"

@@ -115,20 +115,20 @@ class Nodes:
         return self._rtt_s
 
     def find(self, wanted: str, *, also_evicted: bool = False) -> NodeId:
-        """The member (or, by its id, an evicted one) that a person means. MeshError NOT_FOUND or CONFLICT."""
+        """The member (or, by its id, an evicted one) that a person means. MeshError UNKNOWN_NODE or CONFLICT."""
         if also_evicted and any(tombstone.node_id == wanted for tombstone in self._hub.roster.evictions()):
             return NodeId(wanted)
         return core.find([(member, self.name_of(member)) for member in self._hub.roster.members()], wanted)
 
     def node(self, node: NodeId) -> NodeInfo:
-        """One member. MeshError NOT_FOUND if it is none."""
+        """One member. MeshError UNKNOWN_NODE if it is none."""
         if node not in self._hub.roster:
-            raise MeshError(ErrorCode.NOT_FOUND, f"{node} is no member of this mesh. `meshnode nodes` lists them.")
+            raise MeshError(ErrorCode.UNKNOWN_NODE, f"{node} is no member of this mesh. `meshnode nodes` lists them.")
         return self._info(node)
 
     def nodes(self, *, limit: int | None = None, cursor: str | None = None) -> tuple[list[NodeInfo], str | None]:
         """Members, the newest first, and the cursor of the next page."""
-        members = sorted(self._hub.roster.members(), key=self._admitted_key)
+        members = sorted(self._hub.roster.members(), key=self._joined_key)
         start = 0
         if cursor is not None:
             ids = [str(member) for member in members]
@@ -139,9 +139,9 @@ class Nodes:
         more = start + len(page) < len(members)
         return [self._info(member) for member in page], page[-1] if page and more else None
 
-    def _admitted_key(self, member: NodeId) -> tuple[int, str]:
+    def _joined_key(self, member: NodeId) -> tuple[int, str]:
         admission = self._hub.roster.admission(member)
-        return (-(admission.admitted_at if admission is not None else 0), member)
+        return (-(admission.joined_at if admission is not None else 0), member)
 
     def online(self) -> list[NodeId]:
         """Members that are up, this node included."""
@@ -275,7 +275,7 @@ class Nodes:
             status=core.status_of(up=up),
             addresses=core.addresses_text(addresses),
             last_seen=rfc3339(self._facts.wall()) if up else rfc3339(seen) if seen is not None else None,
-            joined_at=rfc3339(admission.admitted_at / 1000) if admission is not None else None,
+            joined_at=rfc3339(admission.joined_at / 1000) if admission is not None else None,
             gpu=core.gpu_of(heard[0] if heard is not None else None, listed),
             role=core.role_of(hub.roster.role(node)),
             coordinator=hub.election.coordinator == node,
@@ -380,7 +380,7 @@ class Nodes:
                 if collection == PROFILE_COLLECTION:
                     self._profiles.pop(NodeId(key.decode("ascii", "replace")), None)
                     self._changed()
-            case RecordHeld(author=author, ahead_s=ahead_s):
+            case RecordHeld(author=author, ahead_s=ahead_s) if author in self._hub.roster:
                 self._clocks.held(author, ahead_s)
                 self._changed()
             case LinkLost(peer=peer, code=ErrorCode.EVICTED) if self._hub.me in self._hub.roster:

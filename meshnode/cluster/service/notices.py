@@ -3,11 +3,15 @@
 Whoever finds a trouble puts it here under a name of its own, and takes it away when it is over.
 """
 
+from collections.abc import Callable
+
 
 class Notices:
     """Standing notices by name, in the order in which they came."""
 
-    def __init__(self) -> None:
+    def __init__(self, *asked: Callable[[], str | None]) -> None:
+        """`asked`: troubles that are known to somebody else, who is asked at each reading."""
+        self._asked = asked
         self._texts: dict[str, str] = {}
 
     def put(self, name: str, text: str) -> bool:
@@ -25,4 +29,4 @@ class Notices:
 
     def texts(self) -> list[str]:
         """All that stand."""
-        return list(self._texts.values())
+        return [*self._texts.values(), *filter(None, (ask() for ask in self._asked))]

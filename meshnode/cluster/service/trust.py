@@ -162,7 +162,7 @@ class Trust:
             await self._forget(node)
 
     async def evict_for(self, peer: NodeId, request: EvictRequest) -> Done:
-        """A member asks this admin. Raises MeshError FORBIDDEN if the mesh does not let it, NOT_ADMIN or NOT_FOUND."""
+        """A member asks. Raises MeshError FORBIDDEN (the mesh does not let it), NOT_ADMIN or UNKNOWN_NODE."""
         await self._sign_eviction(self._require_root(), peer, NodeId(request.node), request.reason)
         return Done()
 

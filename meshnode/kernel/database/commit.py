@@ -32,6 +32,7 @@ class BatchCommitter:
         self._path = path
         self._wal_pages = 0
         self._failure: BaseException | None = None
+        self._no_room: BaseException | None = None
         self.acknowledged = 0  # writes that became durable
         self.checkpoints = 0
         # A hook of our own replaces SQLite's automatic checkpoint, which would run inside COMMIT, keep the waiters
@@ -42,6 +43,11 @@ class BatchCommitter:
     def failure(self) -> MeshError | None:
         """Why no write is accepted any more, or None."""
         return None if self._failure is None else storage_error(self._failure, self._path)
+
+    @property
+    def no_room(self) -> MeshError | None:
+        """Why the last batch was not stored, if the disk was full; None once one is stored again."""
+        return None if self._no_room is None else storage_error(self._no_room, self._path)
 
     def commit(self, writes: Sequence[WriteFunction]) -> list[Result]:
         """Run the writes in order in one transaction and return one outcome for each, in the same order.
@@ -59,6 +65,7 @@ class BatchCommitter:
             self._connection.execute("COMMIT")
         except apsw.Error as error:
             return self._lost(writes, error)
+        self._no_room = None
         self.acknowledged += sum(isinstance(result, outcome.Value) for result in results)
         return results
 
@@ -96,6 +103,7 @@ class BatchCommitter:
         return result
 
     def _lost(self, writes: Sequence[WriteFunction], error: apsw.Error) -> list[Result]:
+        self._no_room = error if isinstance(error, apsw.FullError) else None
         if stops_the_store(error):
             self._failure = error
         try:

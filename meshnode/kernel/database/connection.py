@@ -182,7 +182,9 @@ def check_file(connection: apsw.Connection, path: Path, *, clock: Callable[[], f
     except (apsw.CorruptError, apsw.NotADBError, apsw.FormatError) as error:
         raise database_corrupt(path, f"it is damaged ({error})") from error
     if finding != "ok":
-        raise database_corrupt(path, f"it is damaged ({finding})")
+        # SQLite heads its findings with a line that names the only database there is.
+        words = " ".join(str(finding).replace("*** in database main ***", "").split())
+        raise database_corrupt(path, f"it is damaged ({words})")
 
 
 def refuse_leftovers(path: Path) -> None:

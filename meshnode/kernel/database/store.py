@@ -44,6 +44,11 @@ class Database:
         return self._writer.failure
 
     @property
+    def no_room(self) -> MeshError | None:
+        """The MeshError(DISK_FULL) of the last write while no later one was stored, else None."""
+        return self._writer.no_room
+
+    @property
     def acknowledged(self) -> int:
         """Writes made durable since the store was opened."""
         return self._writer.acknowledged

@@ -32,6 +32,8 @@ class Writer(Protocol):
     @property
     def failure(self) -> MeshError | None: ...
     @property
+    def no_room(self) -> MeshError | None: ...
+    @property
     def acknowledged(self) -> int: ...
     @property
     def checkpoints(self) -> int: ...
@@ -64,6 +66,10 @@ class ThreadWriter:
     @property
     def failure(self) -> MeshError | None:
         return self._committer.failure
+
+    @property
+    def no_room(self) -> MeshError | None:
+        return self._committer.no_room
 
     @property
     def acknowledged(self) -> int:
@@ -165,6 +171,10 @@ class InlineWriter:
     @property
     def failure(self) -> MeshError | None:
         return self._committer.failure
+
+    @property
+    def no_room(self) -> MeshError | None:
+        return self._committer.no_room
 
     @property
     def acknowledged(self) -> int:

@@ -143,7 +143,7 @@ class _Watch:
         engine._end(ended)
         last = " ".join(ended.stderr[-3:])
         if "No module named 'llama_cpp'" in last:
-            words = "This node has no llama.cpp. Install it: pipx inject meshnode 'meshnode[llm]'."
+            words = "This node has no llama.cpp. `meshnode doctor`, run there, prints the command that installs it."
             raise MeshError(ErrorCode.UNAVAILABLE, words, detail={"reason": EndReason.NOT_INSTALLED.value})
         said = f" Its last words: {last}" if last and last not in ended.words else ""
         raise MeshError(ErrorCode.UNAVAILABLE, f"{ended.words}{said}", detail={"reason": ended.reason.value})

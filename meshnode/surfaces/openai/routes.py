@@ -29,6 +29,8 @@ from meshnode.surfaces.openai.translate.responses import request_of as response_
 
 PREFIX: Final = "/v1"
 TAG: Final = "openai"
+JSON: Final = ("application/json",)
+EITHER: Final = (*JSON, "text/event-stream")
 BODY_BYTES_MAX: Final = 32 * 1024 * 1024
 WAITING_EVENTS_MAX: Final = 64
 FLUSH_S: Final = 0.015  # tokens that come faster leave together
@@ -189,27 +191,27 @@ class OpenAiRoutes:
         return [
             Route(
                 method="POST", path="/v1/chat/completions", summary="The next turn of a conversation.",
-                handler=self.chat, request=ChatRequest, errors=failures, **big,
+                handler=self.chat, request=ChatRequest, media=EITHER, errors=failures, **big,
             ),
             Route(
                 method="POST", path="/v1/completions", summary="What follows a text.",
-                handler=self.completions, request=CompletionRequest, errors=failures, **big,
+                handler=self.completions, request=CompletionRequest, media=EITHER, errors=failures, **big,
             ),
             Route(
                 method="POST", path="/v1/responses", summary="A conversation's next turn, as items. Nothing is stored.",
-                handler=self.responses, request=ResponsesRequest, errors=failures, **big,
+                handler=self.responses, request=ResponsesRequest, media=EITHER, errors=failures, **big,
             ),
             Route(
                 method="POST", path="/v1/embeddings", summary="Texts as vectors.",
-                handler=self.embeddings, request=EmbeddingsRequest, errors=failures, **big,
+                handler=self.embeddings, request=EmbeddingsRequest, media=JSON, errors=failures, **big,
             ),
             Route(
                 method="GET", path="/v1/models", summary="Every model that can be asked for.",
-                handler=self.models, mesh_wide=True, tag=TAG,
+                handler=self.models, media=JSON, mesh_wide=True, tag=TAG,
             ),
             Route(
                 method="GET", path="/v1/models/{model...}", summary="One model.",
-                handler=self.model, errors=(ErrorCode.NOT_FOUND,), tag=TAG,
+                handler=self.model, media=JSON, errors=(ErrorCode.NOT_FOUND,), tag=TAG,
             ),
         ]  # fmt: skip
 

@@ -140,11 +140,11 @@ def test_a_withdrawal_and_the_admission_after_it_each_count_for_more_than_what_w
     ("who", "whom", "members_may", "expected"),
     [
         ("admin", "member", False, "signed"), ("admin", "second", False, "signed"), ("admin", "evicted", False, None),
-        ("admin", "stranger", False, "not_found"),
+        ("admin", "stranger", False, "unknown_node"),
         ("member", "other", False, "forbidden"), ("member", "other", True, "signed"),
         ("member", "admin", True, "forbidden"), ("member", "evicted", False, "forbidden"),
-        ("member", "evicted", True, None), ("stranger", "member", True, "not_found"),
-        ("evicted", "member", True, "not_found"), ("stranger", "member", False, "forbidden"),
+        ("member", "evicted", True, None), ("stranger", "member", True, "unknown_node"),
+        ("evicted", "member", True, "unknown_node"), ("stranger", "member", False, "forbidden"),
     ],
 )  # fmt: skip
 def test_who_may_evict_whom(roster: Roster, who: str, whom: str, members_may: bool, expected: str | None) -> None:
@@ -163,7 +163,8 @@ def test_anybody_may_leave() -> None:
 
 
 @pytest.mark.parametrize(
-    ("who", "expected"), [("member", "signed"), ("second", None), ("evicted", "not_found"), ("stranger", "not_found")]
+    ("who", "expected"),
+    [("member", "signed"), ("second", None), ("evicted", "unknown_node"), ("stranger", "unknown_node")],
 )
 def test_who_can_be_promoted(roster: Roster, who: str, expected: str | None) -> None:
     answer = promoting(roster, node(who), by=node("admin"), wall_ms=5)
@@ -171,6 +172,7 @@ def test_who_can_be_promoted(roster: Roster, who: str, expected: str | None) -> 
         assert isinstance(answer, Admission)
         assert (answer.role, answer.name, answer.public_key) == ("admin", "member", public_key("member"))
         assert answer.admitted_at == 1_001, "it counts although this clock is behind the one that admitted"
+        assert answer.joined_at == 1_000, "it is a member since its first admission, not since its promotion"
     else:
         assert code(answer) == expected
 

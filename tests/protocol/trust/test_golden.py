@@ -90,9 +90,9 @@ def test_the_bytes_are_still_the_same() -> None:
 def test_an_independent_reader_agrees() -> None:
     """msgpack, not msgspec; the structure as the documents describe it."""
     golden = json.loads(FILE.read_text(encoding="utf-8"))
-    tag, key, name, role, at, by, invitation = msgpack.unpackb(bytes.fromhex(golden["admission"])[:-64])
+    tag, key, name, role, at, by, invitation, first = msgpack.unpackb(bytes.fromhex(golden["admission"])[:-64])
     assert (tag, key.hex(), name, role, at) == (1, golden["node"]["public_key"], "Küche", 2, 1_700_000_000_000)
-    assert (len(by), invitation) == (20, b"")
+    assert (len(by), invitation, first) == (20, b"", 0)
     assert node_id_of(key) == golden["node"]["node_id"]
     tag, evicted, at, by, reason = msgpack.unpackb(bytes.fromhex(golden["eviction"])[:-64])
     assert (tag, len(evicted), at, len(by), reason) == (2, 20, 7, 20, "lost")
