@@ -95,11 +95,7 @@ def build_cluster(
     restart: Callable[[], None],
 ) -> Cluster:
     """Wire it. Raises MeshError if identity and certificate do not fit together."""
-
-    def no_room() -> str | None:
-        return None if database.no_room is None else database.no_room.message
-
-    notices = Notices(no_room)
+    notices = Notices(lambda: None if database.no_room is None else database.no_room.message)
     nodes = Nodes(hub=driver.node, facts=facts, bus=bus, metrics=metrics, notices=notices)
     trust = Trust(
         data_dir=data_dir,

@@ -221,8 +221,7 @@ class Session:
         """The nodes that are left cannot do what was wished for. An answer that has begun goes on with less."""
         if self.attempt and (self._stages_min > 1 or self._engine):
             if self._stages_min > 1:
-                self._stages_min -= 1
-                less = f"with {self._stages_min}"
+                less, self._stages_min = f"with {self._stages_min - 1}", self._stages_min - 1
             else:
                 less, self._engine = f"without the engine {self._engine}", ""
             self._out.append(Progressed("recovering", f"{words} It goes on {less}."))
@@ -247,10 +246,12 @@ class Session:
             self._pause(now)
 
     def _pause(self, now: float) -> None:
-        params = self._params
-        pause = min(params.backoff_max_s, params.backoff_s * 2 ** min(self._tries, 16)) * self._rng.uniform(0.75, 1.25)
+        pause = min(self._params.backoff_max_s, self._params.backoff_s * 2 ** min(self._tries, 16))
         self._ask += 1  # what is still on its way answers nobody
-        self._out += [CancelTimer(self._key("answer")), self._timer("retry", now + pause)]
+        self._out += [
+            CancelTimer(self._key("answer")),
+            self._timer("retry", now + pause * self._rng.uniform(0.75, 1.25)),
+        ]
 
     # ---- one try ----------------------------------------------------------------------------------------------------
 
@@ -259,11 +260,10 @@ class Session:
             self._give_up(self._last_words)
             return
         self.attempt += 1
-        self.pipeline = pipeline
-        self.state = "opening"
+        self.pipeline, self.state = pipeline, "opening"
         self._heard_at = self._token_at = now
-        opened = OpenSession(pipeline.first, self.id, pipeline.id, self._prompt, tuple(self.tokens))
-        self._out += [opened, self._timer("silence", now + self._params.silent_s)]
+        self._out.append(OpenSession(pipeline.first, self.id, pipeline.id, self._prompt, tuple(self.tokens)))
+        self._out.append(self._timer("silence", now + self._params.silent_s))
 
     def _close(self) -> None:
         """End the present try; harmless without one."""
@@ -309,8 +309,8 @@ class Session:
             else:
                 self._out.append(Accuse(peer, "sent a frame of a session that was never opened"))
             return False
-        nodes = self.pipeline.nodes
-        if peer not in (nodes if last is None else (self.pipeline.last,) if last else (self.pipeline.first,)):
+        first, end = self.pipeline.first, self.pipeline.last
+        if peer not in (self.pipeline.nodes if last is None else (end,) if last else (first,)):
             self._out.append(Accuse(peer, "sent a frame that is not its stage's to send"))
             return False
         return True

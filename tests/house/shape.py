@@ -50,7 +50,12 @@ class Allowance:
 _WORDS: Final = frozenset({"meshnode.kernel.errors"})
 ROLES: Final[dict[str, Allowance]] = {
     "model": Allowance(own=frozenset({"model"}), agent=_WORDS),
-    "core": Allowance(own=frozenset({"model", "core"}), agent=_WORDS, protocol=frozenset({"protocol"}), pure=True),
+    "core": Allowance(
+        own=frozenset({"model", "core"}),
+        agent=_WORDS | {"meshnode.kernel.times"},  # how times are spelled; it reads no clock
+        protocol=frozenset({"protocol"}),
+        pure=True,
+    ),
     "store": Allowance(
         own=frozenset({"model", "store"}),
         agent=_WORDS | {"meshnode.kernel.database"},
