@@ -220,10 +220,9 @@ class Session:
     def _too_few(self, words: str, now: float) -> None:
         """The nodes that are left cannot do what was wished for. An answer that has begun goes on with less."""
         if self.attempt and (self._stages_min > 1 or self._engine):
-            if self._stages_min > 1:
-                less, self._stages_min = f"with {self._stages_min - 1}", self._stages_min - 1
-            else:
-                less, self._engine = f"without the engine {self._engine}", ""
+            fewer = self._stages_min - 1
+            less = f"with {fewer}" if fewer else f"without the engine {self._engine}"
+            self._stages_min, self._engine = (fewer, self._engine) if fewer else (1, "")
             self._out.append(Progressed("recovering", f"{words} It goes on {less}."))
             self._ask_again(now)
         else:
@@ -246,12 +245,10 @@ class Session:
             self._pause(now)
 
     def _pause(self, now: float) -> None:
-        pause = min(self._params.backoff_max_s, self._params.backoff_s * 2 ** min(self._tries, 16))
+        most, first, jitter = self._params.backoff_max_s, self._params.backoff_s, self._rng.uniform(0.75, 1.25)
+        at = now + min(most, first * 2 ** min(self._tries, 16)) * jitter
         self._ask += 1  # what is still on its way answers nobody
-        self._out += [
-            CancelTimer(self._key("answer")),
-            self._timer("retry", now + pause * self._rng.uniform(0.75, 1.25)),
-        ]
+        self._out += [CancelTimer(self._key("answer")), self._timer("retry", at)]
 
     # ---- one try ----------------------------------------------------------------------------------------------------
 
