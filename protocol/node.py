@@ -173,7 +173,14 @@ class Node:
         self.boot = boot
         self.roster = roster
         self.codec = StatementCodec(suite, roster, statements)
-        self.keyring = Keyring(me=me, roster=roster, rng=rng, durable=durable.get("keys", nothing), params=params.keys)
+        self.keyring = Keyring(
+            me=me,
+            roster=roster,
+            rng=rng,
+            durable=durable.get("keys", nothing),
+            params=params.keys,
+            shown=lambda peer: self.datagrams.shown(peer),
+        )
         self.datagrams = DatagramCodec(me=me, boot=boot, mesh_id=mesh_id, suite=suite, roster=roster, keys=self.keyring)
         self.records = Records(
             me=me,

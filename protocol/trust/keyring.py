@@ -5,11 +5,12 @@ reaches the others, and the old one is dropped after a grace time, which is shor
 to members only, from whoever has them to whoever lacks them: pushed by who minted, fetched by who was away. Two keys
 minted at once on both sides of a partition are both known soon after it heals, and the one of higher rank wins.
 
-It leaves random bytes to the driver (`RotationDue` is answered with `MintKey`), whom to ask for a missing key to
-protocol.trust.keysearch, and what a key protects to protocol.wire.datagram, whose `GossipKeys` it is.
+It leaves random bytes to the driver (`RotationDue` is answered with `MintKey`), whom to give the newest key to
+protocol.trust.keygiving, whom to ask for a missing one to protocol.trust.keysearch, and what a key protects to
+protocol.wire.datagram, whose `GossipKeys` it is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -39,6 +40,7 @@ from protocol.trust.events import (
     RosterChanged,
     RotationDue,
 )
+from protocol.trust.keygiving import GivingParams, KeyGiving
 from protocol.trust.keys import GOSSIP_KEY_BYTES, GossipKey, HeldKey, decode_key, encode_key, key_id_of
 from protocol.trust.keysearch import KeySearch, SearchParams
 from protocol.trust.policy import ROTATION_MAX_S
@@ -56,21 +58,16 @@ class KeyringParams:
 
     keys_max: int = 4
     switch_delay_s: float = 2.0
-    grants_per_tick: int = 32
-    grant_tick_s: float = 0.05
-    grant_retry_s: float = 3.0
-    grant_doubt_s: float = 15.0  # a link that is lost within this time of a grant may have lost it
-    grant_attempts_max: int = 4
     grace_s: float = 600.0
     grace_after_eviction_s: float = 60.0
     rotate_every_s: float = 86_400.0  # where no record of the mesh says else
     rotate_interval_min_s: float = 10.0
     mint_retry_s: float = 5.0
-    push_interval_s: float = 1.0
     grants_taken_max: int = 16  # from one peer in the window: twice what rotations at their closest need
     grants_taken_window_s: float = 60.0
     epoch_ahead_max: int = 1_000_000
     retired_max: int = 32
+    giving: GivingParams = field(default_factory=GivingParams)
     search: SearchParams = field(default_factory=SearchParams)
 
 
@@ -85,8 +82,12 @@ class Keyring:
         rng: Rng,
         durable: Mapping[bytes, bytes],
         params: KeyringParams | None = None,
+        shown: Callable[[NodeId], bytes | None] = lambda peer: None,
     ) -> None:
-        """`durable`: what was persisted, or `durable_keys` of the first keys. Holds no key until `start`."""
+        """`durable`: what was persisted, or `durable_keys` of the first keys. Holds no key until `start`.
+
+        `shown`: the gossip key under which a peer's last datagram was sealed, if one came.
+        """
         self._me = me
         self._roster = roster
         self._rng = rng
@@ -101,11 +102,8 @@ class Keyring:
         self._up: dict[NodeId, None] = {}  # half the size of a set
         self._coordinating = False
         self._due_published_at = float("-inf")
-        self._holders: set[NodeId] = set()  # peers believed to hold the newest key
-        self._unconfirmed: dict[NodeId, int] = {}  # how often the newest key was sent to a peer not yet heard of
-        self._pending: dict[NodeId, float] = {}  # when to send the newest key to a peer
+        self._giving = KeyGiving(self._params.giving, shown)
         self._search = KeySearch(rng, self._params.search)
-        self._pushed_at: dict[NodeId, float] = {}
         self._taken: dict[NodeId, tuple[float, int]] = {}
 
     # ---- what others read -------------------------------------------------------------------------------------------
@@ -136,6 +134,7 @@ class Keyring:
         if not self._held:
             return self._schedule_rotation(now)
         self._newest = max(self._held.values(), key=lambda held: held.value.rank)
+        self._giving.renew(self._newest.value.key, None)
         # A clock that was set back makes the key young, never older than it can be: at worst one rotation too many.
         age_s = min(max(wall - self._newest.value.learnt_ms / 1000, 0.0), ROTATION_MAX_S)
         self._learnt_at = now - age_s
@@ -158,7 +157,7 @@ class Keyring:
                 return self._peer_up(event.peer, now)
             case PeerDown() | PeerLeft():
                 self._up.pop(event.peer, None)
-                self._pending.pop(event.peer, None)
+                self._giving.down(event.peer)
                 return []
             case RosterChanged():
                 return self._roster_changed(event, now)
@@ -187,7 +186,7 @@ class Keyring:
         others = [peer for peer in self._up if peer in self._roster]
         others.sort()
         self._rng.shuffle(others)
-        self._pending = dict.fromkeys(others, now)
+        self._giving.plan(others, now)
         return [*effects, *self._grant_pending(now), *self._schedule_rotation(now)]
 
     def _learn(self, key: GossipKey, source: NodeId | None, now: float) -> list[Effect]:
@@ -200,16 +199,14 @@ class Keyring:
         if self._newest is None or key.rank > self._newest.value.rank:
             self._newest = held
             self._learnt_at = now
-            self._holders = set() if source is None else {source}
-            self._unconfirmed.clear()
-            self._pending.clear()
+            self._giving.renew(key.key, source)
         effects += self._settle(now)
         effects.append(self._changed())
         return effects
 
     def _switch_delay(self) -> float:
         """Long enough for the minter to have reached everybody at its pace."""
-        per_second = self._params.grants_per_tick / self._params.grant_tick_s
+        per_second = self._params.giving.per_tick / self._params.giving.tick_s
         return self._params.switch_delay_s + len(self._roster) / per_second
 
     def _settle(self, now: float) -> list[Effect]:
@@ -276,9 +273,8 @@ class Keyring:
             return []
         for peer in event.removed:
             self._up.pop(peer, None)
-            self._holders.discard(peer)
-            for table in (self._pending, self._unconfirmed, self._pushed_at, self._taken):
-                table.pop(peer, None)
+            self._giving.forget(peer)
+            self._taken.pop(peer, None)
             self._search.forget(peer)
         effects: list[Effect] = []
         for held in self._held.values():
@@ -292,54 +288,36 @@ class Keyring:
     def _peer_up(self, peer: NodeId, now: float) -> list[Effect]:
         self._up[peer] = None
         newest = self._newest
-        if newest is None or peer in self._holders:
+        if newest is None or self._giving.is_holder(peer):
             return []
         # One or two nodes push, not all: a peer that comes up in a mesh of 1,000 must not be dialled by 999.
         if not self._coordinating and newest.value.minted_by != self._roster.short(self._me):
             return []
-        self._pending.setdefault(peer, now)
-        return self._grant_pending(now)
+        due = self._giving.came_up(peer, now, is_coordinating=self._coordinating)
+        return [] if due is None else [_timer(_GRANT, due)]
 
     def _link_opened(self, peer: NodeId, now: float) -> list[Effect]:
-        if self._newest is None or peer in self._holders or peer not in self._roster:
-            return []
-        return self._grant(peer, now)
+        return [] if self._giving.is_holder(peer) else self._grant(peer, now)
 
     def _grant(self, peer: NodeId, now: float) -> list[Effect]:
         """The newest key for a peer, now, whoever asked for it."""
         if self._newest is None or peer not in self._roster:
             return []
-        self._pending.pop(peer, None)
-        self._pushed_at[peer] = now
-        self._holders.add(peer)
-        self._unconfirmed[peer] = self._unconfirmed.get(peer, 0) + 1
+        self._giving.give(peer, now)
         return [SendLink(peer, self._newest.value.grant())]
 
     def _push(self, peer: NodeId, now: float) -> list[Effect]:
         """The newest key for a peer that shows itself to be behind; not at every sign of it."""
-        if now < self._pushed_at.get(peer, float("-inf")) + self._params.push_interval_s:
-            return []
-        return self._grant(peer, now)
+        return self._grant(peer, now) if self._giving.may_give_again(peer, now) else []
 
     def _grant_pending(self, now: float) -> list[Effect]:
-        effects: list[Effect] = []
-        due = [peer for peer, at in self._pending.items() if at <= now]
-        for peer in due[: self._params.grants_per_tick]:
-            self._pending.pop(peer, None)
-            effects += self._grant(peer, now)
-        if len(due) > self._params.grants_per_tick:
-            return [*effects, SetTimer((MACHINE, _GRANT), now + self._params.grant_tick_s)]
-        return [*effects, _timer(_GRANT, min(self._pending.values(), default=None))]
+        effects = [effect for peer in self._giving.take_due(now) for effect in self._grant(peer, now)]
+        return [*effects, _timer(_GRANT, self._giving.next_due(now))]
 
     def _link_lost(self, peer: NodeId, now: float) -> list[Effect]:
         """What was just sent may be lost; what was just asked will not be answered."""
-        effects: list[Effect] = []
-        sent = self._unconfirmed.get(peer, 0)
-        if sent and now < self._pushed_at.get(peer, float("-inf")) + self._params.grant_doubt_s:
-            self._holders.discard(peer)
-            if peer in self._up and sent < self._params.grant_attempts_max:
-                self._pending[peer] = now + self._params.grant_retry_s * sent
-                effects += self._grant_pending(now)
+        is_lost = self._giving.link_lost(peer, now, is_up=peer in self._up)
+        effects = self._grant_pending(now) if is_lost else []
         for key_id in self._search.waiting_for(peer):
             effects += self._ask_another(key_id, now)
         return effects
@@ -370,9 +348,7 @@ class Keyring:
         newest = self._newest
         if key_id in self._held:
             if newest is not None and newest.value.key_id == key_id:
-                self._holders.add(peer)
-                self._unconfirmed.pop(peer, None)
-                self._pending.pop(peer, None)
+                self._giving.confirmed(peer)
             return []
         if key_id in self._retired:
             # Dropped for good: taking it up again would give an evicted machine's key a new life.

@@ -181,6 +181,11 @@ class DatagramCodec:
             del self.version_seen[sender]
         return Opened(sender, boot, messages)
 
+    def shown(self, sender: NodeId) -> bytes | None:
+        """The gossip key under which this sender's last datagram came; None if none did, or under one not held."""
+        cached = self._incoming.get(sender)
+        return None if cached is None else cached[0]
+
     def _incoming_key(self, sender: NodeId, gossip_key: bytes) -> bytes | None:
         cached = self._incoming.get(sender)
         if cached is None or cached[0] != gossip_key:

@@ -52,6 +52,7 @@ class Member:
         self.published: list[object] = []
         self.sent: list[tuple[NodeId, object]] = []
         self.lost: list[tuple[float, NodeId]] = []  # datagrams that could not be opened: (when, whose)
+        self.shown: dict[NodeId, bytes] = {}
 
     def start(self) -> None:
         world = self.world
@@ -64,6 +65,7 @@ class Member:
             rng=random.Random(self.label),
             durable=dict(self.durable),
             params=world.params,
+            shown=self.shown.get,
         )
         self.running = True
         self.perform(self.keyring.start(world.now, world.wall))
@@ -176,7 +178,10 @@ class KeyWorld:
                 # The short id of a machine that is no member is a stranger's: the key is not even looked at.
                 if source is target or not self.reachable(source, target) or source.id not in target.roster:
                     continue
-                if not target.hears(source):
+                if target.hears(source):
+                    target.shown[source.id] = source.keyring.sending()[1]
+                else:
+                    target.shown.pop(source.id, None)
                     target.lost.append((self.now, source.id))
                     target.give(UnknownKey(source.id, source.sending, None))
         self.at(self.now + DATAGRAM_EVERY_S, self._datagrams)

@@ -4,9 +4,11 @@ import random
 
 import pytest
 
-from protocol.effects import LinkReceived, Publish, SendLink, SetTimer
+from protocol.effects import LinkOpened, LinkReceived, Publish, SendLink, SetTimer, TimerFired
 from protocol.ids import short_id
+from protocol.membership.events import PeerUp
 from protocol.trust.events import Coordinating, KeyRefused, KeysChanged, MintKey, PolicyChanged, RotationDue
+from protocol.trust.keygiving import GivingParams
 from protocol.trust.keyring import Keyring, KeyringParams
 from protocol.trust.keys import GossipKey, decode_key, durable_keys, encode_key, key_id_of
 from protocol.trust.keysearch import SearchParams
@@ -60,6 +62,23 @@ def test_a_rotation_loses_no_datagram_and_everybody_switches() -> None:
     world.run(600)
     assert not any(member.keyring.receiving(FIRST.key_id) for member in world.members.values())
     assert world.lost() == []
+
+
+def test_who_comes_up_is_given_the_newest_key_unless_it_shows_that_it_has_it() -> None:
+    world = KeyWorld("abcd")
+    shown = {node("b"): FIRST.key, node("c"): seed("an older key")}
+    ring = Keyring(
+        me=node("a"), roster=world["a"].roster, rng=random.Random(1), durable=durable_keys([FIRST]), shown=shown.get
+    )
+    ring.start(0.0, 0.0)
+    ring.handle(Coordinating(True), 0.0, 0.0)
+    timers = [effect for peer in "bcd" for effect in ring.handle(PeerUp(node(peer), 1, (), 1, 1), 1.0, 1.0)]
+    after = 1.0 + GivingParams().after_up_s
+    assert timers == [SetTimer(("keys", "grant"), after)]
+    effects = ring.handle(TimerFired(("keys", "grant")), after, after)
+    assert {effect.to for effect in effects if isinstance(effect, SendLink)} == {node("c"), node("d")}
+    # Nor does a link that opens bring it to who has it.
+    assert not any(isinstance(effect, SendLink) for effect in ring.handle(LinkOpened(node("b"), 1), after, after))
 
 
 def test_rotations_come_daily_and_from_the_coordinator_alone() -> None:
@@ -321,7 +340,7 @@ def test_a_minted_key_is_announced_and_a_repeated_one_is_not_minted() -> None:
 
 
 def test_a_large_mesh_is_served_at_a_pace() -> None:
-    params = KeyringParams(grants_per_tick=2, grant_tick_s=0.5)
+    params = KeyringParams(giving=GivingParams(per_tick=2, tick_s=0.5))
     world = KeyWorld("abcdefghijkl", params=params)
     effects = world["a"].keyring.handle(MintKey(seed("x")), 0, 0)
     assert sum(isinstance(effect, SendLink) for effect in effects) == 2
