@@ -85,7 +85,17 @@ Durable = Mapping[str, Mapping[bytes, bytes]]
 """What each machine persisted, by the machine's name."""
 
 
-Command = AddressesChanged | ContactFound | Depart | SampleTaken | MintKey | PutRecord | DeleteRecord | ForgetLost
+Command = (
+    AddressesChanged
+    | ContactFound
+    | Depart
+    | SampleTaken
+    | MintKey
+    | RosterChanged
+    | PutRecord
+    | DeleteRecord
+    | ForgetLost
+)
 Input = DatagramReceived | LinkOpened | LinkLost | FrameReceived | TimerFired | Command
 
 CLOCK_LOOK_S: Final = 0.25  # how often the lease clock looks at both clocks at least, while this node is busy
@@ -257,6 +267,9 @@ class Node:
         match event:
             case FrameReceived(peer, data):
                 self._frame(peer, data, now, wall)
+            case RosterChanged():
+                # Of a driver that shares one roster among many hubs, or fills it by hand; records publish it themselves.
+                self._perform([Publish(event)], now, wall)
             case _:
                 if isinstance(event, LinkOpened):
                     self.datagrams.learn_boot(event.peer, event.boot)

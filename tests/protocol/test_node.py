@@ -163,7 +163,7 @@ def test_every_message_of_every_kind_has_a_route() -> None:
     machines = set(Hubs(1).hub(0)._machines)
     assert set(DATAGRAMS.values()) | set(FRAMES.values()) <= machines
     assert {name for names in INPUTS.values() for name in names} <= machines
-    handled_apart = {DatagramReceived, FrameReceived, TimerFired}
+    handled_apart = {DatagramReceived, FrameReceived, TimerFired, RosterChanged}
     assert set(INPUTS) | handled_apart == {one for part in get_args(Input) for one in (get_args(part) or (part,))}
     assert len(get_args(StatementBody)) == 5, "a new statement needs a machine: see Node._packet"
 
