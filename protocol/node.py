@@ -268,7 +268,7 @@ class Node:
             case FrameReceived(peer, data):
                 self._frame(peer, data, now, wall)
             case RosterChanged():
-                # A driver that shares one roster among many hubs, or fills it by hand, says so; records publish it themselves.
+                # For drivers that share one roster among hubs, or fill it by hand; records publish it themselves.
                 self._perform([Publish(event)], now, wall)
             case _:
                 if isinstance(event, LinkOpened):
