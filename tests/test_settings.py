@@ -88,13 +88,13 @@ def test_the_environment_speaks_every_type(config: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("[api]\nprot = 1\n", "api.prot (FILE, line 2) is not a setting; the nearest is api.port"),
+        ("[api]\nprot = 1\n", "api.prot (FILE, line 2) is not a setting; did you mean api.port?"),
         (
             "[mesh]\nmembers_may_invite = false\n",
             "mesh.members_may_invite (FILE, line 2) is not a setting of this node: settings of the mesh are the same "
             "on all members; an admin changes one with 'meshnode config mesh members_may_invite VALUE'",
         ),
-        ("[ip]\nport = 1\n", "ip.port (FILE, line 2) is not a setting; the nearest is api.port"),
+        ("[ip]\nport = 1\n", "ip.port (FILE, line 2) is not a setting; did you mean api.port?"),
         ("[zzz]\nqqq = 1\n", "zzz.qqq (FILE, line 2) is not a setting; 'meshnode config' lists all settings"),
         ("api = 3\n", "api (FILE, line 1) is a section: write [api] and settings below it"),
         ('[api]\n# x\nport = "4892"\n', "api.port = '4892' (FILE, line 3): expected a whole number from 0 to 65535"),
@@ -117,11 +117,11 @@ def test_a_mistake_in_the_file_is_named_with_its_place(config: Path, text: str, 
 def test_mistakes_in_the_environment_and_in_flags_are_named(config: Path) -> None:
     message = mistake({"MESHNODE_API_PROT": "1"})
     assert "MESHNODE_API_PROT" in message
-    assert "the nearest is MESHNODE_API_PORT" in message
+    assert "did you mean MESHNODE_API_PORT?" in message
     expected = "api.port = 'x' (environment variable MESHNODE_API_PORT): expected a whole number from 0 to 65535"
     assert expected in mistake({"MESHNODE_API_PORT": "x"})
     assert "api.port = -1 (command line): expected" in mistake(flags={"api.port": -1})
-    assert "the nearest is peers.host" in mistake(flags={"peer.host": "x"})
+    assert "did you mean peers.host?" in mistake(flags={"peer.host": "x"})
 
 
 def test_all_mistakes_are_told_at_once(config: Path) -> None:

@@ -167,7 +167,7 @@ def _unknown(assignment: Assignment, known: Mapping[str, Setting]) -> str:
         # A setting written under the wrong section is nearest by its own name.
         name = assignment.key.rsplit(".", 1)[-1]
         near = [key for key in known if key.rsplit(".", 1)[-1] == name][:1]
-    hint = f"; the nearest is {near[0]}" if near else "; 'meshnode config' lists all settings"
+    hint = f"; did you mean {near[0]}?" if near else "; 'meshnode config' lists all settings."
     return f"{assignment.key} ({assignment.origin}) is not a setting{hint}"
 
 

@@ -24,7 +24,7 @@ VALUES = {
     "nesting": NEST,
     "nesting behind what is known": b"\x92\x90" + NEST,
     "nesting behind all": b"\x93\xc2\x90" + NEST,
-    "nesting behind an offer": b"\x9b" + OFFER[1:] + NEST,
+    "nesting behind an offer": bytes([OFFER[0] + 1]) + OFFER[1:] + NEST,
     "nesting in a field nobody knows": b"\x81\xa1x" + NEST,
     "no text": b"\x91\x91\xa1\xff",
     "no text in a map": b"\x82\xa4name\xa1\xff\xa1x\xc0",

@@ -16,7 +16,7 @@ from tests.house.source import ROOT
 
 def stage(node: str, first: int, last: int) -> dict[str, Any]:
     return {
-        "node_id": node, "node_name": node, "layer_start": first, "layer_end": last, "steps": 1,
+        "node_id": node, "node_name": node, "layer_start": first, "layer_end": last, "assigned_ram": 5, "steps": 1,
         "compute_seconds": 0.5, "bytes_in": 1, "bytes_out": 2,
     }  # fmt: skip
 
