@@ -167,7 +167,7 @@ def _unknown(assignment: Assignment, known: Mapping[str, Setting]) -> str:
         # A setting written under the wrong section is nearest by its own name.
         name = assignment.key.rsplit(".", 1)[-1]
         near = [key for key in known if key.rsplit(".", 1)[-1] == name][:1]
-    hint = f"; did you mean {near[0]}?" if near else "; 'meshnode config' lists all settings."
+    hint = f"; did you mean {near[0]}?" if near else "; 'meshnode config' lists all settings"
     return f"{assignment.key} ({assignment.origin}) is not a setting{hint}"
 
 
@@ -180,7 +180,8 @@ def _invalid(setting: Setting, assignment: Assignment) -> str:
 
 def _bad(mistakes: list[str]) -> MeshError:
     if len(mistakes) == 1:
-        return MeshError(ErrorCode.BAD_SETTING, f"{mistakes[0]}.", detail={"mistakes": mistakes})
+        sentence = mistakes[0] if mistakes[0].endswith("?") else f"{mistakes[0]}."
+        return MeshError(ErrorCode.BAD_SETTING, sentence, detail={"mistakes": mistakes})
     listed = "\n".join(f"  {mistake}" for mistake in mistakes)
     return MeshError(
         ErrorCode.BAD_SETTING, f"{len(mistakes)} settings are wrong:\n{listed}", detail={"mistakes": mistakes}
