@@ -24,6 +24,9 @@ pytestmark = [
 TOKENS = 200
 HALF = 100
 THREE = 3
+LONG = "Tell me a story of a cat who had a friend, and of the day when both of them went out to see the garden."
+"""Longer than what is always computed anew so that the numbers of an answer depend on nothing that is held."""
+
 SILENCE_S = 30.0
 BACK_S = 60.0
 
@@ -163,17 +166,19 @@ def test_an_agent_says_goodbye(house: House) -> None:
 def test_whose_entry_died_is_served_at_another_and_leaves_no_session_behind(house: House) -> None:
     leader = house.coordinator(house.whole[0])
     stages = house.loaded(leader)
-    entry = house.other_than(leader)
-    before = [engine.pid for agent in stages for engine in engines(agent)]
-    broken = stream(entry, tokens=TOKENS, stages=THREE, after=HALF, harm=entry.kill)
+    # One without a stage, if there is such a one: what the stages hold can be looked at afterwards.
+    entry = min((agent for agent in house.whole if agent is not leader), key=lambda agent: agent in stages)
+    before = {engine.pid for agent in stages for engine in engines(agent)}
+    broken = stream(entry, tokens=TOKENS, stages=THREE, after=HALF, harm=entry.kill, words=LONG)
     assert (broken.finish, broken.errors) == ("", [])
     got = complete(stream(leader, tokens=TOKENS, stages=THREE))
     assert got.text == house.answer.text
     until(lambda: leader.get("/api/llm/inference/sessions") == [], "the dead entry's session to be gone")
     if entry not in stages:
-        assert [engine.pid for agent in stages for engine in engines(agent)] == before, "the stages stand"
+        # One more may be there for a moment: a node measures itself with an engine of its own.
+        assert before <= {engine.pid for agent in stages for engine in engines(agent)}, "the stages stand"
         # Not before: while the dead entry's session held its sequence, the prompt in it was nobody else's to use.
-        again = complete(stream(leader, tokens=8, stages=THREE), tokens=8)
+        again = complete(stream(leader, tokens=8, stages=THREE, words=LONG), tokens=8)
         assert again.cached > 0, "and know the prompt"
     house.whole_again(entry)
 
