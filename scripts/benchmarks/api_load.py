@@ -32,7 +32,7 @@ def split_cores() -> tuple[set[int], set[int]]:
 
 
 def api(*, connections: int = 50, seconds: float = 10.0, rounds: int = 3, nodes: int = 3) -> Outcome:
-    """Agent and bare server in turn, so that both meet the same neighbours on the machine; medians of the rounds."""
+    """Requests a second to `/api/status`, and their times, of an agent and a bare server in turn; medians of rounds."""
     served, others = split_cores()
     with LocalMesh(options=OPTIONS) as mesh:
         agent = mesh.add(cores=served)

@@ -36,7 +36,7 @@ class Death:
 def detection(
     *, nodes: int = 8, kills: int = 20, seed: int = 1, profile: str = "lan", settle_s: float = SETTLE_S
 ) -> Outcome:
-    """Every other victim is the coordinator. Each is restarted and seen before the next one dies."""
+    """Time until all others know of a kill -9; every other victim coordinates, each is back before the next dies."""
     chance = random.Random(seed)
     with LocalMesh(options=[f"membership.profile={profile}"]) as mesh:
         mesh.form(nodes)
@@ -135,7 +135,7 @@ def _another_leads(former: str) -> Callable[[Nodes], bool]:
 
 
 def mesh64(*, nodes: int = 64, kills: int = 5, seed: int = 1, profile: str = "local", seconds: float = 20.0) -> Outcome:
-    """Many agents on one machine. Deaths are read from the event streams: polling so many would be the load itself."""
+    """Many agents on one machine: time to form a mesh, memory, deaths (read from event streams: polling is load)."""
     chance = random.Random(seed)
     with LocalMesh(options=[f"membership.profile={profile}"]) as mesh:
         began = time.monotonic()

@@ -47,7 +47,7 @@ def cpu_percent(agents: list[LocalAgent], seconds: float) -> list[float]:
 
 
 def footprint(*, nodes: int = 8, seconds: float = 60.0, settle_s: float = 10.0) -> Outcome:
-    """A mesh that nobody asks anything for `seconds`, after a while to settle."""
+    """Memory and processor time of idle agents: a mesh that nobody asks anything, after a while to settle."""
     with LocalMesh() as mesh:
         mesh.form(nodes)
         time.sleep(settle_s)

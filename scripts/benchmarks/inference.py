@@ -25,8 +25,10 @@ HELD_BY_TESTS: Final = {
 
 
 def inference(*, only: str = "", model: str = "big", rounds: int = 4, tokens: int = 32, threads: int = 0) -> Outcome:
-    """The goals of distributed inference. --only takes names of parts, with commas: speed, streams, prefix, failures,
-    weights, wire, speculation, framing, overhead, memory. --model: big (1.2 GB of random weights) or tiny.
+    """Models over several agents beside bare llama.cpp: speed, bytes, first token, failures and more.
+
+    --only takes names of parts, with commas: speed, streams, prefix, failures, weights, wire, speculation, framing,
+    overhead, memory. --model: big (1.2 GB of random weights) or tiny.
     --threads: of each engine and of bare llama.cpp; 0: half the cores, for llama.cpp's threads wait for each other,
     and one that finds no core holds up all.
     """

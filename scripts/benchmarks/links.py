@@ -15,7 +15,7 @@ BULK_OF_BARE_MIN: Final = 0.8
 
 
 def ping(*, count: int = 1000, rounds: int = 3) -> Outcome:
-    """`POST /api/nodes/X/ping` between two agents; the median of the rounds."""
+    """Round trips of `POST /api/nodes/X/ping` between two agents; the median of the rounds."""
     with LocalMesh() as mesh:
         mesh.form(2)
         asked, other = mesh.agents
@@ -34,7 +34,7 @@ def ping(*, count: int = 1000, rounds: int = 3) -> Outcome:
 
 
 def bulk(*, mebibytes: int = 2048, repeat: int = 3) -> Outcome:
-    """A bulk stream between two processes, and the bare copy of the same bytes between the same two."""
+    """Bytes a second of a bulk stream between two processes, beside a bare TLS copy between the same two."""
     run = partial(bench_links, bulk_mib=mebibytes, calls=2000, repeat=repeat)
     result = trio.run(run)
     return Outcome(

@@ -14,7 +14,7 @@ STATUS_MS_MAX: Final = 250.0
 
 
 def start(*, runs: int = 5) -> Outcome:
-    """Start an agent that has started before; the first start, which founds a mesh, is told apart."""
+    """Time from start to ready of an agent that has started before; the first start is told apart."""
     with LocalMesh() as mesh:
         agent = mesh.add()
         agent.start()
@@ -45,7 +45,7 @@ def start(*, runs: int = 5) -> Outcome:
 
 
 def status_cli(*, runs: int = 20, nodes: int = 3) -> Outcome:
-    """`meshnode status` as a person runs it: a new process each time."""
+    """Time that `meshnode status` takes as a person runs it: a new process each time."""
     with LocalMesh() as mesh:
         mesh.form(nodes)
         command = [sys.executable, "-m", "meshnode", "status", "--data-dir", str(mesh.agents[0].folder)]

@@ -20,7 +20,7 @@ GOAL_DIFFERENCES: Final = 10
 
 
 def records(*, count: int = RECORDS) -> Outcome:
-    """In a process of its own, because memory is measured too."""
+    """Repair of records that differ: round trips and bytes, and memory, which is why it has a process of its own."""
     command = [sys.executable, str(ROOT / "scripts" / "bench_records.py"), "--records", str(count)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode:
@@ -51,7 +51,7 @@ def records(*, count: int = RECORDS) -> Outcome:
 
 
 def database(*, seconds: float = 3.0, writers: int = 64) -> Outcome:
-    """Acknowledged one-row writes, each durable before it is acknowledged."""
+    """Writes a second to the database, each durable before it is acknowledged, by one writer and by many."""
     with tempfile.TemporaryDirectory(prefix="meshnode-bench-") as folder:
 
         async def measure() -> WriteRates:
