@@ -358,7 +358,7 @@ class Membership:
     def _take_in(self) -> None:
         """Some of the statements that links brought. The rest waits, so that no frame holds this node up for long."""
         s = self._s
-        for peer, blob in self._intake.take(self._is_held):
+        for peer, blob in self._intake.take(self._is_held, s.now):
             stated = s.codec.open(blob, peer, s.now, is_paced=True)
             if stated is not None:
                 self._statement(stated, peer, relay=False)

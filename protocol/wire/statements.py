@@ -79,15 +79,17 @@ class Forgers:
 class Paces:
     """How many new statements each peer may still bring: what it signs itself is valid, and costs as much as forged."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, per_s: int = PACE_PER_S, burst: int = PACE_BURST) -> None:
+        self._per_s = per_s
+        self._burst = float(burst)
         self._left: dict[NodeId, tuple[float, float]] = {}  # when, and how many
 
     def admits(self, peer: NodeId, now: float) -> bool:
         """Whether one more is looked at; counts it if so. `now` is monotonic seconds."""
-        since, left = self._left.pop(peer, (now, float(PACE_BURST)))
+        since, left = self._left.pop(peer, (now, self._burst))
         if len(self._left) >= FORGERS_MAX:
             del self._left[next(iter(self._left))]
-        left = min(float(PACE_BURST), left + (now - since) * PACE_PER_S)
+        left = min(self._burst, left + (now - since) * self._per_s)
         self._left[peer] = (now, max(0.0, left - 1))
         return left >= 1
 

@@ -79,7 +79,9 @@ class LocalAgent:
         *,
         options: Sequence[str] = (),
         cores: Iterable[int] = (),
+        program: str = "meshnode",
     ) -> None:
+        """`program`: the module that is run as `meshnode`."""
         self.folder = folder
         self.name = name
         self.node_id = ""
@@ -89,6 +91,7 @@ class LocalAgent:
         self.ready_at = 0.0
         self._options = tuple(options)
         self._cores = frozenset(cores)
+        self._program = program
         self._log = folder.with_name(f"{folder.name}.log")
         self._process: subprocess.Popen[str] | None = None
 
@@ -104,7 +107,7 @@ class LocalAgent:
         command = [
             sys.executable,
             "-m",
-            "meshnode",
+            self._program,
             "up",
             "--json",
             "--data-dir",
@@ -227,11 +230,12 @@ class LocalMesh:
             agent.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def add(self, *, cores: Iterable[int] = (), options: Sequence[str] = ()) -> LocalAgent:
+    def add(self, *, cores: Iterable[int] = (), options: Sequence[str] = (), program: str = "meshnode") -> LocalAgent:
         """One more agent, not yet started."""
         name = f"n{len(self.agents)}"
         ports = (self.free_port(), self.free_port(), self.free_port())
-        agent = LocalAgent(self._folder / name, name, ports, options=(*self._options, *options), cores=cores)
+        settings = (*self._options, *options)
+        agent = LocalAgent(self._folder / name, name, ports, options=settings, cores=cores, program=program)
         self.agents.append(agent)
         return agent
 

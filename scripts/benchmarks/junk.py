@@ -1,6 +1,8 @@
-"""A flood of junk datagrams against one agent of a mesh of three, which has one core: does anybody notice?
+"""A flood against a mesh of three: of junk datagrams at one agent that has one core, or of a member's valid statements
+at all of them. Does anybody notice?
 
-The flood knows everything that can be seen on the wire: the mesh's tag, the key's id, a member's short id and boot.
+The junk knows everything that can be seen on the wire: the mesh's tag, the key's id, a member's short id and boot. The
+member (flooding_member.py) has joined as any other.
 """
 
 import json
@@ -15,13 +17,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import apsw
+import msgspec
+import psutil
 
 from meshnode.cluster.service.switch import DATABASE_FILE
 from protocol.ids import MeshId, NodeId, short_id
 from protocol.wire.datagram import mesh_tag
-from scripts.benchmarks.agents import ROOT, BenchmarkError, LocalAgent, LocalMesh, invite
+from scripts.benchmarks.agents import ROOT, BenchmarkError, LocalAgent, LocalMesh, invite, until
 from scripts.benchmarks.api_load import split_cores
 from scripts.benchmarks.figures import Figure, Outcome, figure, quantile
+from scripts.benchmarks.flooding_member import PER_DATAGRAM, Order, Sent
 from scripts.benchmarks.footprint import cost
 from scripts.benchmarks.watching import Streams, node_in
 
@@ -32,6 +37,16 @@ SENDERS: Final = 2
 SAMPLES: Final = 4_000
 SETTLE_S: Final = 5.0
 AFTERMATH_S: Final = 5.0
+MEMBER_SECONDS_MAX: Final = 30.0
+MEMBER_MESSAGES_MAX: Final = 200_000
+BY_MEMBER: Final = {
+    "packets": Order("packets", 6_000.0, 0.0, PER_DATAGRAM),
+    "tunnels": Order("tunnels", 6_000.0, 0.0, PER_DATAGRAM),
+    "links": Order("links", 60.0, 0.0, 200),
+}
+"""What a member sends, by its way: messages a second to all together, and statements in each. Over links that is a
+quarter more than the 3,200 statements a second that are taken in of it."""
+
 KINDS: Final = ("random", "other mesh", "other version", "stranger", "old boot", "unknown key", "forged")
 
 
@@ -61,8 +76,10 @@ def datagrams(mesh_id: str, sender: str, boot: int, key_id: bytes, chance: rando
     return [one(KINDS[number % len(KINDS)]) for number in range(SAMPLES)]
 
 
-def junk(*, seconds: float = 10.0, rate: float = RATE_PER_S, seed: int = 1) -> Outcome:
-    """The same things are measured for `seconds` without the flood first."""
+def junk(*, seconds: float = 10.0, rate: float = RATE_PER_S, seed: int = 1, member: str = "") -> Outcome:
+    """The same things are measured for `seconds` without the flood first. --member: packets, tunnels or links."""
+    if member:
+        return _member(member, seconds)
     served, others = split_cores()
     with LocalMesh() as mesh:
         victim = mesh.add(cores=served)
@@ -100,22 +117,99 @@ def junk(*, seconds: float = 10.0, rate: float = RATE_PER_S, seed: int = 1) -> O
 def _figures(
     calm: dict[str, Any], flooded: dict[str, Any], *, rate: float, sent_per_s: float, lost_per_s: float, alarms: int
 ) -> list[Figure]:
-    def beside(name: str, key: str, unit: str, at_most: float | None = None) -> Figure:
-        return figure(
-            name, flooded[key], unit, at_most=at_most, reference=calm[key], reference_name="without the flood"
-        )
-
     note = f"sent {sent_per_s:,.0f} a second, of which the kernel dropped {lost_per_s:,.0f}"
     return [
         figure(
             "junk datagrams handled", sent_per_s - lost_per_s, "a second", at_least=rate * SENT_SHARE_MIN, note=note
         ),
         figure("suspicions and deaths, of anybody by anybody", alarms, "events", at_most=0),
+        *_beside(calm, flooded, "CPU of the flooded node"),
+    ]
+
+
+def _member(through: str, seconds: float) -> Outcome:
+    """Valid statements of a member that has joined, at all three others."""
+    if through not in BY_MEMBER or seconds > MEMBER_SECONDS_MAX:
+        raise BenchmarkError(
+            f"--member takes {', '.join(BY_MEMBER)}, and --seconds {MEMBER_SECONDS_MAX:.0f} at most then"
+        )
+    order = msgspec.structs.replace(BY_MEMBER[through], seconds=seconds)
+    assert order.rate * seconds <= MEMBER_MESSAGES_MAX
+    with LocalMesh() as mesh:
+        mesh.form(3)
+        honest = list(mesh.agents)
+        flooder = mesh.add(program="scripts.benchmarks.flooding_member")
+        flooder.start(invite(honest[0]))
+        mesh.wait_all_online()
+        time.sleep(SETTLE_S)
+        with Streams(honest, ["node_suspect", "node_offline"]) as streams:
+            calm = _observed_all(honest, seconds)
+            before = _links_between(honest)
+            told = flooder.folder.with_suffix(".flooded")
+            flooder.folder.with_suffix(".flood").write_bytes(msgspec.json.encode(order))
+            flooded = _observed_all(honest, seconds)
+            until(told.exists, seconds + AFTERMATH_S, "the flood to end")
+            time.sleep(AFTERMATH_S)
+            lost = len(before - _links_between(honest))
+            alarms = streams.seen()
+        sent = msgspec.json.decode(told.read_bytes(), type=Sent)
+        online = [agent.ask("GET", "/api/status")["node_count"] for agent in honest]
+        logged = {agent.name: agent.log_end() for agent in honest}
+    detail = {
+        "calm": calm,
+        "flooded": flooded,
+        "sent": msgspec.to_builtins(sent),
+        "links_before": len(before),
+        "alarms": [f"{one.name} {one.node['name']}" for one in alarms],
+        "logged": logged,
+    }
+    note = f"{sent.messages / seconds:,.0f} messages a second, to {sent.victims} together"
+    return Outcome(
+        [
+            figure("different statements to each", sent.statements / seconds, "a second", note=note),
+            figure("suspicions and deaths, of anybody by an honest one", len(alarms), "events", at_most=0),
+            figure("who sees fewer than all", sum(count < 4 for count in online), "nodes", at_most=0),
+            figure("links between honest ones that were lost", lost, f"of {len(before)}", at_most=0),
+            *_beside(calm, flooded, "CPU, mean of the three"),
+        ],
+        detail,
+    )
+
+
+def _observed_all(agents: list[LocalAgent], seconds: float) -> dict[str, Any]:
+    """As `_observed` of the first; processor time of all."""
+    before, began = [cost(agent.pid).cpu_s for agent in agents], time.monotonic()
+    seen = _observed(agents[0], agents[1], seconds)
+    passed = time.monotonic() - began
+    each = [100 * (cost(one.pid).cpu_s - cpu) / passed for one, cpu in zip(agents, before, strict=True)]
+    return seen | {"cpu_percent": sum(each) / len(each), "cpu_percent_each": [round(one, 1) for one in each]}
+
+
+def _links_between(agents: list[LocalAgent]) -> set[tuple[int, int]]:
+    """The TCP connections between these agents, by their two ports."""
+    ends = [
+        (one.laddr.port, one.raddr.port)
+        for agent in agents
+        for one in psutil.Process(agent.pid).net_connections("tcp")
+        if one.status == psutil.CONN_ESTABLISHED
+    ]
+    return {end for end in ends if end[0] < end[1] and end[::-1] in ends}
+
+
+def _beside(calm: dict[str, Any], flooded: dict[str, Any], whose_cpu: str) -> list[Figure]:
+    """What is measured in calm and under a flood alike."""
+
+    def beside(name: str, key: str, unit: str, at_most: float | None = None) -> Figure:
+        return figure(
+            name, flooded[key], unit, at_most=at_most, reference=calm[key], reference_name="without the flood"
+        )
+
+    return [
         beside("ping of the flooded node, p99", "ping_p99_ms", "ms", PING_MS_MAX),
         figure("pings that failed", flooded["pings_failed"], "pings", at_most=0),
         beside("age of its heartbeat at another node, worst", "age_s_max", "s"),
         beside("its GET /api/status, p99", "api_p99_ms", "ms"),
-        beside("CPU of the flooded node", "cpu_percent", "% of a core"),
+        beside(whose_cpu, "cpu_percent", "% of a core"),
     ]
 
 

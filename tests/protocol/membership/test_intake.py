@@ -8,7 +8,14 @@ import pytest
 from protocol.effects import FrameReceived, TimerFired
 from protocol.membership.events import ForgeryCut
 from protocol.membership.healing import REPLY_STATEMENTS_MAX, STATEMENTS_PER_REPLY
-from protocol.membership.intake import INTAKE_PER_PEER_MAX, INTAKE_SLICE, Intake
+from protocol.membership.intake import (
+    INTAKE_BURST,
+    INTAKE_PAUSE_S,
+    INTAKE_PER_PEER_MAX,
+    INTAKE_PER_S,
+    INTAKE_SLICE,
+    Intake,
+)
 from protocol.wire import limits
 from protocol.wire.messages import Alive, ViewOffer, ViewReply
 from protocol.wire.statements import FORGED_MAX, FORGED_WINDOW_S, Forgers
@@ -99,17 +106,17 @@ def test_what_one_peer_sends_delays_only_itself() -> None:
     intake.put(mesh.id(1), [b"a%d" % number for number in range(INTAKE_PER_PEER_MAX + 7)])
     intake.put(mesh.id(2), [b"b%d" % number for number in range(10)])
     assert intake.dropped == 7
-    taken = intake.take(never)
+    taken = intake.take(never, 0.0)
     assert len(taken) == INTAKE_SLICE
     assert sum(peer == mesh.id(2) for peer, _ in taken) == 10
     rest = 0
     while intake:
-        rest += len(intake.take(never))
+        rest += len(intake.take(never, 1.0))
     assert rest == INTAKE_PER_PEER_MAX - (INTAKE_SLICE - 10)
     intake.put(mesh.id(1), [b"a"])
     intake.forget(mesh.id(1))
     assert not intake
-    assert intake.take(never) == []
+    assert intake.take(never, 1.0) == []
 
 
 @pytest.mark.parametrize("long", [False, True])
@@ -147,10 +154,32 @@ def test_what_hundreds_bring_alike_is_verified_once() -> None:
         intake.put(mesh.id(peer), told)
     rounds = 0
     while intake:
-        taken = [blob for _, blob in intake.take(held.__contains__)]
+        taken = [blob for _, blob in intake.take(held.__contains__, 0.0)]
         assert len(taken) <= INTAKE_SLICE
         assert not held & set(taken)
         held |= set(taken)
         rounds += 1
     assert held == set(told)
     assert rounds < 100
+
+
+def test_a_member_that_floods_is_heard_at_a_pace_and_delays_nobody() -> None:
+    mesh, intake = Mesh(3), Intake()
+    flooder, other = mesh.id(1), mesh.id(2)
+    heard, number, seconds = 0, 0, 10.0
+    for step in range(int(seconds / INTAKE_PAUSE_S)):
+        intake.put(flooder, [b"%d" % (number + more) for more in range(80)])
+        number += 80
+        if step % 50 == 49:
+            # To open another link does not begin the count anew.
+            intake.forget(flooder)
+            intake.put(flooder, [b"%d" % (number + more) for more in range(80)])
+            number += 80
+        intake.put(other, [b"of the other %d" % step])
+        taken = intake.take(never, step * INTAKE_PAUSE_S)
+        assert sum(peer == other for peer, _ in taken) == 1
+        heard += sum(peer == flooder for peer, _ in taken)
+    assert INTAKE_BURST < heard <= INTAKE_BURST + seconds * INTAKE_PER_S
+    while intake:
+        seconds += INTAKE_PAUSE_S
+        assert 0 < len(intake.take(never, seconds)) <= 2 * INTAKE_PER_S * INTAKE_PAUSE_S, "what waits is not dropped"
