@@ -132,7 +132,7 @@ class Judge:
             return "older"
         if self._ledger.is_overloaded:
             return "overloaded"
-        if entry is None and len(shelf) >= FULL_FACTOR * collection.records_max:
+        if entry is None and self._is_full(collection, record.public_key, FULL_FACTOR):
             return "full"
         refusal = self._authority(record, collection)
         if refusal is not None:
@@ -140,6 +140,15 @@ class Judge:
         if collection.order is not None and not self._wins(record, row, collection):
             return "older"
         return "held" if record.hlc > self._ledger.clock.limit(wall) else "applied"
+
+    def _is_full(self, collection: Collection, public_key: bytes, factor: int) -> bool:
+        """Whether there is no place for one more of this author. Whoever has less than an equal share of the places
+        always finds one: else a member that fills a collection would silence all others in it.
+        """
+        if len(self._ledger.shelves[collection.name]) < factor * collection.records_max:
+            return False
+        share = collection.records_max // max(1, len(self._roster))
+        return collection.validate is not None or self._ledger.authored(collection.name, public_key) >= factor * share
 
     def _authority(self, record: Record, collection: Collection) -> Verdict | None:
         """Who says so, and may they? None: yes."""
@@ -256,8 +265,7 @@ class Judge:
             return "overloaded"
         author = public_key if collection.each_author else b""
         row = RowId(name, self._ledger.key_hash(name, key, author))
-        shelf = self._ledger.shelves[name]
-        if shelf.get(row.key_hash) is None and len(shelf) >= collection.records_max:
+        if self._ledger.shelves[name].get(row.key_hash) is None and self._is_full(collection, public_key, 1):
             return "full"
         if collection.validate is not None:
             if value is None:

@@ -3,6 +3,7 @@
 It changes and reads; whether a record may come in is the judge's business, and how it travels that of push and repair.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -58,6 +59,8 @@ class Ledger:
         # Deletions that may be forgotten one day: when this node came to have them (monotonic seconds).
         self._deletions: dict[RowId, float] = {}
         self._forgotten: dict[int, None] = {}
+        # How many records each author has, of the collections that were found full.
+        self._authored: dict[str, Counter[bytes]] = {}
 
     def start(self, now: float, wall: float) -> list[Effect]:
         """Read the index. 100,000 records take about 0.2 s."""
@@ -135,6 +138,16 @@ class Ledger:
                 keys.add(record.public_key)
         return sorted(key for key in keys if key)
 
+    def authored(self, collection: str, public_key: bytes) -> int:
+        """How many records of a collection, deletions included, are of this author. The first time, all are counted."""
+        counted = self._authored.get(collection)
+        if counted is None:
+            counted = self._authored[collection] = Counter(self._store.authored(collection))
+            for row, unstored in self._unstored.items():
+                if row.collection == collection:
+                    _recount(counted, self._store.get(*row), unstored.blob)
+        return counted[public_key]
+
     # ---- changes ----------------------------------------------------------------------------------------------------
 
     def keep(self, record: Record, row: RowId, now: float, out: list[Effect], *, token: int = 0) -> None:
@@ -156,6 +169,8 @@ class Ledger:
 
     def _write(self, row: RowId, blob: bytes | None, out: list[Effect]) -> None:
         self._emitted += 1
+        if row.collection in self._authored:
+            _recount(self._authored[row.collection], self.blob(row), blob)
         before = self._unstored.pop(row, None)
         self._unstored_bytes += len(blob or b"") - len((before and before.blob) or b"")
         # Put in anew, so that the order of the dictionary is that of the effects.
@@ -232,6 +247,14 @@ class Ledger:
     def has_deletions(self) -> bool:
         """Whether there are deletions that may be forgotten one day."""
         return bool(self._deletions)
+
+
+def _recount(counted: Counter[bytes], before: bytes | None, after: bytes | None) -> None:
+    """A row had `before` and has `after`."""
+    for blob, change in ((before, -1), (after, 1)):
+        record = None if blob is None else open_record(blob)
+        if record is not None:
+            counted[record.public_key] += change
 
 
 def _open_cursor(cursor: bytes) -> tuple[bytes, int]:

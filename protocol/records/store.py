@@ -4,7 +4,8 @@ The machine reads through `RecordStore` and writes through Persist effects only.
 written but not yet seen stored, so a store may lag behind the effects but must apply each of them once, in order.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from protocol.effects import Persist
@@ -57,6 +58,10 @@ class RecordStore(Protocol):
 
     def authors(self) -> Sequence[bytes]:
         """The public keys of everyone who wrote a record kept here; asked rarely."""
+        ...
+
+    def authored(self, collection: str) -> Mapping[bytes, int]:
+        """How many records of a collection each author has, by its public key; asked when a collection is full."""
         ...
 
     def written_by(self, public_key: bytes) -> Sequence[RowId]:
@@ -126,6 +131,9 @@ class MemoryStore:
 
     def authors(self) -> Sequence[bytes]:
         return list({record.public_key for blob in self._rows.values() if (record := open_record(blob)) is not None})
+
+    def authored(self, collection: str) -> Mapping[bytes, int]:
+        return Counter(r.public_key for _, _, blob in self._of(collection) if (r := open_record(blob)) is not None)
 
     def written_by(self, public_key: bytes) -> Sequence[RowId]:
         return [

@@ -70,6 +70,8 @@ async def test_it_answers_as_the_store_in_memory_does(database: Database) -> Non
         for key_hash in first.key_hashes:
             assert sql.get(collection, key_hash) == memory.get(collection, key_hash)
     assert set(sql.authors()) == set(memory.authors()) == {ALICE.public_key, BOB.public_key}
+    for collection in ("things", "others", "nothing"):
+        assert sql.authored(collection) == memory.authored(collection)
     for author in (ALICE, BOB, Identity(3)):
         assert set(sql.written_by(author.public_key)) == set(memory.written_by(author.public_key))
 

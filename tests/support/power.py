@@ -1,7 +1,7 @@
 """A file system that fails at a chosen change, and one that loses what was not synced: for Python's own file calls.
 
-Everything that changes a file below `folder` is counted: opening for writing, writing, truncating, syncing, renaming,
-removing, making a folder. SQLite's files are not (tests/support/failing_disk.py, tests/kernel/test_database_crash.py).
+Everything that changes a file below `folder` is counted: opening for writing, writing, truncating, syncing, closing,
+renaming, removing, making a folder. SQLite's files are not (see failing_disk.py, tests/kernel/test_database_crash.py).
 """
 
 import io
@@ -87,13 +87,18 @@ class Disk:
                 self.synced[target] = self.synced.pop(path)
             self.moves.remove((path, target))
 
-    def after_a_cut(self, *, moved: bool) -> dict[Path, Kept]:
+    def after_a_cut(self, *, moved: bool, sized: bool = False) -> dict[Path, Kept]:
         """What the folder holds when the power comes back: only what was synced. `moved`: renames arrived all the same,
-        those of files that were not synced without their bytes, as some file systems do."""
+        those of files that were not synced without their bytes, as some file systems do. `sized`: so did the sizes of
+        files, with zeros for the bytes."""
         files = dict(self.synced)
         if moved:
             for path, target in self.moves:
                 files[target] = files.pop(path, Kept(b"", 0))
+        if sized:
+            for path in [path for path in self.folder.rglob("*") if path.is_file()]:
+                kept, size = files.get(path, Kept(b"", 0)), path.stat().st_size
+                files[path] = Kept(kept.data[:size] + bytes(max(0, size - len(kept.data))), path.stat().st_mtime_ns)
         return {path.relative_to(self.folder): kept for path, kept in files.items()}
 
 
@@ -113,6 +118,14 @@ class Watched:
         cut: int = self._file.truncate(size)
         return cut
 
+    def close(self) -> None:
+        # What a file system could not write it may say only now; the file is closed then all the same.
+        try:
+            if not self._file.closed:
+                self._disk.change(f"close {self._path.name}")
+        finally:
+            self._file.close()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
@@ -120,7 +133,7 @@ class Watched:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self.close()
 
 
 def lay_out(files: dict[Path, Kept], folder: Path) -> None:

@@ -254,6 +254,25 @@ def test_a_collection_that_overflows_stops_growing() -> None:
     assert counted(world)["applied"] == 7
 
 
+def test_a_member_that_fills_a_collection_takes_nobody_elses_place() -> None:
+    world = World([Collection("things", records_max=8)], count=4)
+    flooder, honest = world.identities[1], world.identities[2]
+    push(world, *[record(flooder, b"f%d" % n).blob for n in range(40)])
+    assert counted(world) == {"applied": 16, "full": 24}
+    # Two of eight places are an honest one's share, and as many again what others may have missed.
+    push(world, *[record(honest, b"h%d" % n).blob for n in range(6)])
+    assert counted(world) == {"applied": 20, "full": 26}
+    for number, there in ((0, True), (1, True), (2, False)):
+        world.put(world[0], b"own%d" % number, b"v")
+        assert (world[0].records.get("things", b"own%d" % number) is not None) is there
+    # Who overwrites another's record has it then, and the other has room for one more; also after a start.
+    push(world, record(flooder, b"h0", b"mine", NOW_HLC + 1).blob)
+    world.run(1)
+    world.restart(world[0])
+    push(world, *[record(honest, b"more%d" % n).blob for n in range(3)])
+    assert world[0].records.count("things") == 16 + 4 + 2 + 1
+
+
 # ---- which of two counts --------------------------------------------------------------------------------------------
 
 
