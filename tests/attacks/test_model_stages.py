@@ -44,6 +44,9 @@ from tests.kernel.links.world import settle
 from tests.llm.engine.conftest import Cut
 from tests.support.stage_world import GREEDY, PROMPT, Member, World, stages
 
+SILENCE = "shown no life"
+"""Of attackers who send nothing more every stream ends for that, soon and whatever they sent: it proves nothing."""
+
 MINE, YOURS = b"m" * 16, b"y" * 16
 LONG = Sampling(max_tokens=400, temperature=0.0, ignore_eos=True)
 
@@ -64,6 +67,12 @@ async def is_cut(stream: BulkStream) -> bool:
                 pass
         return True
     return False
+
+
+def ends_of(holder: Member, entry: Member) -> list[str]:
+    """Why streams of this entry ended there, one after the other."""
+    told = [fields for _, words, fields in holder.node.log.records if words == "an entry's stream ended"]
+    return [str(fields["why"]) for fields in told if fields["peer"] == entry.id]
 
 
 # ---- members that have no part in it
@@ -119,13 +128,16 @@ async def test_case_37_what_no_entry_sends_costs_nobody_but_it(cut: Cut, tmp_pat
     async with two_stages_and_a_stranger(cut, tmp_path) as (_, pipeline, members):
         *holders, stranger = members
         expected = await holders[0].ask(pipeline, session=YOURS)
+        whys: list[str] = []
         for name, frame in of_no_entry(stranger).items():
             wanted = Attach(pipeline.id, "entry")
             async with stranger.calls.stream(members[target].id, "llm.attach", wanted) as stream:
                 await stream.send_all(frame)
                 assert await is_cut(stream), name
             assert [holder.stage(pipeline).state for holder in holders] == ["ready", "ready"], name
-        assert any(stranger.id == fields.get("peer") for _, _, fields in members[target].node.log.records)
+            await settle(lambda: len(ends_of(members[target], stranger)) == len(whys) + 1)  # noqa: B023 -- waited for
+            whys = ends_of(members[target], stranger)
+            assert SILENCE not in whys[-1], name
         assert await holders[1].ask(pipeline, session=MINE) == expected
 
 
@@ -259,6 +271,7 @@ async def test_case_37_a_stage_that_sends_nonsense_is_named_and_hurts_no_engine(
         await stream.send_all(OPENED + frame)
         await settle(lambda: honest.stage(pipeline).state == "broken")
         assert honest.stage(pipeline).blamed == 0
+        assert SILENCE not in honest.stage(pipeline).words
         engine = honest.hosts.engine(pipeline.id)
         assert engine.pid == pid
         assert await engine.tokenise("alive")
@@ -325,6 +338,7 @@ async def test_case_37_a_last_stage_that_lies_is_named_and_the_first_one_lives(
             await stream.send_all(frame)
             await settle(lambda: honest.stage(pipeline).state == "broken")
         assert honest.stage(pipeline).blamed == 1
+        assert SILENCE not in honest.stage(pipeline).words
         assert await honest.hosts.engine(pipeline.id).tokenise("alive")
 
 
@@ -361,6 +375,7 @@ async def test_case_37_an_entry_drops_a_stage_that_sends_nonsense(cut: Cut, tmp_
             lost = await heard.receive()
             assert isinstance(lost, MeshError)
             assert lost.detail["node_id"] == lying.id
+            assert SILENCE not in lost.message
 
 
 async def test_case_37_what_a_peers_stream_makes_fail_stays_with_it(
