@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trio
 
 from meshnode.cluster.service.onboarding import invitations as invitations_module
 from meshnode.cluster.service.onboarding.listener import ListenerLimits
@@ -47,6 +48,22 @@ async def test_five_wrong_proofs_burn_the_token(data_dir: Path) -> None:
         (invitation,) = mesh.onboarding.invitations()
         assert (invitation.state, invitation.wrong_proofs) == ("burnt", 5)
         assert mesh.admin.admitted == []
+
+
+async def test_of_many_that_guess_at_once_five_are_looked_at(data_dir: Path) -> None:
+    async with open_mesh(data_dir, limits=UNLIMITED) as mesh:
+        url, me = parse_join_url((await mesh.invite()).url), mesh.machine()
+        outcomes: Counter[str] = Counter()
+
+        async def one(secret: bytes) -> None:
+            outcomes[await guess(url, secret, me, mesh.root.public_key, mesh.identity.public_key)] += 1
+
+        async with trio.open_nursery() as nursery:
+            for secret in CANDIDATES[:8]:
+                nursery.start_soon(one, secret)
+        assert outcomes == {"token_invalid": 8}
+        (invitation,) = mesh.onboarding.invitations()
+        assert (invitation.state, invitation.wrong_proofs) == ("burnt", 5)
 
 
 async def test_a_source_that_fails_is_slowed_down(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

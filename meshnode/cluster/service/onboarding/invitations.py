@@ -9,8 +9,9 @@ laptop). After a restart only the wall clock is left: then an invitation counts 
 than it is now.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import trio
 
@@ -26,6 +27,8 @@ from meshnode.kernel.errors import ErrorCode, MeshError
 from protocol.ids import NodeId
 from protocol.trust.join_url import token_text
 from protocol.trust.view import Role
+
+_AGAIN: Final = "On a machine of the mesh, run 'meshnode invite' for a new one."
 
 InvitationState = Literal["open", "redeemed", "expired", "revoked", "burnt"]
 
@@ -73,6 +76,7 @@ class Invitations:
         self._clock = clock
         self._run = run
         self._changed = trio.Event()
+        self._counting: Counter[bytes] = Counter()  # wrong proofs on their way into the store
 
     async def create(self, *, token_id: bytes, verifier: bytes, role: Role, by: NodeId, ttl_s: float) -> Invitation:
         """Store a new invitation. Raises MeshError: BAD_REQUEST for a ttl out of bounds, CONFLICT if too many exist."""
@@ -103,9 +107,23 @@ class Invitations:
 
     async def count_wrong_proof(self, token_id: bytes) -> int:
         """Somebody knew the token id and not the secret. Returns how often so far; at WRONG_PROOFS_MAX it is burnt."""
-        count = await self._store.count_wrong_proof(self._now(), token_id)
+        self._counting[token_id] += 1
+        try:
+            count = await self._store.count_wrong_proof(self._now(), token_id)
+        finally:
+            self._counting[token_id] -= 1
+            self._counting += Counter()  # leaves out those at 0
         self._announce()
         return count
+
+    def refuse_burnt(self, token_id: bytes) -> None:
+        """To be asked right before a proof is compared: of many that guess at once no more than WRONG_PROOFS_MAX may.
+
+        Raises MeshError TOKEN_INVALID.
+        """
+        found = self.find(token_id)
+        if found is None or found.wrong_proofs + self._counting[token_id] >= WRONG_PROOFS_MAX:
+            raise _burnt()
 
     async def revoke(self, token_id: bytes) -> bool:
         """End an invitation; what it let in stays in. False: there is none with this id that still counts."""
@@ -126,25 +144,21 @@ class Invitations:
     def refusal(self, token_id: bytes, node_id: NodeId | None = None) -> MeshError:
         """Why this invitation does not count for this machine (None: for any), as the error to tell it."""
         found = self.find(token_id)
-        again = "On a machine of the mesh, run 'meshnode invite' for a new one."
         if found is None:
-            return MeshError(ErrorCode.TOKEN_INVALID, f"This invitation is not known here. {again}")
+            return MeshError(ErrorCode.TOKEN_INVALID, f"This invitation is not known here. {_AGAIN}")
         match found.state:
             case "revoked":
-                return MeshError(ErrorCode.TOKEN_INVALID, f"This invitation was revoked. {again}")
+                return MeshError(ErrorCode.TOKEN_INVALID, f"This invitation was revoked. {_AGAIN}")
             case "burnt":
-                return MeshError(
-                    ErrorCode.TOKEN_INVALID,
-                    f"This invitation was shut after {WRONG_PROOFS_MAX} attempts with a wrong secret. {again}",
-                )
+                return _burnt()
             case "expired":
-                return MeshError(ErrorCode.TOKEN_EXPIRED, f"This invitation has expired. {again}")
+                return MeshError(ErrorCode.TOKEN_EXPIRED, f"This invitation has expired. {_AGAIN}")
             case "redeemed" if found.redeemed_by == node_id:
-                return MeshError(ErrorCode.TOKEN_EXPIRED, f"This invitation has expired. {again}")
+                return MeshError(ErrorCode.TOKEN_EXPIRED, f"This invitation has expired. {_AGAIN}")
             case "redeemed" | "open":
                 return MeshError(
                     ErrorCode.TOKEN_USED,
-                    f"This invitation was used already, by {found.redeemed_name or 'another machine'!r}. {again}",
+                    f"This invitation was used already, by {found.redeemed_name or 'another machine'!r}. {_AGAIN}",
                 )
 
     def listening_s(self) -> float | None:
@@ -165,6 +179,13 @@ class Invitations:
 
     def _now(self) -> Moment:
         return Moment(self._clock.now(), self._clock.wall(), self._run)
+
+
+def _burnt() -> MeshError:
+    return MeshError(
+        ErrorCode.TOKEN_INVALID,
+        f"This invitation was shut after {WRONG_PROOFS_MAX} attempts with a wrong secret. {_AGAIN}",
+    )
 
 
 def check_ttl(ttl_s: float) -> None:

@@ -195,6 +195,7 @@ class Issuer:
         return found
 
     async def _check_claim(self, claim: Claim, transcript: Transcript, invitation: Invitation) -> None:
+        self._invitations.refuse_burnt(invitation.token_id)
         if not same_proof(transcript.joiner_proof(invitation.verifier), claim.proof):
             count = await self._invitations.count_wrong_proof(invitation.token_id)
             self._log.warning("a join came with a wrong secret", token=invitation.token, wrong_proofs=count)
