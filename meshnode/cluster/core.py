@@ -171,3 +171,11 @@ def forgery(peer: NodeId, name: str) -> str:
         f"{name} passed on forged statements: its link was cut, and it is not listened to for a while. "
         f"Look into that machine; `meshnode evict {peer}` puts it out"
     )
+
+
+def unsound_records(peer: NodeId, name: str, for_s: float) -> str:
+    """A member is muted for the records it sent, in one line for a person."""
+    return (
+        f"{name} sent records that no sound node sends: its records are ignored for {for_s:.0f} s. "
+        f"Look into that machine; `meshnode evict {peer}` puts it out"
+    )

@@ -37,7 +37,7 @@ class Conduct:
         known.offences = [at for at in known.offences if at > since][-self._params.offences_max :]
         known.offences.append(now)
         if len(known.offences) >= self._params.offences_max:
-            out.append(Publish(PeerMuted(peer, len(known.offences), self._params.mute_s)))
+            out.append(Publish(PeerMuted(peer, self._params.mute_s)))
             known.muted_until = now + self._params.mute_s
             known.offences.clear()
             self.counters["muted"] += 1

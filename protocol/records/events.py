@@ -94,7 +94,6 @@ class PeerMuted:
     """A peer sent what no correct node sends, again and again: its record messages are ignored for a while."""
 
     peer: NodeId
-    offences: int
     for_s: float
 
 

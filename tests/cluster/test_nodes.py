@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from protocol.membership.events import DatagramsPass, PeerMeasured
-from protocol.records.events import ClockAgrees, ClockContradicted, RecordHeld
+from protocol.membership.events import DatagramsPass, ForgeryCut, PeerMeasured
+from protocol.records.events import ClockAgrees, ClockContradicted, PeerMuted, RecordHeld
+from protocol.trust.events import RosterChanged
 from protocol.wire.messages import Heartbeat
 from tests.cluster.parts import House, keys_of
 
@@ -51,3 +52,16 @@ def test_the_clock_of_one_who_left_is_nobodys_trouble(tmp_path: Path) -> None:
     nodes.observe(RecordHeld("nodes", b"key", house.id(1), 400.0))
     (said,) = nodes.summary().warnings
     assert nodes.name_of(house.id(1)) in said
+
+
+def test_who_lies_is_named_with_what_to_do_until_it_is_out(tmp_path: Path) -> None:
+    house = House(tmp_path, 2)
+    nodes, liar = house[0].nodes, house.id(1)
+    for event, words in ((PeerMuted(liar, 60.0), "ignored for 60 s"), (ForgeryCut(liar), "forged statements")):
+        nodes.observe(event)
+        (said,) = nodes.summary().warnings
+        assert said.startswith(nodes.name_of(liar))
+        assert words in said
+        assert f"meshnode evict {liar}" in said
+    nodes.observe(RosterChanged(removed=(liar,)))
+    assert nodes.summary().warnings == ()

@@ -49,7 +49,7 @@ from protocol.membership.events import (
 )
 from protocol.membership.view import alive_of
 from protocol.node import Node
-from protocol.records.events import ClockAgrees, ClockContradicted, RecordChanged, RecordHeld
+from protocol.records.events import ClockAgrees, ClockContradicted, PeerMuted, RecordChanged, RecordHeld
 from protocol.trust.events import RosterChanged
 
 PROFILE_COLLECTION: Final = "nodes"
@@ -361,7 +361,7 @@ class Nodes:
                     self._profiles.pop(node, None)
                     self._no_version_in_common.discard(node)
                     self._clocks.agreed(node)
-                    self._notices.clear(f"forger {node}")
+                    self._notices.clear(f"liar {node}")
                 if self._hub.me in removed:
                     # What others said of it is now known for certain, and in more detail.
                     self._notices.clear("evicted")
@@ -408,7 +408,10 @@ class Nodes:
                 for peer in self._hub.membership.view.peers:
                     self._bus.publish(NodeUpdated(self._info(peer)))
             case ForgeryCut(peer):
-                self._notices.put(f"forger {peer}", core.forgery(peer, self.name_of(peer)))
+                self._notices.put(f"liar {peer}", core.forgery(peer, self.name_of(peer)))
+                self._changed()
+            case PeerMuted(peer, for_s):
+                self._notices.put(f"liar {peer}", core.unsound_records(peer, self.name_of(peer), for_s))
                 self._changed()
             case ClockContradicted(_, ahead_s):
                 self._notices.put(

@@ -20,7 +20,6 @@ class WriteRates:
 
     alone_per_s: float
     shared_per_s: float
-    writers: int
 
     @property
     def gain(self) -> float:
@@ -34,7 +33,7 @@ async def measure_writes(folder: Path, *, writers: int = 64, seconds: float = 2.
         await database.write(_create)
         alone = await _rate(database, 1, seconds)
         shared = await _rate(database, writers, seconds)
-    return WriteRates(alone, shared, writers)
+    return WriteRates(alone, shared)
 
 
 def _create(connection: apsw.Connection) -> None:
