@@ -22,6 +22,8 @@ from meshnode.kernel.errors import ErrorCode, MeshError
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _BODY_TYPES: Final = frozenset({b"application/json", b"multipart/form-data", b"application/octet-stream"})
 _PROXY_HEADERS: Final = (b"forwarded", b"x-forwarded-for", b"via")
+_BROWSER_HEADERS: Final = frozenset({b"origin", b"cookie", b"referer", b"accept-language"})
+"""What browsers say and programs do not; older ones say no more than the language, where the page wills it so."""
 _ALLOWED_BY_CORS: Final = "Authorization, Content-Type, Last-Event-ID"
 
 
@@ -114,7 +116,10 @@ class Guard:
         ):
             raise _forbidden("fetch_site", "Requests made by another site's page are refused (Sec-Fetch-Site header).")
         if match.route is not None and match.route.get_changes and _from_browser(asked):
-            raise _forbidden("browser_get", "A browser may not use GET for this; use POST.")
+            raise _forbidden(
+                "browser_get",
+                "A browser may not use GET for this; use POST. (Programs: leave out Referer and Accept-Language.)",
+            )
         if asked.headers.get(b"upgrade", b"").lower() == b"websocket":
             raise RefusalError(
                 501,
@@ -224,7 +229,7 @@ def preflight_headers(methods: str) -> dict[str, str]:
 
 
 def _from_browser(asked: Asked) -> bool:
-    return any(name == b"origin" or name == b"cookie" or name.startswith(b"sec-fetch-") for name in asked.headers)
+    return any(name in _BROWSER_HEADERS or name.startswith(b"sec-fetch-") for name in asked.headers)
 
 
 def _forbidden(reason: str, message: str) -> RefusalError:

@@ -67,6 +67,18 @@ def refuse_lost_mesh(data_dir: Path, store: MeshStore, key_value: KeyValue) -> N
         )
 
 
+def refuse_lost_key(data_dir: Path, store: MeshStore) -> None:
+    """A mesh without the key that it admitted is a loss: a new key would be nobody's. Raises MeshError."""
+    key = data_dir / NODE_KEY_FILE
+    if store.load() is not None and not key.exists():
+        raise MeshError(
+            ErrorCode.STORAGE_FAILED,
+            f"{key} is missing, though this node belongs to a mesh: without its key it cannot prove who it is. Put the "
+            "file back from a back-up; or move the whole data folder away, join again with a new invitation, and evict "
+            "the node that this one was.",
+        )
+
+
 async def found(data_dir: Path, identity: NodeIdentity, name: str, store: MeshStore, key_value: KeyValue) -> Mesh:
     """The first start: a mesh of one, with a root key of its own, this node its only admin."""
     root = found_root() if (existing := load_root(data_dir)) is None else existing

@@ -61,6 +61,7 @@ from meshnode.node.founding import (
     next_boot,
     node_parameters,
     refuse_lost_database,
+    refuse_lost_key,
     refuse_lost_mesh,
 )
 from meshnode.node.recovery import IdentityRecovery
@@ -200,6 +201,7 @@ class Runtime:
             open_database(self._data_dir / DATABASE_FILE, all_migrations(), wall=time.time())
         )
         key_value, store = KeyValue(database), MeshStore(database)
+        refuse_lost_key(self._data_dir, store)
         identity = load_or_make_identity(self._data_dir)
         mesh = store.load()
         if mesh is None:

@@ -104,6 +104,9 @@ ATTACKS = [
     ("GET", "/api/changing", {"Sec-Fetch-Site": "same-origin"}, None),
     ("GET", "/api/changing", {"Origin": EVIL}, None),
     ("GET", "/api/changing", {"Cookie": "any=1"}, None),
+    # Older browsers do not say which site asks, and a page may hide its address; a language is always told.
+    ("GET", "/api/changing", {"Referer": EVIL}, None),
+    ("GET", "/api/changing", {"Accept-Language": "en"}, None),
 ]
 
 

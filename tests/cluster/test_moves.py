@@ -1,12 +1,14 @@
 """Joining and leaving: what is refused before anything happens, and that a failure on the way changes nothing."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import trio
 
 from meshnode.cluster.service.moves import Moves, former_name
-from meshnode.cluster.service.switch import MARKER, STAGING
+from meshnode.cluster.service.switch import MARKER, STAGING, finish
 from meshnode.kernel.errors import ErrorCode, MeshError
 from tests.cluster.parts import House
 from tests.support.hub import MESH_ID, ROOT_KEY
@@ -98,6 +100,37 @@ async def test_a_disk_that_is_full_while_the_new_mesh_is_written_does_not_cost_t
                 await moves_of(house, 2, restart).join(url, leave_first=True)
     assert (restart.count, staged(house, 2)) == (0, False)
     assert house.id(2) in house.hubs.hub(0).roster, "it still belongs to the mesh that it was in"
+
+
+async def test_a_disk_that_is_full_is_noticed_before_anybody_is_told_of_the_departure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    restart = Restarts()
+    house = House(tmp_path)
+    moves = moves_of(house, 2, restart)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(MeshError) as caught:
+            await moves.leave(force=False)
+    assert caught.value.code is ErrorCode.DISK_FULL
+    assert (restart.count, staged(house, 2)) == (0, False)
+    assert house.id(2) in house.hubs.hub(0).roster
+    await moves.leave(force=False)
+    assert (restart.count, staged(house, 2)) == (1, True)
+    assert house.id(2) not in house.hubs.hub(0).roster
+
+
+async def test_who_cannot_tell_anybody_stays(tmp_path: Path) -> None:
+    restart = Restarts()
+    house = House(tmp_path)
+    house.unreachable |= {house.id(0), house.id(1)}
+    with pytest.raises(MeshError):
+        await moves_of(house, 2, restart).leave(force=False)
+    assert (restart.count, staged(house, 2)) == (0, False)
+    assert finish(house[2].folder) is None
 
 
 async def test_one_move_at_a_time(tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def new_mesh(folder: Path, *names: str) -> None:
     stage.mkdir()
     for name in names:
         (stage / name).write_bytes(b"new " + name.encode())
-    switch._mark(folder, "former-1")
+    switch._draft_marker(folder, "former-1")
+    switch._set_marker(folder)
 
 
 class Stopped(Exception):  # noqa: N818 -- not an error: the plug was pulled
@@ -194,23 +195,25 @@ def test_a_disk_that_is_full_while_staging_is_said_and_the_next_try_succeeds(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fails)
         patch.setattr(shutil, "copy2", fails)
-        with pytest.raises(MeshError) as caught:
-            stage_departure(tmp_path, former="gone")
+        with pytest.raises(MeshError) as caught, stage_departure(tmp_path, former="gone"):
+            pass
         assert caught.value.code is expected
         with pytest.raises(MeshError) as caught:
             prepare_identity(tmp_path, keep=True)
         assert caught.value.code is expected
     assert finish(tmp_path) is None, "nothing has changed"
-    stage_departure(tmp_path, former="gone")
+    with stage_departure(tmp_path, former="gone"):
+        pass
     assert finish(tmp_path) is not None
 
 
 def test_leaving_takes_everything_of_the_mesh_away_and_keeps_it(tmp_path: Path) -> None:
     old_mesh(tmp_path)
     load_or_make_identity(tmp_path / STAGING)  # left by a join that came to nothing
-    stage_departure(tmp_path, former="gone")
-    with pytest.raises(MeshError) as caught:
-        stage_departure(tmp_path, former="gone")
+    with stage_departure(tmp_path, former="gone"):
+        pass
+    with pytest.raises(MeshError) as caught, stage_departure(tmp_path, former="gone"):
+        pass
     assert caught.value.code is ErrorCode.CONFLICT, "one change at a time"
     mask = os.umask(0o022)
     try:

@@ -77,3 +77,19 @@ def test_a_lost_database_is_refused_and_nothing_is_founded_over_it(house: Agents
     assert "back-up" in error["message"]
     assert (agent.folder / "root.key").read_bytes() == root
     assert not database.exists() or database.stat().st_size == 0
+
+
+def test_a_lost_key_is_refused_and_none_is_made_in_its_place(house: Agents) -> None:
+    (agent,) = house.mesh("a")
+    agent.stop()
+    key = agent.folder / "node.key"
+    held = key.read_bytes()
+    key.unlink()
+    error = agent.refused()
+    assert error["code"] == "storage_failed"
+    assert "back-up" in error["message"]
+    assert not key.exists()
+    key.write_bytes(held)
+    key.chmod(0o600)
+    agent.start()
+    agree([agent])

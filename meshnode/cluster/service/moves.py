@@ -87,9 +87,9 @@ class Moves:
         Returns the folder where the former files will be.
         """
         with self._alone():
-            await self._trust.leave(force=force)
             former = former_name(self._hub.mesh_id, self._wall())
-            stage_departure(self._data_dir, former=former)
+            with stage_departure(self._data_dir, former=former):
+                await self._trust.leave(force=force)
             self._restart()
         return self._data_dir / FORMER / former
 

@@ -37,6 +37,7 @@ FILES: Final = (DATABASE_FILE, f"{DATABASE_FILE}-wal", f"{DATABASE_FILE}-shm", N
 STAGING: Final = "joining"
 FORMER: Final = "former"
 MARKER: Final = "complete"
+MARKER_DRAFT: Final = f"{MARKER}.new"
 CONTACTS: Final = "contacts"  # the machine name under which address hints are kept
 
 
@@ -93,18 +94,24 @@ async def stage_join(
         await MeshStore(database).save(mesh, grant.statements)
         await KeyValue(database).persist([*keys, *contacts])
     with _staged(data_dir):
-        _mark(data_dir, former)
+        _draft_marker(data_dir, former)
+        _set_marker(data_dir)
 
 
-def stage_departure(data_dir: Path, *, former: str) -> None:
+@contextmanager
+def stage_departure(data_dir: Path, *, former: str) -> Iterator[None]:
     """Nothing new is staged: after `finish` the node has no mesh and no identity, and founds afresh at its start.
 
-    Raises MeshError DISK_FULL or STORAGE_FAILED: it can be called again.
+    In the block the others are told. All bytes are on disk before it, so that nobody is told by a node that then has no
+    room to go; they count once it ended well. Raises MeshError DISK_FULL or STORAGE_FAILED: it can be entered again.
     """
     with _staged(data_dir):
         staging = _fresh_staging(data_dir)
         (staging / NODE_KEY_FILE).unlink(missing_ok=True)
-        _mark(data_dir, former)
+        _draft_marker(data_dir, former)
+    yield
+    with _staged(data_dir):
+        _set_marker(data_dir)
 
 
 def finish(data_dir: Path) -> Path | None:
@@ -167,16 +174,19 @@ def _fresh_staging(data_dir: Path) -> Path:
     return staging
 
 
-def _mark(data_dir: Path, former: str) -> None:
+def _draft_marker(data_dir: Path, former: str) -> None:
     staging = data_dir / STAGING
     staged = tuple(name for name in FILES if (staging / name).exists())
     for name in staged:
         make_durable(staging / name)
-    draft = staging / f"{MARKER}.new"
-    with draft.open("wb") as file:
+    with (staging / MARKER_DRAFT).open("wb") as file:
         file.write(msgspec.json.encode(_Marker(former, staged)))
         file.flush()
         os.fsync(file.fileno())
     make_durable(staging)
-    os.replace(draft, staging / MARKER)
+
+
+def _set_marker(data_dir: Path) -> None:
+    staging = data_dir / STAGING
+    os.replace(staging / MARKER_DRAFT, staging / MARKER)
     make_durable(staging)
