@@ -48,11 +48,11 @@ def _nonce_used_twice(patches: Patches) -> None:
 
 
 def _statements_unverified(patches: Patches) -> None:
-    def unverified(self: Any, blob: bytes, *brought: Any) -> Any:
+    def unverified(self: Any, blob: bytes, *brought: Any, **named: Any) -> Any:
         suite = self._suite
         self._suite = _Gullible()
         try:
-            return original(self, blob, *brought)
+            return original(self, blob, *brought, **named)
         finally:
             self._suite = suite
 
