@@ -22,7 +22,7 @@ from meshnode.kernel import logs as logs_module
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.redaction import SecretSet
 from tests.support.api_client import ApiClient, fetch
-from tests.support.api_server import DATA_DIR, TOKEN, running_api
+from tests.support.api_server import DATA_DIR, TOKEN, running_api, until
 from tests.support.open_routes import public_routes, routes_that_answer
 
 NOBODY = 65534
@@ -85,9 +85,7 @@ async def write_blindly() -> list[str]:
         # closing the kernel has acknowledged (after at most 40 ms), from when on nothing of its owner is left.
         subprocess.run(intruder_command(running.port, "close", request), check=True)  # noqa: ASYNC221 -- on purpose
         time.sleep(0.2)  # noqa: ASYNC251 -- on purpose
-        with trio.move_on_after(0.5):
-            while not running.trial.changes:  # noqa: ASYNC110 -- nothing tells of a request that does nothing
-                await trio.sleep(0.01)
+        await until(lambda: bool(running.metrics.as_json().get("meshnode_api_requests_total")), within_s=30.0)
         return running.trial.changes
 
 

@@ -2,7 +2,7 @@
 
 from itertools import combinations, permutations
 from random import Random
-from time import perf_counter
+from time import process_time
 
 import pytest
 from msgspec import structs
@@ -105,10 +105,14 @@ def test_on_a_large_mesh_it_is_never_worse_than_even_shares(count: int, seed: in
 def test_a_thousand_nodes_take_bounded_time() -> None:
     rng = Random(1)
     offers = random_offers(rng, 1000, 2.0, 16.0)
-    began = perf_counter()
-    made(plan(shape(80, 60.0), Wish(), offers, links()))
-    # 0.2 s on a core of its own; the test's machine may be busy with other tests.
-    assert perf_counter() - began < 4.0
+    few = random_offers(Random(1), 100, 2.0, 16.0)
+    # Processor time, not the clock's: the test's machine may be busy with other tests.
+    times = []
+    for asked in (few, offers):
+        began = process_time()
+        made(plan(shape(80, 60.0), Wish(), asked, links()))
+        times.append(process_time() - began)
+    assert times[1] < 10 * times[0], "1.4 times where nothing else runs"
 
 
 def test_it_declines_to_split_what_is_faster_alone() -> None:
