@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from meshnode.llm.model import ReasoningDelta, TextDelta, ToolCallDelta
+from meshnode.llm.templates.harmony import HarmonyParser
 from meshnode.llm.templates.model import Family
 from meshnode.llm.templates.reasoning import ReasoningSplitter, Said
 from meshnode.llm.templates.toolcalls import Piece, ToolCallParser
@@ -20,19 +21,27 @@ class AnswerParser:
         self, family: Family, tool_names: frozenset[str] | None, new_id: Callable[[], str], *, thinking: bool
     ) -> None:
         self._reasoning = ReasoningSplitter(thinking=thinking)
-        self._calls = ToolCallParser(family, tool_names, new_id) if tool_names else None
+        self._calls = ToolCallParser(family, tool_names, new_id) if tool_names and family != "harmony" else None
+        # Thoughts, calls and text are one format there.
+        self._harmony = HarmonyParser(tool_names or frozenset(), new_id) if family == "harmony" else None
 
     @property
     def calls(self) -> int:
         """How many calls were begun."""
+        if self._harmony is not None:
+            return self._harmony.calls
         return self._calls.calls if self._calls is not None else 0
 
     def feed(self, text: str) -> list[AnswerDelta]:
         """What is certain by now."""
+        if self._harmony is not None:
+            return list(self._harmony.feed(text))
         return self._deltas(self._reasoning.feed(text))
 
     def finish(self) -> list[AnswerDelta]:
         """What was held back, now that nothing more comes."""
+        if self._harmony is not None:
+            return list(self._harmony.finish())
         deltas = self._deltas(self._reasoning.finish())
         return deltas + [_delta(piece) for piece in self._calls.finish()] if self._calls is not None else deltas
 

@@ -8,9 +8,11 @@ template knows none; neighbours of one role become one when the template insists
 import hashlib
 import json
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import jinja2
+import msgspec
 
 from meshnode.llm.model import Message, ToolCall
 from meshnode.llm.templates.capabilities import Capabilities, probed
@@ -77,7 +79,7 @@ class Composer:
             while made.startswith(source.bos):
                 made = made.removeprefix(source.bos)
                 quoted = _moved(quoted, len(source.bos))
-        family = ready.family if ready.can.tools else FAMILY_DEFAULT
+        family = ready.family if ready.can.tools or ready.family == "harmony" else FAMILY_DEFAULT
         thinking = request.add_generation_prompt and made.rstrip().endswith(_THOUGHT_OPENS)
         return RenderedPrompt(
             text=made, add_bos=source.adds_bos, family=family, thinking=thinking, stops=stops, quoted=quoted
@@ -137,7 +139,10 @@ def _as_dicts(request: RenderRequest, ready: _Ready) -> list[dict[str, Any]]:
         system.append(tool_section(request.tools))
     names = {call.id: call.name for message in request.messages for call in message.tool_calls}
     short_ids = ready.family.startswith("mistral")
-    turns = [_turn(m, can, names, short_ids) for m in request.messages if m.role not in ("system", "developer")]
+    said_by = _one_call_each(request.messages) if ready.family == "harmony" else request.messages
+    turns = [_turn(m, can, names, short_ids) for m in said_by if m.role not in ("system", "developer")]
+    if ready.family == "harmony":
+        turns = [_with_thinking(turn) for turn in turns]
     said = "\n\n".join(part for part in system if part)
     if not said:
         return turns
@@ -177,6 +182,36 @@ def _call(call: ToolCall, can: Capabilities, short_ids: bool) -> dict[str, Any]:
             arguments = {"arguments": call.arguments}
     call_id = _short_id(call.id) if short_ids else call.id
     return {"id": call_id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _one_call_each(messages: Sequence[Message]) -> list[Message]:
+    """Each call with its result behind it.
+
+    gpt-oss's template writes the first call of a message only, and takes a result for that of the last call before it.
+    """
+    results = {m.tool_call_id: m for m in messages if m.role == "tool" and m.tool_call_id}
+    split: list[Message] = []
+    moved: set[str] = set()
+    for message in messages:
+        if len(message.tool_calls) < 2:
+            if message.role != "tool" or message.tool_call_id not in moved:
+                split.append(message)
+            continue
+        for number, call in enumerate(message.tool_calls):
+            own = {"tool_calls": (call,)} if number == 0 else {"tool_calls": (call,), "content": "", "reasoning": None}
+            split.append(msgspec.structs.replace(message, **own))
+            if call.id in results:
+                split.append(results[call.id])
+                moved.add(call.id)
+    return split
+
+
+def _with_thinking(turn: dict[str, Any]) -> dict[str, Any]:
+    """What was thought and said before a call is one thing there, under a name of its own."""
+    if "tool_calls" not in turn:
+        return turn
+    thinking = "\n\n".join(part for part in (turn.get("reasoning_content", ""), turn["content"]) if part)
+    return {**turn, "content": "", "thinking": thinking}
 
 
 def _short_id(call_id: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from meshnode.llm.model import Tool, ToolCall
+from meshnode.llm.templates.harmony import CHANNEL, FUNCTIONS, MESSAGE
 from meshnode.llm.templates.model import Family
 from meshnode.llm.templates.schema import Rules, literal
 
@@ -20,6 +21,8 @@ ARGUMENT_KEYS: Final = ("arguments", "parameters")
 
 def family_of(template: str) -> Family:
     """The family that a template belongs to, by the marks in its text. Without any: Hermes, which we then explain."""
+    if CHANNEL in template:
+        return "harmony"
     if MISTRAL_OPENS in template:
         return "mistral_args" if MISTRAL_ARGUMENTS in template else "mistral"
     if CALL_OPENS in template:
@@ -73,6 +76,8 @@ def calls_rule(rules: Rules, family: Family, tools: Sequence[Tool], *, parallel:
             )
         case "mistral_args":
             return f'("{MISTRAL_OPENS}" {one})+' if parallel else f'"{MISTRAL_OPENS}" {one}'
+        case "harmony":
+            return one  # the call ends the turn: several come one after the other, with their results between
 
 
 def _call(rules: Rules, family: Family, tool: Tool) -> str:
@@ -80,6 +85,9 @@ def _call(rules: Rules, family: Family, tool: Tool) -> str:
     arguments = rules.fresh("arguments", rules.body(schema, strict=tool.strict))
     if family == "mistral_args":
         return f"{literal(tool.name + MISTRAL_ARGUMENTS)} {arguments}"
+    if family == "harmony":
+        header = f"{CHANNEL}commentary to={FUNCTIONS}{tool.name} <|constrain|>json{MESSAGE}"
+        return f"{literal(header)} {arguments}"
     key = "parameters" if family == "llama3" else "arguments"
     head = f'{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "{key}": '
     return f'{literal(head)} {arguments} "}}"'

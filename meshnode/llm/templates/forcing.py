@@ -6,17 +6,23 @@ character on.
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.llm.model import AnswerFormat, Tool, ToolChoice
 from meshnode.llm.templates.families import calls_rule
+from meshnode.llm.templates.harmony import CHANNEL, END, FINAL, MESSAGE, START
 from meshnode.llm.templates.model import TOOLS_MAX, Family
-from meshnode.llm.templates.schema import GRAMMAR_CHARS_MAX, Rules
+from meshnode.llm.templates.schema import GRAMMAR_CHARS_MAX, Rules, literal
 
 # Everything but `</think>`, then `</think>`: one character at a time, since a grammar knows no "not this word".
 _THOUGHT = (
     '([^<] | "<" [^/] | "</" [^t] | "</t" [^h] | "</th" [^i] | "</thi" [^n] | "</thin" [^k] | "</think" [^>])* '
     '"</think>" "\\n"{0,2}'
+)
+# Nothing of a thought may look like the beginning of a mark; `<|end|>` ends it.
+_HARMONY_THOUGHT: Final = (
+    f'{literal(f"{CHANNEL}analysis{MESSAGE}")} ([^<] | "<"+ [^|<])* "<"* {literal(f"{END}{START}assistant")}'
 )
 
 
@@ -60,12 +66,13 @@ def grammar_for(
     rules = Rules(strict=True)
     rules.define("root", "")
     options = []
+    head = f"{literal(FINAL)} " if family == "harmony" else ""
     if not must_call and answer_format.kind == "json_object":
-        options.append(rules.basic("object"))
+        options.append(head + rules.basic("object"))
     if not must_call and answer_format.kind == "json_schema":
         if answer_format.schema is None:
             raise MeshError(ErrorCode.BAD_REQUEST, "response_format json_schema comes without a schema.")
-        options.append(rules.body(answer_format.schema))
+        options.append(f"{head}({rules.body(answer_format.schema)})" if head else rules.body(answer_format.schema))
     if callable_tools and (must_call or options):
         options.append(
             calls_rule(rules, family, callable_tools, parallel=tool_choice.parallel and not tool_choice.name)
@@ -73,7 +80,8 @@ def grammar_for(
     if not options:
         return None
     body = " | ".join(options)
-    rules.replace("root", f"{_THOUGHT} ({body})" if thinking else body)
+    thought = _THOUGHT if thinking else f"({_HARMONY_THOUGHT})?" if family == "harmony" else ""
+    rules.replace("root", f"{thought} ({body})" if thought else body)
     return rules.text()
 
 

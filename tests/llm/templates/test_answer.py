@@ -90,6 +90,23 @@ CASES = {
         ("get_weather", '{"city": "Rome"}')]),
         ("[TOOL_CALLS]rm[ARGS]{}", "[TOOL_CALLS]rm[ARGS]{}", "", []),
     ],
+    "harmony": [
+        ("<|channel|>final<|message|>Hello.", "Hello.", "", []),
+        ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>", "Yes.",
+        "Hm.", []),
+        ('<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1}<|call|>', "", "", [ADD]),
+        ('<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>I add.<|end|>'
+        '<|start|>assistant<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1}', "I add.",
+        "Hm.", [ADD]),
+        (' to=functions.add<|channel|>commentary json<|message|>{"a": 1}<|call|>', "", "", [ADD]),
+        ("<|channel|>commentary to=functions.add<|message|><|call|>", "", "", [("add", "{}")]),
+        ("<|channel|>commentary to=functions.rm<|message|>{}<|call|>",
+        "<|channel|>commentary to=functions.rm<|message|>{}", "", []),
+        ("<|channel|>analysis<|message|>a<|end|><|channel|>analysis<|message|>b < c", "", "a\n\nb < c", []),
+        ("Straight to the answer.", "Straight to the answer.", "", []),
+        ("to be <|x", "to be <|x", "", []),
+        ("<|channel|>fin", "", "", []),
+    ],
 }  # fmt: skip
 TABLE = [(family, *case) for family, cases in CASES.items() for case in cases]
 
@@ -129,6 +146,7 @@ def test_a_prompt_that_opened_the_thought():
 
 _FRAGMENTS = st.sampled_from(
     ["<tool_call>", "</tool_call>", "<think>", "</think>", "[TOOL_CALLS]", "[ARGS]", "[", "]", "<|python_tag|>", "{",
+     "<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|call|>", "analysis", "to=functions.add", "final",
     "}", '"name"', ": ", ":",
      '"add"', '"rm"', "add", '"arguments"', '"parameters"', '{"a": 1}', '{"name": "add", "arguments": {"b": "c"}}',
      ", ", "; ", " ", "\n", "text",
@@ -137,7 +155,7 @@ _FRAGMENTS = st.sampled_from(
 
 
 @given(
-    st.sampled_from(["hermes", "llama3", "mistral", "mistral_args"]),
+    st.sampled_from(sorted(CASES)),
     st.lists(_FRAGMENTS, max_size=14).map("".join),
     st.lists(st.integers(0, 200), max_size=10),
     st.booleans(),

@@ -36,6 +36,17 @@ MISTRAL = (
     "{% elif m.role == 'tool' %}[TOOL_RESULTS]{{ m.content }} {{ m.tool_call_id }}[/TOOL_RESULTS]{% else %}"
     "[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"
 )
+# As gpt-oss's own: one call of a message is written, a result belongs to the last call, a thought has its own name.
+HARMONY = (
+    "{% set last = namespace(name='') %}{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
+    "{% if m.tool_calls %}{% if m.content and m.thinking %}{{ raise_exception('not both') }}{% endif %}"
+    "{% if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
+    "{% set call = m.tool_calls[0].function %}{% set last.name = call.name %}"
+    "<|start|>assistant to=functions.{{ call.name }}<|channel|>commentary json<|message|>{{ call.arguments | tojson }}"
+    "<|call|>{% elif m.role == 'tool' %}<|start|>functions.{{ last.name }} to=assistant<|channel|>commentary<|message|>"
+    "{{ m.content | tojson }}<|end|>{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
 ADD = Tool(name="add", description="Adds", parameters={"type": "object", "properties": {"a": {"type": "integer"}}})
 SYSTEM, USER, ANSWER = (
     Message(role=role, content=text) for role, text in (("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"))
@@ -196,3 +207,20 @@ def test_a_template_that_fails_is_refused(template):
     made = compose(template, [USER])
     assert isinstance(made, Refusal)
     assert not made.hostile
+
+
+def test_harmony_gets_each_call_with_its_result_and_thoughts_by_their_name():
+    calls = tuple(ToolCall(id=f"c{n}", name=name, arguments=f'{{"a": {n}}}') for n, name in enumerate(("add", "sub")))
+    asked = Message(role="assistant", content="Let me see.", reasoning="Two sums.", tool_calls=calls)
+    results = [Message(role="tool", content=f"result {n}", tool_call_id=f"c{n}") for n in (1, 0)]
+    made = compose(HARMONY, [USER, asked, *results, USER], [ADD])
+    assert made.family == "harmony"
+    said = made.text.partition("Hi<|end|>")[2]
+    assert said == (
+        "<|start|>assistant<|channel|>analysis<|message|>Two sums.\n\nLet me see.<|end|>"
+        '<|start|>assistant to=functions.add<|channel|>commentary json<|message|>{"a": 0}<|call|>'
+        '<|start|>functions.add to=assistant<|channel|>commentary<|message|>"result 0"<|end|>'
+        '<|start|>assistant to=functions.sub<|channel|>commentary json<|message|>{"a": 1}<|call|>'
+        '<|start|>functions.sub to=assistant<|channel|>commentary<|message|>"result 1"<|end|>'
+        "<|start|>user<|message|>Hi<|end|><|start|>assistant"
+    )

@@ -111,3 +111,21 @@ def test_what_does_not_go_together_is_refused(tools, choice, form, words):
         grammar_for("hermes", tools, choice, form)
     assert refused.value.code is ErrorCode.BAD_REQUEST
     assert words in refused.value.message
+
+
+THOUGHT = "<|channel|>analysis<|message|>Is 1 < 2? <<Yes|<|end|><|start|>assistant"
+HARMONY_CALL = '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1}'
+
+
+@pytest.mark.parametrize("thought", ["", THOUGHT])
+def test_harmony_thinks_first_and_names_its_channel(thought):
+    forced = Grammar(grammar_for("harmony", [ADD, PING], REQUIRED, TEXT))
+    assert forced.accepts(thought + HARMONY_CALL)
+    assert not forced.accepts(thought + HARMONY_CALL.replace('"a": 1', '"b": 1'))
+    assert not forced.accepts(thought + "<|channel|>final<|message|>No.")
+    either = Grammar(grammar_for("harmony", [ADD], ToolChoice(), SCHEMA))
+    assert either.accepts(thought + HARMONY_CALL)
+    assert either.accepts(thought + '<|channel|>final<|message|>{"ok": true}')
+    assert not either.accepts(thought + '<|channel|>final<|message|>{"ok": 1}')
+    assert not either.accepts(thought + '{"ok": true}')
+    assert grammar_for("harmony", [ADD], ToolChoice(), TEXT) is None
