@@ -330,7 +330,7 @@ class Pulls:
         def tell() -> None:
             nonlocal last, speed
             done = sum(answer.done for answer in told.values())
-            total = sum(told[one].total if one in told else _estimate(manifest, one) for one in targets)
+            total = sum(_size(told.get(one), manifest, one) for one in targets)
             now = trio.current_time()
             if now - last[0] >= POLL_S:
                 measured = max(0.0, (done - last[1]) / (now - last[0]))
@@ -346,8 +346,7 @@ class Pulls:
                 async with aclosing(self._wanting(manifest, target)) as answers:
                     async for answer in answers:
                         if answer.finished:
-                            # A node that had little to do may be through before it has said how much it is.
-                            size = (told[target].total if target in told else 0) or _estimate(manifest, target)
+                            size = _size(told.get(target), manifest, target)
                             answer = WantAnswer(size, size, "here", True)
                         told[target] = answer
                         tell()
@@ -369,7 +368,7 @@ class Pulls:
         for target in sorted(targets, key=lambda target: target[1]):
             node, first, last = target
             answer = told.get(target)
-            total = (0 if answer is None else answer.total) or _estimate(manifest, target)
+            total = _size(answer, manifest, target)
             done = 0 if answer is None else min(answer.done, total)
             name = self._name_of(node)
             parts.append(PullPart(node_id=node, node_name=name, first=first, last=last, completed=done, total=total))
@@ -417,6 +416,11 @@ class Pulls:
 def _error_of(code: str, message: str, retryable: bool) -> MeshError:
     known = code in ErrorCode.__members__.values()
     return MeshError(ErrorCode(code) if known else ErrorCode.INTERNAL, message, retryable=retryable)
+
+
+def _size(answer: WantAnswer | None, manifest: Manifest, target: Target) -> int:
+    """Bytes that a node says its layers take; while it waits and does not know yet, what they are expected to take."""
+    return (0 if answer is None else answer.total) or _estimate(manifest, target)
 
 
 def _estimate(manifest: Manifest, target: Target) -> int:

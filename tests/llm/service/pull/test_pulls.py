@@ -238,6 +238,7 @@ async def test_progress_is_told_for_each_node_that_takes_part(tmp_path: Path) ->
         last = told[-1]
         assert last.status == "success"
         assert [(part.first, part.last) for part in last.parts] == [(0, 4), (4, 8)]
+        assert all(one.total == sum(part.total for part in one.parts) for one in told[:-1]), "while nodes wait, too"
         assert [part.node_name for part in last.parts] == [f"node {a.id[:4]}", f"node {b.id[:4]}"]
         assert all(part.completed == part.total > 0 for part in last.parts)
         for before, after in pairwise(told):
