@@ -42,6 +42,7 @@ from meshnode.api.routing import (
     Reply,
     Route,
     Router,
+    Work,
 )
 from meshnode.api.sse import EventStream, OpenStreams, StreamPump
 from meshnode.kernel.errors import ErrorCode, MeshError
@@ -185,7 +186,10 @@ class ApiApplication:
             await route.asgi(exchange.scope, receive, self._page_send(exchange))
             return
         request = await self._decoded(exchange, route, admission, receive)
-        result = await self._handled(route, request, receive)
+        assert route.handler is not None
+        result = await route.handler(request)
+        if isinstance(result, Work):
+            result = await self._worked(result, receive)
         match result:
             case EventStream():
                 await self._answer_stream(exchange, result, receive)
@@ -205,11 +209,8 @@ class ApiApplication:
             case _:
                 await self._send_json(exchange, route.status, result, ())
 
-    async def _handled(self, route: Route, request: ApiRequest[Any, Any], receive: AsgiReceive) -> Any:
-        """What the handler answers. Raises ClientGoneError when the client left and the route cares."""
-        assert route.handler is not None
-        if not route.until_client_leaves:
-            return await route.handler(request)
+    async def _worked(self, work: Work, receive: AsgiReceive) -> Any:
+        """What the work comes to. Raises ClientGoneError when the client left before."""
         result: Any = None
         gone = False
 
@@ -222,7 +223,7 @@ class ApiApplication:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch)
-            result = await route.handler(request)
+            result = await work.answer()
             nursery.cancel_scope.cancel()
         if gone and result is None:
             raise ClientGoneError
@@ -287,19 +288,22 @@ class ApiApplication:
         pump = StreamPump(stream, self._streams, self._limits, self.as_mesh_error)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pump.produce)
-            if not await pump.begun() and pump.failure is not None:
-                raise pump.failure
+            # What can be done before the first piece is there would delay it afterwards.
             nursery.start_soon(_cancel_when_gone, receive, nursery.cancel_scope)
             extra = [
                 (b"content-type", stream.media_type.encode("ascii")),
                 (b"x-accel-buffering", b"no"),
                 *text_headers(stream.headers),
             ]
+            if not await pump.begun() and pump.failure is not None:
+                raise pump.failure
             await self._start(exchange, 200, extra)
             while piece := await pump.next_piece():
                 await self._send_part(exchange, piece, more=True)
             await self._send_part(exchange, b"", more=False)
             nursery.cancel_scope.cancel()
+        if not exchange.status:
+            raise ClientGoneError
 
     async def _answer_bytes(self, exchange: Exchange, stream: ByteStream) -> None:
         extra = [(b"content-type", stream.media_type.encode("ascii")), *text_headers(stream.headers)]

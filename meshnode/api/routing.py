@@ -90,6 +90,13 @@ class ByteStream:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """An answer that takes its time and is of use to nobody else: `answer` is cancelled when the client leaves."""
+
+    answer: Callable[[], Awaitable[Any]]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Route:
     """One method on one path. `path` has `{name}` for one segment and, at its end only, `{name...}` for the rest."""
@@ -120,8 +127,6 @@ class Route:
     body_bytes_max: int | None = None
     streams: bool = False
     """Answers with an event stream, and so counts as a stream rather than as a request in flight."""
-    until_client_leaves: bool = False
-    """The handler is cancelled when the client closes the connection: for work that is of use to nobody else."""
     paginated: bool = False
     mesh_wide: bool = False
     allow_unknown: bool = False

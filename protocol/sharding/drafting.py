@@ -21,21 +21,17 @@ class Drafter:
 
     def __init__(self, guesses_max: int, tokens: Sequence[int] = ()) -> None:
         self._guesses_max = guesses_max
-        self._tokens: list[int] = []
+        self._tokens = list(tokens)
+        self._indexed = 0
         # Where the tokens after each gram begin; the end of the text itself is not yet in it.
         self._after: dict[tuple[int, ...], deque[int]] = {}
         self._guesses = min(GUESSES_START, guesses_max)
         self._rest = 0
         self._rest_next = 1
-        self.extend(tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """The text went on with these."""
-        for token in tokens:
-            end = len(self._tokens)
-            if end >= GRAM:
-                self._after.setdefault(tuple(self._tokens[-GRAM:]), deque(maxlen=PLACES_MAX)).append(end)
-            self._tokens.append(token)
+        self._tokens += tokens
 
     def draft(self, room: int) -> tuple[int, ...]:
         """Up to `room` guesses for what comes next; often none. A step without guesses shortens a rest."""
@@ -45,9 +41,17 @@ class Drafter:
         count = min(self._guesses, room)
         if count <= 0:
             return ()
+        self._index()
         places = self._after.get(tuple(self._tokens[-GRAM:]), ())
         begin = max(places, key=lambda place: (self._agreeing(place), place), default=None)
         return () if begin is None else tuple(self._tokens[begin : begin + count])
+
+    def _index(self) -> None:
+        """Not before it is needed: a prompt's first step comes sooner, and where nobody guesses nobody pays."""
+        tokens = self._tokens
+        for end in range(max(GRAM, self._indexed), len(tokens)):
+            self._after.setdefault(tuple(tokens[end - GRAM : end]), deque(maxlen=PLACES_MAX)).append(end)
+        self._indexed = len(tokens)
 
     def _agreeing(self, place: int) -> int:
         """How many words before a place are those that the text ends with."""

@@ -181,12 +181,15 @@ async def test_frames_are_gathered_for_the_flush_time() -> None:
     assert len(pieces) < 15
 
 
-async def test_a_source_is_closed_when_its_reader_leaves() -> None:
-    closed = trio.Event()
+@pytest.mark.parametrize("begun", [True, False])
+async def test_a_source_is_closed_when_its_reader_leaves(begun: bool) -> None:
+    asked, closed = trio.Event(), trio.Event()
 
     async def source() -> AsyncGenerator[bytes, None]:
         try:
-            yield frame("first", {})
+            asked.set()
+            if begun:
+                yield frame("first", {})
             await trio.sleep_forever()
         finally:
             closed.set()
@@ -194,7 +197,9 @@ async def test_a_source_is_closed_when_its_reader_leaves() -> None:
     async with running_api(mounts=[_stream_route(source())]) as running:
         async with ApiClient(running.port) as client:
             await client.send("GET", "/api/trial")
-            await client.receive_head()
+            await asked.wait()
+            if begun:
+                await client.receive_head()
         with trio.fail_after(2):
             await closed.wait()
         await until(lambda: running.api.streams.count == 0)

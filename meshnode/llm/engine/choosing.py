@@ -70,8 +70,13 @@ class Chooser:
             raise GrammarRefused(f"A logit bias is for a token outside the vocabulary of {vocabulary.size}.")
         if sampling.grammar is not None:
             self._grammar = compile_grammar(vocabulary, to_gbnf(sampling.grammar))
-        self._is_plain = sampling.is_greedy and not sampling.has_penalties and not bias
-        if not self._is_plain or self._grammar is not None:
+        self._biased: npt.NDArray[np.int64] | None = None
+        if sampling.is_greedy and not sampling.has_penalties and self._grammar is None:
+            # The largest logit: building the sampler for it would delay the first token.
+            if bias:
+                self._biased = np.fromiter(bias, np.int64, len(bias))
+                self._bias = np.fromiter(bias.values(), np.float32, len(bias))
+        else:
             self._build_chain(bias)
             self._ids = np.arange(vocabulary.size, dtype=np.int32)
             self._candidates = np.zeros(vocabulary.size, _CANDIDATE)
@@ -128,6 +133,9 @@ class Chooser:
         Raises GrammarRefused when no token is possible.
         """
         if self._chain is None:
+            if self._biased is not None:
+                logits = logits.copy()
+                logits[self._biased] += self._bias
             return int(logits.argmax())
         if not self._sampling.is_greedy:
             self._draw_with(seed_of(self._sampling.seed, index))

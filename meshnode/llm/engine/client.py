@@ -135,17 +135,23 @@ class Engine:
 
         A cancelled send may have written half a frame: cancel only together with the engine.
         """
-        async with self._sending:
+        try:
+            # A lock that is free would cost a turn of the scheduler, and there is one frame a token and stage.
+            self._sending.acquire_nowait()
+        except trio.WouldBlock:
+            await self._sending.acquire()
+        try:
             if self.ended is not None:
                 raise self._gone()
-            try:
-                for part in parts:
-                    view = memoryview(part)
-                    while view:
-                        view = view[await self._data.send(view) :]
-            except (OSError, trio.ClosedResourceError) as error:
-                # Its end is noticed by its exit status; this only comes sooner.
-                raise self._gone() from error
+            for part in parts:
+                view = memoryview(part)
+                while view:
+                    view = view[await self._data.send(view) :]
+        except (OSError, trio.ClosedResourceError) as error:
+            # Its end is noticed by its exit status; this only comes sooner.
+            raise self._gone() from error
+        finally:
+            self._sending.release()
 
     async def receive(self) -> Outgoing | Ended:
         """The next thing the engine sends, in order; at last, and from then on, how it ended."""

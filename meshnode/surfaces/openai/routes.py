@@ -3,12 +3,13 @@
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 import trio
 
-from meshnode.api.routing import ApiRequest, Content, Mount, Route
+from meshnode.api.routing import ApiRequest, Content, Mount, Route, Work
 from meshnode.api.sse import EventStream, frame
 from meshnode.kernel.errors import ErrorCode, MeshError, http_status
 from meshnode.llm.model import (
@@ -39,6 +40,7 @@ HOPS_DIGITS_MAX: Final = 3
 
 Request = ApiRequest[Any, Any]
 _Asked = TypeVar("_Asked", GenerationRequest, EmbeddingRequest)
+_Answer = chat.ChatAnswer | completions.CompletionAnswer
 
 
 class Llm(Protocol):
@@ -64,7 +66,7 @@ class OpenAiRoutes:
         self._llm = llm
         self._wall = wall
 
-    async def chat(self, request: Request) -> Content | EventStream:
+    async def chat(self, request: Request) -> EventStream | Work:
         body: ChatRequest = request.body
         asked = _sent_on(chat.requests_of(body), request)
         answer_id, created = f"chatcmpl-{request.request_id}", int(self._wall())
@@ -74,12 +76,9 @@ class OpenAiRoutes:
             source = self._chunks(asked, chunks.chunks, chunks.last)
             return EventStream(source, flush_s=FLUSH_S, failure_frame=_failed)
         answer = chat.ChatAnswer(answer_id, created, body.model, len(asked))
-        async with self._events(asked) as events:
-            async for choice, event in events:
-                answer.add(choice, event)
-        return _json(answer.body())
+        return Work(partial(self._whole, asked, answer))
 
-    async def completions(self, request: Request) -> Content | EventStream:
+    async def completions(self, request: Request) -> EventStream | Work:
         body: CompletionRequest = request.body
         asked = _sent_on(completions.requests_of(body), request)
         answer_id, created, each = f"cmpl-{request.request_id}", int(self._wall()), body.n or 1
@@ -91,12 +90,9 @@ class OpenAiRoutes:
             source = self._chunks(asked, chunks.chunks, chunks.last)
             return EventStream(source, flush_s=FLUSH_S, failure_frame=_failed)
         answer = completions.CompletionAnswer(answer_id, created, body.model, choices=len(asked), choices_each=each)
-        async with self._events(asked) as events:
-            async for choice, event in events:
-                answer.add(choice, event)
-        return _json(answer.body())
+        return Work(partial(self._whole, asked, answer))
 
-    async def responses(self, request: Request) -> Content | EventStream:
+    async def responses(self, request: Request) -> EventStream | Work:
         body: ResponsesRequest = request.body
         [asked] = _sent_on([response_request_of(body)], request)
         fold = ResponseFold(body, f"resp_{request.request_id}", self._wall())
@@ -106,17 +102,24 @@ class OpenAiRoutes:
                 return _named(fold.fail(openai_error_body(error, http_status(error.code), "")))
 
             return EventStream(self._response_events(asked, fold), flush_s=FLUSH_S, failure_frame=failed)
-        async with aclosing(self._llm.generate(asked)) as events:
-            async for event in events:
-                for _ in fold.add(event):
-                    pass
-        return _json(fold.body())
 
-    async def embeddings(self, request: Request) -> Content:
+        async def whole() -> Content:
+            async with aclosing(self._llm.generate(asked)) as events:
+                async for event in events:
+                    for _ in fold.add(event):
+                        pass
+            return _json(fold.body())
+
+        return Work(whole)
+
+    async def embeddings(self, request: Request) -> Work:
         body: EmbeddingsRequest = request.body
         [asked] = _sent_on([embeddings.request_of(body)], request)
-        embedded = await self._llm.embed(asked)
-        return _json(embeddings.body_of(embedded, body.encoding_format))
+
+        async def whole() -> Content:
+            return _json(embeddings.body_of(await self._llm.embed(asked), body.encoding_format))
+
+        return Work(whole)
 
     async def models(self, request: Request) -> Content:
         # Two meshes that offered each other what they get from elsewhere would never come to an end.
@@ -130,6 +133,12 @@ class OpenAiRoutes:
             if wanted == card.name or wanted in card.aliases:
                 return _json(_model(card))
         raise MeshError(ErrorCode.NOT_FOUND, f"There is no model {wanted!r} here. `meshnode models` lists them.")
+
+    async def _whole(self, asked: Sequence[GenerationRequest], answer: _Answer) -> Content:
+        async with self._events(asked) as events:
+            async for choice, event in events:
+                answer.add(choice, event)
+        return _json(answer.body())
 
     # ---- streams ----------------------------------------------------------------------------------------------------
 
@@ -186,7 +195,7 @@ class OpenAiRoutes:
 
     def routes(self) -> list[Route]:
         """All of them."""
-        big: Mapping[str, Any] = {"body_bytes_max": BODY_BYTES_MAX, "until_client_leaves": True, "tag": TAG}
+        big: Mapping[str, Any] = {"body_bytes_max": BODY_BYTES_MAX, "tag": TAG}
         failures = (ErrorCode.NOT_FOUND, ErrorCode.UNAVAILABLE, ErrorCode.TOO_LARGE)
         return [
             Route(
