@@ -13,6 +13,8 @@ from meshnode.kernel.ports import port_taken
 
 backlog_max: Final = 512
 _free_port_tries: Final = 16
+_REACHED_S: Final = 2.0  # it takes 0.1 ms, or never comes to anything
+_UNREACHABLE: Final = frozenset({errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EHOSTUNREACH})
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,12 @@ def _listen_ipv6(port: int) -> socket.socket | None:
         raise
 
 
+def _try(listening: socket.socket) -> None:
+    """An interface that is down keeps its address, which can then be listened on and not be reached. Raises OSError."""
+    with socket.create_connection(listening.getsockname(), timeout=_REACHED_S):
+        listening.accept()[0].close()
+
+
 def _listen(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -71,6 +79,8 @@ def _listen(family: socket.AddressFamily, host: str, port: int) -> socket.socket
             listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listening.bind((host, port))
         listening.listen(backlog_max)
+        if family == socket.AF_INET:
+            _try(listening)
         listening.setblocking(False)
     except OSError as error:
         listening.close()
@@ -81,11 +91,11 @@ def _listen(family: socket.AddressFamily, host: str, port: int) -> socket.socket
                 ErrorCode.PORT_IN_USE,
                 f"Port {port} may not be opened by this user. Choose one above 1023 with --api-port.",
             ) from error
-        if family == socket.AF_INET and error.errno == errno.EADDRNOTAVAIL:
+        if family == socket.AF_INET and (isinstance(error, TimeoutError) or error.errno in _UNREACHABLE):
             raise MeshError(
                 ErrorCode.UNAVAILABLE,
-                f"This machine has no address {host}, and the local API listens nowhere else. Give it back to the "
-                f"loopback interface: `sudo ip link set lo up; sudo ip addr add {host}/8 dev lo`.",
+                f"Nobody can reach {host} on this machine, and the local API listens nowhere else. Give it back to the "
+                f"loopback interface: `sudo ip link set lo up; sudo ip addr replace {host}/8 dev lo`.",
                 retryable=True,
             ) from error
         raise

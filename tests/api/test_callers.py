@@ -244,13 +244,14 @@ def test_a_machine_without_ipv6_is_served_on_ipv4(monkeypatch: pytest.MonkeyPatc
     sys.platform != "linux" or os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("ip") is None,
     reason="needs root on Linux, unshare and ip",
 )
-def test_a_machine_without_the_loopback_address_is_told_what_to_do() -> None:
-    """In a network namespace of its own, whose loopback interface has lost 127.0.0.1."""
+@pytest.mark.parametrize("harm", ["ip -4 addr flush dev lo", "ip link set lo down"])
+def test_a_machine_without_loopback_is_told_what_to_do(harm: str) -> None:
+    """In a network namespace of its own, whose loopback interface has lost 127.0.0.1, or is down."""
     attempt = "from meshnode.api.sockets import bind_loopback; bind_loopback(0)"
-    steps = f"ip link set lo up && ip -4 addr flush dev lo && exec {sys.executable} -c '{attempt}'"
+    steps = f"ip link set lo up && {harm} && exec {sys.executable} -c '{attempt}'"
     ran = subprocess.run(["unshare", "--net", "sh", "-c", steps], capture_output=True, text=True, check=False)
     assert "MeshError" in ran.stderr
-    assert "ip addr add 127.0.0.1/8 dev lo" in ran.stderr
+    assert "ip addr replace 127.0.0.1/8 dev lo" in ran.stderr
 
 
 def test_only_loopback_is_bound() -> None:
