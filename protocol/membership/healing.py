@@ -25,6 +25,7 @@ COMPARED_RECENTLY_S = 60.0  # whoever was compared with in this time lets others
 REPLY_STATEMENTS_MAX = 4000  # in answer to one offer ...
 STATEMENTS_PER_REPLY = 256  # ... and in one frame of it: with the longest statements, and all wishes, well below 1 MiB
 REPORT_LIFETIME_S = 3.0
+REPORT_LAG_S = 5.0  # a report that arrives so soon after a death may have been made before it
 REPORTS_MAX = 64
 REPORT_ROSTER_MAX = (limits.STATEMENT_BYTES_MAX - 128) * 8  # a bit a member; beyond, no report fits a statement
 PROOF_BYTES_MAX = limits.DATAGRAM_BODY_BYTES_MAX - 40
@@ -233,8 +234,19 @@ class Healing:
                 reached[level] |= reached[level - 1] & bits
             reached[0] |= bits
         for member in members_in(reached[-1] & ~mine, s.roster):
-            if member in s.view.down:
+            if member in s.view.down and self._is_seen_since(member, s.view.down[member].since):
                 self.revive(member)
+
+    def _is_seen_since(self, member: NodeId, since: float) -> bool:
+        """Whether enough witnesses call it up who must have known of this death.
+
+        While many come and go, reports are always on their way, and those made before a death call the dead up.
+        """
+        index = self._s.roster.index(member)
+        if index is None:
+            return False
+        later = (bits for at, bits in self._reports.values() if at >= since + REPORT_LAG_S)
+        return sum(bits >> index & 1 for bits in later) >= self._s.params.witnesses_max
 
     def revive(self, member: NodeId) -> None:
         """Up again in the incarnation it was thought dead in."""

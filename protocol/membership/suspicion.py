@@ -14,6 +14,7 @@ from protocol.wire.statements import Stated
 
 ACCUSATION_LIFETIME_S = 5.0
 CONSUMED_MAX = 4096
+CONSUMED_S = 30.0  # who was overruled by mistake is accused anew by then: nobody else would ever look for it
 
 
 class _Suspicion:
@@ -31,8 +32,8 @@ class Suspicions:
     def __init__(self, state: State) -> None:
         self._s = state
         self._suspicions: dict[NodeId, _Suspicion] = {}
-        # Accusations that a mass resurrection overruled: they must not kill again. target -> {(accuser, number)}
-        self._consumed: dict[NodeId, frozenset[tuple[NodeId, int]]] = {}
+        # Accusations that a mass resurrection overruled: they must not kill again. target -> until, {(accuser, number)}
+        self._consumed: dict[NodeId, tuple[float, frozenset[tuple[NodeId, int]]]] = {}
         self.probing: Probing = Probing(state, self.accuse)
 
     def suspects(self) -> list[NodeId]:
@@ -72,7 +73,8 @@ class Suspicions:
         if stated.signer == target or stated.signer not in s.view.up:
             # Witnesses are nodes that this one is in touch with: k is counted among those.
             return False
-        if (stated.signer, body.number) in self._consumed.get(target, ()):
+        until, consumed = self._consumed.get(target, (0.0, frozenset()))
+        if s.now < until and (stated.signer, body.number) in consumed:
             # Somebody still believes what witnesses overruled here. Only the accused can settle it: by refuting.
             s.send(target, Gossip([stated.blob]))
             return False
@@ -168,9 +170,8 @@ class Suspicions:
         """Witnesses say that the dead one is up: these accusations are used up."""
         if len(self._consumed) >= CONSUMED_MAX:
             del self._consumed[next(iter(self._consumed))]
-        self._consumed[target] = frozenset(
-            (stated.signer, stated.body.number) for stated in proof if isinstance(stated.body, Accusation)
-        )
+        numbers = ((stated.signer, stated.body.number) for stated in proof if isinstance(stated.body, Accusation))
+        self._consumed[target] = (self._s.now + CONSUMED_S, frozenset(numbers))
 
     def restart(self) -> None:
         """This node did not run for a while: withdraw its own accusations, and give everyone accused time anew."""

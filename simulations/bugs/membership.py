@@ -3,6 +3,7 @@
 from math import inf
 from typing import Any
 
+from protocol.membership import suspicion
 from protocol.membership.broadcasts import Broadcasts
 from protocol.membership.contact import Contacts
 from protocol.membership.healing import Healing
@@ -44,6 +45,11 @@ def _suspicion_survives_refutation(patches: Patches) -> None:
 
 def _older_boot_wins(patches: Patches) -> None:
     patches.set(View, "rank", lambda self, peer: (0, 0))
+
+
+def _old_reports_revive(patches: Patches) -> None:
+    patches.set(Healing, "_is_seen_since", lambda self, member, since: True)
+    patches.set(suspicion, "CONSUMED_S", inf)
 
 
 def _no_announces(patches: Patches) -> None:
@@ -124,6 +130,15 @@ def membership_bugs() -> tuple[Bug, ...]:
         Bug("dead-stay-in-the-list", "a dead peer stays in the list of peers to sample from", _dead_stay_in_the_list),
         Bug(
             "views-never-compared", "views that differ are not noticed, only gossip carries news", _views_never_compared
+        ),
+        Bug(
+            "old-reports-revive",
+            "view reports made before a death undo it, and what they undid stays undone",
+            _old_reports_revive,
+            "membership",
+            150,
+            pattern="dense,settled",
+            duration_s=60,
         ),
         Bug("probes-only-two", "only the first two peers of the list are ever probed", _probes_only_the_first),
     )

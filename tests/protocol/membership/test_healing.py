@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from protocol.membership import healing
 from protocol.membership.events import PeerDown, PeerUp, RosterShrank
-from protocol.membership.healing import TELL_PAUSE_S
+from protocol.membership.healing import REPORT_LAG_S, TELL_PAUSE_S
 from protocol.membership.parameters import LAN
 from protocol.wire import limits
 from protocol.wire.messages import Accusation, Alive, Gossip, Ping, ViewOffer, ViewReply, ViewReport
@@ -207,6 +207,7 @@ def parted() -> Subject:
     """A node whose half of the mesh took the other for dead."""
     subject = grown_up(SIZE)
     kill(subject, *LOST)
+    subject.now += REPORT_LAG_S
     return subject
 
 
@@ -219,6 +220,20 @@ def test_so_many_distinct_witnesses_bring_back_a_whole_side(witnesses: int) -> N
     back = {subject.mesh.number(up.peer) for up in events(effects, PeerUp)}
     assert back == (set(LOST) if witnesses >= LAN.witnesses_max else set())
     assert subject.down() == set(LOST) - back
+
+
+def test_reports_that_were_under_way_at_a_death_do_not_undo_it() -> None:
+    """While many come and go there are always some, and whoever is revived by mistake would be looked for by nobody."""
+    subject = parted()
+    kill(subject, 15)
+    subject.now += REPORT_LAG_S - 0.1
+    for by in (10, 11, 12, 13):
+        subject.told(subject.mesh.report(by, range(16)), via=by)
+    assert 15 in subject.down()
+    subject.now += 0.2
+    for by in (10, 11, 12):
+        subject.told(subject.mesh.report(by, range(16), number=9), via=by)
+    assert 15 not in subject.down(), "they had time to know it, and know better"
 
 
 def test_one_witness_many_times_is_one_witness() -> None:

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from protocol.effects import TimerFired
 from protocol.membership.events import PeerCleared, PeerDown, PeerSuspected, PeerUp, RosterShrank, Stalled
+from protocol.membership.healing import REPORT_LAG_S
 from protocol.membership.parameters import LAN
+from protocol.membership.suspicion import CONSUMED_S
 from protocol.wire.messages import Accusation, Alive, Gossip, ViewReport
 from tests.protocol.membership.parts import STEADY, Subject
 from tests.support.hub import BOOT, events, evicted, sends
@@ -212,6 +214,7 @@ def test_accusations_that_a_view_report_overruled_do_not_kill_again() -> None:
         subject.told(stated)
     subject.run(FLOOR_S + 0.2, answering=range(1, 18))
     assert subject.down() == set(lost)
+    subject.now += REPORT_LAG_S
     for by in (18, 19, 20):
         subject.told(subject.mesh.report(by, range(size)), via=by)
     assert subject.down() == set(), "the report's witnesses revive all of them"
@@ -220,9 +223,12 @@ def test_accusations_that_a_view_report_overruled_do_not_kill_again() -> None:
             effects = subject.told(stated, via=5)
             assert events(effects, PeerSuspected) == []
             assert [to for to, _, _ in sends(effects, Gossip)] == [subject.mesh.id(target)], "it may settle it itself"
-    # Fresh ones do.
+    # Fresh ones do, and after a while those, too: it is up by mistake, or it would have refuted them.
     subject.hear(*range(1, 18))
     assert events(subject.told(subject.mesh.accusation(4, 18)), PeerSuspected) != []
+    subject.now += CONSUMED_S
+    subject.hear(*range(1, 18))
+    assert events(subject.told(used[19][0]), PeerSuspected) != []
 
 
 def test_the_roster_decides_who_is_a_witness() -> None:
