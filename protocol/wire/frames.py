@@ -258,7 +258,7 @@ def refuse_versions(ours: Versions, theirs: Versions) -> Refused:
 
 
 def strange_for_its_version(ours: Versions, refused: Refused) -> bool:
-    """Whether who refuses this node as no member does so because it hears of no admissions: it speaks other versions."""
+    """Whether who refuses this node as no member speaks no version of its, and so hears of no admissions."""
     return refused.code == "not_a_member" and agree(ours, Versions(refused.version_min, refused.version_max)) is None
 
 
