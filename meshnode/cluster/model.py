@@ -33,9 +33,10 @@ class DeviceCapability(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
-    """A node's graphics devices, summed up. `available` False: it has none that is known.
+    """A node's graphics devices together. `available` False: it has none that is known.
 
-    `temp_celsius` is the hottest one's; `thermal_state` holds until that one cooled down.
+    Memory is summed up, `temp_celsius` is the hottest one's, `utilization` the mean of those that tell it; `name`,
+    `driver` and `backend` are the first one's; `thermal_state` holds until the hottest cooled down.
     """
 
     available: bool = False

@@ -45,14 +45,6 @@ class HealthReport(msgspec.Struct, frozen=True):
     checks: dict[str, Check]
 
 
-class HealthChanged(msgspec.Struct, frozen=True):
-    """Event: the status of this node became another. `checks` names those that are not healthy."""
-
-    before: Status
-    status: Status
-    checks: tuple[str, ...]
-
-
 class ServiceState(msgspec.Struct, frozen=True):
     """One service of this agent as its supervisor sees it: `state` in the supervisor's words."""
 

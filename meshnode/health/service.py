@@ -26,7 +26,6 @@ from meshnode.health.core import (
 )
 from meshnode.health.model import (
     Check,
-    HealthChanged,
     HealthReport,
     MeshContact,
     Probe,
@@ -87,7 +86,6 @@ class HealthService:
         mesh: Mesh,
         services: Services,
         probes: Sequence[Probe],
-        publish: Callable[[HealthChanged], object],
         clock: Clock,
         offload: Offload,
         logger: Logger,
@@ -100,7 +98,6 @@ class HealthService:
         self._data_dir = data_dir
         self._mesh = mesh
         self._services = services
-        self._publish = publish
         self._clock = clock
         self._offload = offload
         self._logger = logger
@@ -147,17 +144,16 @@ class HealthService:
         }
 
     async def check(self) -> HealthReport:
-        """Do all checks now; takes at most `limit_s`. Publishes HealthChanged if the status became another."""
+        """Do all checks now; takes at most `limit_s`. Logs the status if it became another."""
         async with trio.open_nursery() as nursery:
             for probe in self._probes:
                 nursery.start_soon(self._run_probe, probe)
         report = self.report()
         if report.status is not self._said:
-            before, self._said = self._said, report.status
-            troubled = tuple(name for name, check in report.checks.items() if check.status is not Status.HEALTHY)
-            self._publish(HealthChanged(before, report.status, troubled))
+            self._said = report.status
             if report.status in (Status.DEGRADED, Status.UNHEALTHY):
-                reasons = {name: report.checks[name].message for name in troubled}
+                checks = report.checks.items()
+                reasons = {name: check.message for name, check in checks if check.status is not Status.HEALTHY}
                 self._logger.warning("This node's health changed.", status=report.status.value, **reasons)
             else:
                 self._logger.info("This node's health changed.", status=report.status.value)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from meshnode.api.routes import Readiness
 from meshnode.api.routing import Mount
-from meshnode.health.model import HealthChanged, Probe, ServiceState
+from meshnode.health.model import Probe, ServiceState
 from meshnode.health.routes import health_routes
 from meshnode.health.service import HealthService, Mesh
 from meshnode.health.store import HealthStore
@@ -36,7 +36,6 @@ def build_health(
     data_dir: Path,
     mesh: Mesh,
     supervised: Callable[[], AgentHealth],
-    publish: Callable[[HealthChanged], object],
     clock: Clock,
     offload: Offload,
     logger: Logger,
@@ -53,7 +52,6 @@ def build_health(
         mesh=mesh,
         services=services,
         probes=probes,
-        publish=publish,
         clock=clock,
         offload=offload,
         logger=logger,

@@ -350,7 +350,6 @@ class Runtime:
             data_dir=self._data_dir,
             mesh=Contact(network.hub, network.clocks, ground.facts.now),
             supervised=self._supervisor.snapshot,
-            publish=ground.bus.publish,
             clock=ground.clock,
             offload=ground.offload,
             logger=log("health"),

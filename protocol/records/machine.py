@@ -5,7 +5,6 @@ file decides when and with whom, and is what the rest of the house speaks to.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final, assert_never
 
 from protocol.effects import Effect, LinkLost, LinkOpened, LinkReceived, Publish, Rng, SetTimer, TimerFired, TimerKey
@@ -48,14 +47,6 @@ RecordsInput = (
     | PutRecord
     | DeleteRecord
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Freshness:
-    """How fresh reads are: when the last complete repair began, at all and with each peer (monotonic seconds)."""
-
-    last: float | None
-    peers: Mapping[NodeId, float]
 
 
 class Records:
@@ -131,12 +122,6 @@ class Records:
     def digest(self, collection: str) -> bytes:
         """8 bytes over everything in a collection; equal digests mean equal records. Raises KeyError."""
         return self._ledger.shelves[collection].root()
-
-    @property
-    def freshness(self) -> Freshness:
-        """When this node last compared everything with others."""
-        peers = dict(self._repair.fresh)
-        return Freshness(max(peers.values(), default=None), peers)
 
     @property
     def held(self) -> int:

@@ -85,13 +85,12 @@ class CallSucceeded:
 
 @dataclass(frozen=True, slots=True)
 class CallFailed:
-    """A call came to nothing. `by_peer`: the peer said so; otherwise this node did, and the peer may have done it."""
+    """A call came to nothing: the peer said so, or this node did and the peer may have done it all the same."""
 
     call: int
     code: str
     message: str
     retryable: bool
-    by_peer: bool
     detail: bytes = b""
 
 

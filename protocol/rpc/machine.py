@@ -336,10 +336,8 @@ def _send(effects: list[RpcEffect], peer: NodeId, message: RpcMessage) -> None:
 
 
 def _local_failure(call: int, code: str, message: str, *, retryable: bool) -> CallFailed:
-    return CallFailed(call, code, message, retryable, by_peer=False)
+    return CallFailed(call, code, message, retryable)
 
 
 def _peer_failure(call: int, failure: Failure) -> CallFailed:
-    return CallFailed(
-        call, failure.code, failure.message, failure.retryable, by_peer=True, detail=bytes(failure.detail)
-    )
+    return CallFailed(call, failure.code, failure.message, failure.retryable, detail=bytes(failure.detail))

@@ -183,6 +183,7 @@ def promoting(roster: TrustRoster, node: NodeId, *, by: NodeId, wall_ms: int) ->
         role="admin",
         admitted_at=succeeding_time(known, wall_ms),
         by=by,
+        invitation=known.invitation,
         first_admitted_at=known.joined_at,
     )
 

@@ -257,6 +257,11 @@ def refuse_versions(ours: Versions, theirs: Versions) -> Refused:
     )
 
 
+def strange_for_its_version(ours: Versions, refused: Refused) -> bool:
+    """Whether who refuses this node as no member speaks no version of its, and so hears of no admissions."""
+    return refused.code == "not_a_member" and agree(ours, Versions(refused.version_min, refused.version_max)) is None
+
+
 class Verdict(Enum):
     """What becomes of a dial that came in. OBSOLETE and DUPLICATE are both refusals."""
 

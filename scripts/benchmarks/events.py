@@ -23,7 +23,7 @@ EVENTS_MIN: Final = 5
 
 
 def events(*, readers: int = 100, seconds: float = 30.0, nodes: int = 8) -> Outcome:
-    """Delay of server-sent events to `readers` connections, read by one thread that parses later what it stamped."""
+    """Delay of server-sent events to many connections, read by one thread that parses later what it stamped."""
     with LocalMesh() as mesh:
         mesh.form(nodes)
         gc.disable()  # a pause of the readers' own process would look like one of the agent

@@ -77,7 +77,7 @@ def datagrams(mesh_id: str, sender: str, boot: int, key_id: bytes, chance: rando
 
 
 def junk(*, seconds: float = 10.0, rate: float = RATE_PER_S, seed: int = 1, member: str = "") -> Outcome:
-    """The same things are measured for `seconds` without the flood first. --member: packets, tunnels or links."""
+    """A mesh of three under a flood of junk, or of a member (--member: packets, tunnels, links), beside it in peace."""
     if member:
         return _member(member, seconds)
     served, others = split_cores()

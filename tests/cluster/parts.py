@@ -102,12 +102,12 @@ class Member:
         folder.mkdir(mode=0o700)
         self.identity = NodeIdentity(node_id, public, folder / "node.key", seed)
         self.driver, self.links = Driver(house.hubs, index), Links(house, node_id)
-        self.bus, facts = EventBus(epoch="e"), Facts(house.hubs, f"n{index}")
+        self.bus, facts, self.log = EventBus(epoch="e"), Facts(house.hubs, f"n{index}"), RecordingLog()
         self.nodes = Nodes(hub=self.driver.node, facts=facts, bus=self.bus, metrics=Metrics(), notices=Notices())
         self.trust = Trust(
             data_dir=folder, identity=self.identity, root=ROOT if index == 0 else None, nodes=self.nodes,
             driver=self.driver, links=self.links,  # type: ignore[arg-type]  # the parts that Trust uses
-            facts=facts, bus=self.bus, log=RecordingLog(),
+            facts=facts, bus=self.bus, log=self.log,
         )  # fmt: skip
         self.methods = peer_methods(
             self.trust,

@@ -19,11 +19,13 @@ from meshnode.kernel.identity import (
     seal_root,
 )
 from protocol.effects import LinkLost
+from protocol.election.events import ForgetLostDone
 from protocol.trust.statements import open_statement
 from tests.cluster.parts import ROOT, House
 from tests.support.hub import evicted, keys_of, suite_of
 
 NEW = 40
+LOST = "votes are lost for good and count no longer"
 
 
 def identity_of(index: int) -> NodeIdentity:
@@ -142,6 +144,13 @@ async def test_a_coordinator_with_its_majority_drops_a_lost_vote_by_itself(house
     house.hubs.run(10.0)
     assert vote not in leader.election.electorate.voters
     await house[0].trust.evict(lost, lost=True)
+    told = [fields for _, event, fields in house.members[leader.me].log.records if event == "the electorate changed"]
+    assert told[-1] == {"added": None, "removed": lost, "voters": 2}
+
+
+async def test_votes_that_count_no_longer_are_logged(house: House) -> None:
+    house[0].trust.observe(ForgetLostDone((house.id(1), house.id(2)), 1))
+    assert ("warning", LOST, {"lost": (house.id(1), house.id(2)), "voters": 1}) in house[0].log.records
 
 
 async def test_a_withdrawn_machine_is_no_member_and_may_be_admitted_again(house: House) -> None:

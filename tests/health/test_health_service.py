@@ -13,7 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from meshnode.health.model import HealthChanged, HealthReport, MeshContact, Probe, Status, Verdict
+from meshnode.health.model import HealthReport, MeshContact, Probe, Status, Verdict
 from meshnode.health.service import CHECK_LIMIT_S, available_memory
 from meshnode.health.setup import Health, build_health
 from meshnode.health.store import HealthStore
@@ -28,6 +28,7 @@ from tests.support.failing_disk import FailingDisk
 from tests.support.recording_log import RecordingLog
 
 MIGRATIONS = read_migrations("health", "meshnode.health")
+CHANGED = "This node's health changed."
 ALWAYS = {"database", "storage", "memory", "wal", "services", "p2p_network", "clock", "event_loop"}
 
 
@@ -37,7 +38,6 @@ class World:
 
     mesh: MeshContact = field(default_factory=lambda: MeshContact(0, 0))
     state: State = State.RUNNING
-    told: list[HealthChanged] = field(default_factory=list)
     log: RecordingLog = field(default_factory=RecordingLog)
 
     def contact(self) -> MeshContact:
@@ -55,7 +55,6 @@ async def health(data_dir: Path, world: World, *probes: Probe) -> AsyncGenerator
             data_dir=data_dir,
             mesh=world,
             supervised=world.supervised,
-            publish=world.told.append,
             clock=SystemClock(),
             offload=InlineOffload(),
             logger=world.log,
@@ -81,7 +80,7 @@ async def test_a_mesh_of_one_is_healthy(data_dir: Path) -> None:
         assert report.status is Status.HEALTHY, report
         assert set(report.checks) == ALWAYS
         assert built.readiness().ready
-    assert world.told == [HealthChanged(Status.UNKNOWN, Status.HEALTHY, ())]
+    assert world.log.records == [("info", CHANGED, {"status": "healthy"})]
 
 
 async def test_the_database_is_really_written(data_dir: Path) -> None:
@@ -153,11 +152,10 @@ async def test_checks_run_every_half_minute_and_changes_are_told_once(
     pauses = [later - sooner for sooner, later in itertools.pairwise(rounds)]
     assert len(pauses) == 5
     assert pauses == pytest.approx([30.0] * 5)
-    assert world.told == [
-        HealthChanged(Status.UNKNOWN, Status.HEALTHY, ()),
-        HealthChanged(Status.HEALTHY, Status.DEGRADED, ("engine",)),
+    assert world.log.records == [
+        ("info", CHANGED, {"status": "healthy"}),
+        ("warning", CHANGED, {"status": "degraded", "engine": "slow"}),
     ]
-    assert len(world.log.at("warning")) == 1
 
 
 async def test_what_is_in_memory_is_judged_at_once(data_dir: Path) -> None:
@@ -226,7 +224,7 @@ async def test_a_full_disk_is_told_at_once_and_so_is_room(data_dir: Path) -> Non
     world = World()
     async with open_database(data_dir / DATABASE_NAME, MIGRATIONS, wall=1.8e9) as database:
         built = build_health(
-            database=database, data_dir=data_dir, mesh=world, supervised=world.supervised, publish=world.told.append,
+            database=database, data_dir=data_dir, mesh=world, supervised=world.supervised,
             clock=SystemClock(), offload=InlineOffload(), logger=world.log,
         )  # fmt: skip
         assert (await built.service.check()).status is Status.HEALTHY

@@ -1,5 +1,6 @@
 """The link check of scripts/check, and the sum of scripts/test's passes."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -57,6 +58,23 @@ def test_a_good_link_passes(tmp_path: Path, link: str) -> None:
 
 def test_anchors_inside_code_blocks_are_none() -> None:
     assert anchors_of("# Real\n\n```sh\n# comment\n```\n") == {"real"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "row"),
+    [
+        ("protocol/sharding", "sharding/"),
+        ("protocol/trust", "trust/"),
+        ("meshnode/node", "node/"),
+        ("meshnode/llm/service", "service/"),
+    ],
+)
+def test_the_map_of_the_code_names_every_module_where_it_lists_them(folder: str, row: str) -> None:
+    """And none that is gone."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (line,) = re.findall(rf"^\| `{row}` (.*)$", text, re.MULTILINE)
+    named = set(re.findall(r"`([a-z_]+)`", line))
+    assert named == {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
 
 
 def test_the_closing_line_sums_both_passes(tmp_path: Path) -> None:

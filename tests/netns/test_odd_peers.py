@@ -44,11 +44,17 @@ def test_a_member_of_another_version_is_named_and_does_not_flap(
         assert agent.nodes()["c"]["status"] == "offline"
     assert odd.runs
     assert one_coordinator(others)
+    # Who joins meanwhile finds it on the LAN, and is a stranger to it.
+    late = mesh.agent(lab.host("late").plug("10.77.0.4/24"))
+    late.start(mesh["a"].invite())
+    figures["another version: named by one who joined later"] = wait_until(
+        lambda: "c" in late.nodes() and late.nodes()["c"]["incompatible"], NAMED_S, lambda: str(late.nodes())
+    )
     # As soon as it is downgraded, it is a member like any other.
     odd.stop()
     del odd.world["versions"]
     odd.start()
-    figures["same version again: online everywhere"] = wait_agreed(mesh.running, NAMES, 5.0)
+    figures["same version again: online everywhere"] = wait_agreed(mesh.running, (*NAMES, "late"), 5.0)
     wait_until(
         lambda: not any(node["incompatible"] for agent in mesh.running for node in agent.nodes().values()),
         5.0,

@@ -67,6 +67,7 @@ class Arrivals:
             node == hub.me
             or admission is None
             or not admission.invitation
+            or admission.first_admitted_at != 0  # only who answers is promoted
             or node in hub.membership.view.known
             or hub.records.get(PROFILE_COLLECTION, node.encode("ascii")) is not None
         )

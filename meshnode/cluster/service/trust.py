@@ -29,7 +29,7 @@ from meshnode.kernel.identity import (
 )
 from meshnode.kernel.links.links import Links
 from meshnode.kernel.logs import Logger
-from protocol.election.events import ForgetLost, ForgetLostRefused, QuorumChanged
+from protocol.election.events import ElectorateChanged, ForgetLost, ForgetLostDone, ForgetLostRefused, QuorumChanged
 from protocol.ids import NodeId, node_id_of
 from protocol.records.events import PutRecord, RecordRefused
 from protocol.trust import authority
@@ -331,12 +331,19 @@ class Trust:
 
     def observe(self, event: object) -> None:
         """A coordinator without a majority does not wait for nodes that left by their own wish."""
-        if isinstance(event, RecordRefused) and event.collection in WRITTEN and event.token:
-            self._refused[event.token] = event
-        if isinstance(event, ForgetLostRefused):
-            self._forget_refusal = event.reason
-        if not isinstance(event, QuorumChanged) or event.quorate:
-            return
+        match event:
+            case RecordRefused() if event.collection in WRITTEN and event.token:
+                self._refused[event.token] = event
+            case ForgetLostRefused():
+                self._forget_refusal = event.reason
+            case ForgetLostDone(voters, remaining):
+                self._log.warning("votes are lost for good and count no longer", lost=voters, voters=remaining)
+            case ElectorateChanged(added, removed, voters):
+                self._log.info("the electorate changed", added=added, removed=removed, voters=voters)
+            case QuorumChanged(quorate=False):
+                self._forget_who_left()
+
+    def _forget_who_left(self) -> None:
         hub = self._driver.node
         voters = set(hub.election.electorate.voters)
         gone = [

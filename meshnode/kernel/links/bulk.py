@@ -50,20 +50,6 @@ class BulkStream:
         except StreamBroken as error:
             raise self._broken(error) from error
 
-    async def receive_exactly(self, buffer: memoryview) -> None:
-        """Fill the whole buffer. Raises MeshError PROTOCOL_VIOLATION if the peer ended its direction before that."""
-        got = 0
-        while got < len(buffer):
-            count = await self.receive_into(buffer[got:])
-            if not count:
-                raise MeshError(
-                    ErrorCode.PROTOCOL_VIOLATION,
-                    f"Node {self.peer} ended the transfer {len(buffer) - got} bytes early. Try again.",
-                    retryable=True,
-                    detail={"node_id": self.peer, "purpose": self.purpose},
-                )
-            got += count
-
     async def send_eof(self) -> None:
         """Say that nothing more will be sent; receiving goes on."""
         try:

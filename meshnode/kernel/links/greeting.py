@@ -19,6 +19,8 @@ from protocol.wire.frames import (
     Versions,
     decode_link_message,
     encode_link_message,
+    refuse_versions,
+    strange_for_its_version,
 )
 
 
@@ -67,15 +69,20 @@ def refusal(error: MeshError, versions: Versions, tombstone: bytes = b"") -> Ref
     return Refused(error.code.value, message, error.retryable, versions.min, versions.max, tombstone)
 
 
-def refused_by(node_id: NodeId, refused: Refused) -> MeshError:
+def refused_by(node_id: NodeId, refused: Refused, ours: Versions) -> MeshError:
     """A peer's refusal, as this node's error."""
     try:
         code = ErrorCode(refused.code)
     except ValueError:
         code = ErrorCode.UNREACHABLE
+    message = f"Node {node_id} refused the connection: {refused.message}"
+    if strange_for_its_version(ours, refused):
+        code = ErrorCode.INCOMPATIBLE_VERSION
+        why = refuse_versions(ours, Versions(refused.version_min, refused.version_max)).message
+        message = f"Node {node_id} refused the connection, for it cannot hear that this node is a member: {why}"
     return MeshError(
         code,
-        f"Node {node_id} refused the connection: {refused.message}",
+        message,
         retryable=refused.retryable,
         detail={"node_id": node_id, "version_min": refused.version_min, "version_max": refused.version_max},
     )

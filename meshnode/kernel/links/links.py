@@ -194,7 +194,7 @@ class Links:
             hello = self._hello(self._pool.next_attempt(), grant=token, purpose=purpose)
             answer = await self._dialler.introduce(node_id, reached, hello)
             if isinstance(answer, Refused):
-                raise refused_by(node_id, answer)
+                raise refused_by(node_id, answer, self._settings.versions)
             return self._open_stream(node_id, purpose, reached.stream)
         raise MeshError(
             ErrorCode.TIMEOUT,

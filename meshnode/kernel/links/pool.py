@@ -261,7 +261,7 @@ class Pool:
             # The peer's own connection cancels this dial when it arrives.
             await trio.sleep(self._settings.handshake_s)
         assert refused is not None
-        raise refused_by(peer.node_id, refused)
+        raise refused_by(peer.node_id, refused, self._settings.versions)
 
     # ---- which connection stands ------------------------------------------------------------------------------------
 

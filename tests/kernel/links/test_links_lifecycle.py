@@ -287,6 +287,18 @@ async def test_a_peer_of_an_incompatible_version_is_named_and_not_dialled_again_
         assert not any(isinstance(e, LinkOpened) for e in a.events + b.events)
 
 
+@pytest.mark.parametrize(("max_", "code"), [(3, "incompatible_version"), (1, "not_a_member")])
+async def test_who_is_a_stranger_to_a_peer_learns_if_versions_are_why(tmp_path: Path, max_: int, code: str) -> None:
+    """Who was admitted while that peer spoke another version is one to it for as long as it does."""
+    async with mesh(tmp_path) as m:
+        a, b = await m.add(quick(versions=Versions(1, 1))), await m.add(quick(versions=Versions(max_, max_)))
+        del b.gate.members[a.node_id]
+        a.links.send(b.node_id, b"hello")
+        lost = await a.until(LinkLost, b)
+        assert isinstance(lost, LinkLost)
+        assert (lost.code, "speaks protocol version 1, the other 3" in lost.reason) == (code, max_ == 3)
+
+
 async def test_addresses_are_raced_past_a_black_hole(tmp_path: Path) -> None:
     """One address swallows everything, one refuses, one is somebody else; the fourth works, and first the next time."""
     async with mesh(tmp_path) as m:

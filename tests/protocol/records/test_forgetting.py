@@ -102,7 +102,7 @@ def test_a_node_that_does_not_keep_the_collection_confirms_no_deletion() -> None
     world.feed(world[0], DeleteRecord("things", b"k"))
     world.run(3 * LIFE_S)
     assert holds(world[0]) == (1, False)
-    assert world[0].records.freshness.peers.keys() == {old.id}
+    assert world[0].records._repair.fresh.keys() == {old.id}
 
 
 def test_a_record_written_anew_after_its_deletion_stays() -> None:

@@ -95,8 +95,7 @@ def test_equal_states_cost_one_round_trip() -> None:
     world.run(1)
     assert world.sent.keys() == {"RecordRoot", "RecordTops"}
     assert sum(world.bytes.values()) / world.sent["RecordRoot"] < 100
-    assert world[0].records.freshness.peers.keys() == {world[1].id}
-    assert world[0].records.freshness.last is not None
+    assert world[0].records._repair.fresh.keys() == {world[1].id}
 
 
 def test_a_newcomer_is_filled_in_bounded_frames_one_request_at_a_time() -> None:
@@ -230,7 +229,7 @@ def test_an_answer_to_nothing_is_stray() -> None:
     third = LinkReceived(world[2].id, RecordTops(root.session, {}, []))
     world[0].records.handle(third, 0.0, world.wall(world[0]))
     assert world[0].records.counters["stray_answers"] == 5
-    assert world[0].records.freshness.peers == {}
+    assert world[0].records._repair.fresh == {}
 
 
 UNSOUND: list[Any] = [
@@ -272,7 +271,7 @@ def test_lists_of_what_does_not_exist_end_and_mute() -> None:
             world[0].published += [e.event for e in effects if hasattr(e, "event")]
         rounds += 1
         assert rounds <= 20
-    assert world[0].records.freshness.peers == {}
+    assert world[0].records._repair.fresh == {}
     assert answer(world, RecordRoot(1, {})) == []
 
 

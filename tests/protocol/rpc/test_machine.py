@@ -71,7 +71,7 @@ def test_a_failure_carries_everything_over() -> None:
     machine = opened()
     requested(machine, 7)
     effects = got(machine, Failure(1, "disk_full", "No room.", True, b'{"free":3}'))
-    assert effects == [CallFailed(7, "disk_full", "No room.", True, by_peer=True, detail=b'{"free":3}')]
+    assert effects == [CallFailed(7, "disk_full", "No room.", True, detail=b'{"free":3}')]
 
 
 def test_a_deadline_fails_the_call_and_cancels_it_there_and_the_late_reply_is_nothing() -> None:
@@ -81,7 +81,7 @@ def test_a_deadline_fails_the_call_and_cancels_it_there_and_the_late_reply_is_no
     effects = machine.handle(TimerFired(RPC_TIMER), 1.0)
     failed = effects[0]
     assert isinstance(failed, CallFailed)
-    assert (failed.call, failed.code, failed.retryable, failed.by_peer) == (7, "timeout", True, False)
+    assert (failed.call, failed.code, failed.retryable) == (7, "timeout", True)
     assert sent(effects) == [Cancel(1)]
     assert effects[-1] == SetTimer(RPC_TIMER, 2.0)
     assert got(machine, Reply(1, b"late")) == []
@@ -227,7 +227,7 @@ def test_a_lost_link_fails_its_calls_withdraws_its_handlers_and_starts_afresh() 
     effects = machine.handle(LinkLost(B, "gone"), 0.0)
     failed, withdrawn = effects
     assert isinstance(failed, CallFailed)
-    assert (failed.call, failed.code, failed.by_peer) == (7, "unreachable", False)
+    assert (failed.call, failed.code) == (7, "unreachable")
     assert "gone" in failed.message
     assert withdrawn == Withdraw(1)
     assert machine.handle(LinkLost(B, "gone"), 0.0) == []

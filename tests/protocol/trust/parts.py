@@ -37,11 +37,12 @@ class Root:
     def sign(self, domain: bytes, body: bytes) -> bytes:
         return self._key.sign(domain + mesh_id_bytes(self.mesh_id) + body).signature
 
-    def admit(self, label: str, *, at: int = 1_000, role: Role = "member", name: str | None = None) -> bytes:
+    def admit(
+        self, label: str, *, at: int = 1_000, role: Role = "member", name: str | None = None, invitation: bytes = b""
+    ) -> bytes:
         """A sealed admission."""
-        made = admission(
-            public_key=public_key(label), name=name or label, role=role, admitted_at=at, by=node("founder")
-        )
+        key, by = public_key(label), node("founder")
+        made = admission(public_key=key, name=name or label, role=role, admitted_at=at, by=by, invitation=invitation)
         return seal(made, self)
 
     def withdraw(self, label: str, *, at: int = 1_500) -> bytes:

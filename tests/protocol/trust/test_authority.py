@@ -28,6 +28,7 @@ from tests.protocol.trust.parts import Root, node, public_key
 
 ROOT = Root()
 NOW = 9_000
+INVITATION = b"\x01" * 10
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def roster() -> Roster:
     said = [
         ROOT.admit("admin", role="admin"),
         ROOT.admit("second", role="admin"),
-        ROOT.admit("member"),
+        ROOT.admit("member", invitation=INVITATION),
         ROOT.admit("other"),
         ROOT.evict("evicted"),
     ]
@@ -173,6 +174,7 @@ def test_who_can_be_promoted(roster: Roster, who: str, expected: str | None) -> 
         assert (answer.role, answer.name, answer.public_key) == ("admin", "member", public_key("member"))
         assert answer.admitted_at == 1_001, "it counts although this clock is behind the one that admitted"
         assert answer.joined_at == 1_000, "it is a member since its first admission, not since its promotion"
+        assert answer.invitation == INVITATION, "how it came in is not forgotten"
     else:
         assert code(answer) == expected
 

@@ -5,6 +5,7 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -19,6 +20,7 @@ from protocol.election import messages as election
 from protocol.membership import broadcasts, healing, intake, probing, suspicion
 from protocol.records import messages as records
 from protocol.records import record
+from protocol.records.events import RecordsParams
 from protocol.rpc import messages as rpc
 from protocol.sharding import frames as stage_frames
 from protocol.sharding import pipelines, sampling
@@ -223,6 +225,15 @@ def test_the_table_of_limits_is_true() -> None:
     assert {name: value for name, value in written.items() if value != number(known.get(name))} == {}
     own = {name for name, value in vars(limits).items() if name.isupper() and isinstance(value, int)}
     assert own - written.keys() == set()
+
+
+def test_the_table_of_what_records_bound_is_true() -> None:
+    """All bounds of the defaults, and the times that go with offences."""
+    written = dict(re.findall(r"^\| `([a-z_]+)` \| ([0-9^ .-]+) \|", section("Limits"), re.MULTILINE))
+    defaults = {field.name: field.default for field in fields(RecordsParams)}
+    assert {name: value for name, value in written.items() if value != number(defaults.get(name))} == {}
+    bounds = {name for name in defaults if re.search(r"_max$|_per_s$", name)}
+    assert bounds - written.keys() == set()
 
 
 def number(value: int | float | None) -> str:
