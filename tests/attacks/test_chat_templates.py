@@ -1,5 +1,6 @@
 """Case 36, templates: a hostile one gets no time, no memory, no way out, and the next prompt is written as ever."""
 
+import resource
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from meshnode.llm.templates.client import RENDER_S_MAX, START_S_MAX, TemplateWor
 from meshnode.llm.templates.model import PROMPT_CHARS_MAX, TemplateSource
 from meshnode.llm.templates.worker import MEMORY_BYTES_MAX
 
+HANGS_S = 60.0
 HI = (Message(role="user", content="Hi"),)
 GOOD = TemplateSource(template="{% for m in messages %}{{ m.content }}{% endfor %}")
 
@@ -63,6 +65,12 @@ HOSTILE = {
 }  # fmt: skip
 
 
+def spent_s() -> float:
+    """Seconds of a processor that the processes had which this one started and reaped."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 @pytest.fixture
 async def worker():
     made = TemplateWorker(clock_wall=time.time)
@@ -73,11 +81,12 @@ async def worker():
 @pytest.mark.parametrize("template", HOSTILE.values(), ids=list(HOSTILE))
 async def test_case_36_a_hostile_template_is_refused_and_the_next_prompt_written(worker, template):
     await worker.render(GOOD, HI)
-    # Real time on purpose: what is measured is that a worker that never answers is killed.
-    begun = time.monotonic()
-    with pytest.raises(MeshError) as refused:
+    # A worker that never answers is killed: it comes back at all, and what the process had of a processor until it was
+    # reaped is bounded. The clock says less where other tests have the cores.
+    begun = spent_s()
+    with trio.fail_after(HANGS_S), pytest.raises(MeshError) as refused:
         await worker.render(TemplateSource(template=template), HI)
-    assert time.monotonic() - begun < RENDER_S_MAX + 3
+    assert spent_s() - begun < RENDER_S_MAX + 3
     assert refused.value.code is ErrorCode.BAD_REQUEST
     assert "root:" not in refused.value.message
     assert "uid=" not in refused.value.message
@@ -88,10 +97,11 @@ async def test_case_36_a_hostile_template_is_refused_and_the_next_prompt_written
 async def test_case_36_a_template_that_broke_a_limit_costs_its_time_once(worker):
     with pytest.raises(MeshError, match="longer than"):
         await worker.render(TemplateSource(template=HOSTILE["loop"]), HI)
-    begun = time.monotonic()
+    begun = spent_s()
     with pytest.raises(MeshError, match="a moment ago"):
         await worker.render(TemplateSource(template=HOSTILE["loop"]), HI)
-    assert time.monotonic() - begun < RENDER_S_MAX / 2
+    assert worker._process is None, "the process that was killed was not started again for it"
+    assert spent_s() == begun
 
 
 @pytest.mark.parametrize("defended", [True, False])

@@ -6,6 +6,7 @@ The medians and their bounds are protocol/sharding/predict.py's; where the figur
 
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
+from math import isfinite
 from typing import Final, Protocol
 
 import msgspec
@@ -112,8 +113,8 @@ class Learning:
                 )
             except MeshError:
                 return  # without all parts the rest means nothing
-            if not told.row_s:
-                return
+            if not (isfinite(told.row_s) and told.row_s > 0.0):
+                return  # not known, or of no sense: a peer may say anything
             computed += told.row_s
         self._estimator.travelled(stats.round_s, computed + self._wire_s(pipeline, shape), len(pipeline.stages))
 

@@ -1,6 +1,6 @@
 """Which upstream models which node serves: each node tells of its own, and looks after them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -19,11 +19,12 @@ from protocol.wire import limits
 SERVED: Final = "llm/served"
 REFRESH_S: Final = 60.0
 MODELS_TOLD_MAX: Final = 500
+VALUE_BYTES_MAX: Final = 60_000
 
 
 def served_collection() -> Collection:
     """Each node speaks for itself."""
-    return Collection(SERVED, may_write=only_owner, value_bytes_max=60_000, records_max=limits.ROSTER_MAX)
+    return Collection(SERVED, may_write=only_owner, value_bytes_max=VALUE_BYTES_MAX, records_max=limits.ROSTER_MAX)
 
 
 class _Served(msgspec.Struct, frozen=True, array_like=True):
@@ -39,18 +40,17 @@ class Served:
         self._writer = writer
         self._upstreams = upstreams
         self._log = log
-        self._told: tuple[str, ...] | None = None
 
     async def run(self) -> None:
         """Ask the servers now and then, and tell the mesh when something changed, until cancelled."""
         while True:
             found = await self._upstreams.refresh() if self._upstreams.configured else []
-            names = tuple(card.name for card in found[:MODELS_TOLD_MAX])
-            if names != (self._told or ()):
+            names = _fitting([card.name for card in found[:MODELS_TOLD_MAX]])
+            # Compared with the record itself: an earlier run, with other settings, may have written it.
+            if names != self._of(self._me):
                 try:
                     value = msgspec.msgpack.encode(_Served(names))
                     await self._writer.put(SERVED, self._me.encode("ascii"), value)
-                    self._told = names
                 except MeshError as error:
                     self._log.warning("upstream models could not be told", why=error.message)
             for name, why in self._upstreams.failures.items():
@@ -61,16 +61,19 @@ class Served:
         """Which node serves a model; of several, one that is this node or comes first."""
         found: dict[str, NodeId] = {}
         for node in sorted(self._hub.membership.view.up, key=lambda node: (node != self._me, node)):
-            record = self._hub.records.get(SERVED, node.encode("ascii"))
-            if record is None:
-                continue
-            try:
-                names = msgspec.msgpack.decode(record.value, type=_Served).models
-            except UNREADABLE:
-                continue
-            for name in names:
+            for name in self._of(node):
                 found.setdefault(name, node)
         return found
+
+    def _of(self, node: NodeId) -> tuple[str, ...]:
+        """What a node told; nothing where that cannot be read."""
+        record = self._hub.records.get(SERVED, node.encode("ascii"))
+        if record is None:
+            return ()
+        try:
+            return msgspec.msgpack.decode(record.value, type=_Served).models
+        except UNREADABLE:
+            return ()
 
     def cards(self, name_of: Callable[[NodeId], str]) -> list[ModelCard]:
         """Every upstream model of the mesh."""
@@ -84,3 +87,15 @@ class Served:
             )
             for name, node in sorted(self.by_model().items())
         ]
+
+
+def _fitting(names: Sequence[str]) -> tuple[str, ...]:
+    """As many of the first as a record holds."""
+    room = VALUE_BYTES_MAX - 16  # the list's own head
+    fitting: list[str] = []
+    for name in names:
+        room -= len(name.encode()) + 5  # a text's longest head
+        if room < 0:
+            break
+        fitting.append(name)
+    return tuple(fitting)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from meshnode.llm.model import ReasoningDelta, TextDelta, ToolCallDelta
+from meshnode.llm.templates.deepseek import DeepSeekParser
 from meshnode.llm.templates.harmony import HarmonyParser
 from meshnode.llm.templates.model import Family
 from meshnode.llm.templates.reasoning import ReasoningSplitter, Said
@@ -21,7 +22,11 @@ class AnswerParser:
         self, family: Family, tool_names: frozenset[str] | None, new_id: Callable[[], str], *, thinking: bool
     ) -> None:
         self._reasoning = ReasoningSplitter(thinking=thinking)
-        self._calls = ToolCallParser(family, tool_names, new_id) if tool_names and family != "harmony" else None
+        self._calls: ToolCallParser | DeepSeekParser | None = None
+        if tool_names and family in ("deepseek", "deepseek_args"):
+            self._calls = DeepSeekParser(tool_names, new_id)
+        elif tool_names and family != "harmony":
+            self._calls = ToolCallParser(family, tool_names, new_id)
         # Thoughts, calls and text are one format there.
         self._harmony = HarmonyParser(tool_names or frozenset(), new_id) if family == "harmony" else None
 

@@ -17,8 +17,7 @@ import msgspec
 from meshnode.llm.model import Message, ToolCall
 from meshnode.llm.templates.capabilities import Capabilities, probed
 from meshnode.llm.templates.defaults import default_template
-from meshnode.llm.templates.families import FAMILY_DEFAULT, described, family_of, tool_section, written
-from meshnode.llm.templates.ids import CALL_ID_CHARS
+from meshnode.llm.templates.families import described, explained_family, family_of, tool_section, written
 from meshnode.llm.templates.marking import Marked, Span
 from meshnode.llm.templates.model import QUOTED_MAX, Family, Refusal, RenderedPrompt, RenderRequest
 from meshnode.llm.templates.sandbox import (
@@ -31,6 +30,7 @@ from meshnode.llm.templates.sandbox import (
 )
 
 TEMPLATES_KEPT_MAX: Final = 16
+SHORT_ID_CHARS: Final = 9  # letters and digits: all that Mistral's templates take for a call
 _THOUGHT_OPENS: Final = ("<think>", "[THINK]")
 _RESERVED: Final = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "strftime_now"}
@@ -79,7 +79,8 @@ class Composer:
             while made.startswith(source.bos):
                 made = made.removeprefix(source.bos)
                 quoted = _moved(quoted, len(source.bos))
-        family = ready.family if ready.can.tools or ready.family == "harmony" else FAMILY_DEFAULT
+        taught = ready.can.tools or ready.family == "harmony"
+        family = ready.family if taught else explained_family(ready.family)
         thinking = request.add_generation_prompt and made.rstrip().endswith(_THOUGHT_OPENS)
         return RenderedPrompt(
             text=made, add_bos=source.adds_bos, family=family, thinking=thinking, stops=stops, quoted=quoted
@@ -136,11 +137,10 @@ def _as_dicts(request: RenderRequest, ready: _Ready) -> list[dict[str, Any]]:
     can = ready.can
     system = [message.content for message in request.messages if message.role in ("system", "developer")]
     if request.tools and not can.tools:
-        system.append(tool_section(request.tools))
+        system.append(tool_section(request.tools, explained_family(ready.family)))
     names = {call.id: call.name for message in request.messages for call in message.tool_calls}
-    short_ids = ready.family.startswith("mistral")
     said_by = _one_call_each(request.messages) if ready.family == "harmony" else request.messages
-    turns = [_turn(m, can, names, short_ids) for m in said_by if m.role not in ("system", "developer")]
+    turns = [_turn(m, can, names, ready.family) for m in said_by if m.role not in ("system", "developer")]
     if ready.family == "harmony":
         turns = [_with_thinking(turn) for turn in turns]
     said = "\n\n".join(part for part in system if part)
@@ -153,7 +153,8 @@ def _as_dicts(request: RenderRequest, ready: _Ready) -> list[dict[str, Any]]:
     return [{"role": "user", "content": said}, *turns]
 
 
-def _turn(message: Message, can: Capabilities, names: dict[str, str], short_ids: bool) -> dict[str, Any]:
+def _turn(message: Message, can: Capabilities, names: dict[str, str], family: Family) -> dict[str, Any]:
+    short_ids = family.startswith("mistral")
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.reasoning:
         turn["reasoning_content"] = message.reasoning
@@ -166,7 +167,9 @@ def _turn(message: Message, can: Capabilities, names: dict[str, str], short_ids:
     elif message.name:
         turn["name"] = message.name
     if message.tool_calls and not can.calls:
-        turn["content"] = "\n".join(part for part in (message.content, written(message.tool_calls)) if part)
+        turn["content"] = "\n".join(
+            part for part in (message.content, written(message.tool_calls, explained_family(family))) if part
+        )
     elif message.tool_calls:
         turn["tool_calls"] = [_call(call, can, short_ids) for call in message.tool_calls]
     return turn
@@ -215,9 +218,9 @@ def _with_thinking(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _short_id(call_id: str) -> str:
-    if len(call_id) == CALL_ID_CHARS and call_id.isalnum() and call_id.isascii():
+    if len(call_id) == SHORT_ID_CHARS and call_id.isalnum() and call_id.isascii():
         return call_id
-    return hashlib.sha256(call_id.encode(errors="surrogatepass")).hexdigest()[:CALL_ID_CHARS]
+    return hashlib.sha256(call_id.encode(errors="surrogatepass")).hexdigest()[:SHORT_ID_CHARS]
 
 
 def _alternating(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

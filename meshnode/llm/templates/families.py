@@ -16,6 +16,11 @@ CALL_CLOSES: Final = "</tool_call>"
 MISTRAL_OPENS: Final = "[TOOL_CALLS]"
 MISTRAL_ARGUMENTS: Final = "[ARGS]"
 PYTHON_TAG: Final = "<|python_tag|>"
+DEEPSEEK_OPENS: Final = "<｜tool▁calls▁begin｜>"
+DEEPSEEK_CLOSES: Final = "<｜tool▁calls▁end｜>"
+DEEPSEEK_CALL_OPENS: Final = "<｜tool▁call▁begin｜>"
+DEEPSEEK_CALL_CLOSES: Final = "<｜tool▁call▁end｜>"
+DEEPSEEK_SEPARATES: Final = "<｜tool▁sep｜>"
 ARGUMENT_KEYS: Final = ("arguments", "parameters")
 
 
@@ -23,6 +28,8 @@ def family_of(template: str) -> Family:
     """The family that a template belongs to, by the marks in its text. Without any: Hermes, which we then explain."""
     if CHANNEL in template:
         return "harmony"
+    if DEEPSEEK_CALL_OPENS in template:
+        return "deepseek" if "```json" in template else "deepseek_args"
     if MISTRAL_OPENS in template:
         return "mistral_args" if MISTRAL_ARGUMENTS in template else "mistral"
     if CALL_OPENS in template:
@@ -39,24 +46,55 @@ def described(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def tool_section(tools: Sequence[Tool]) -> str:
-    """What a model is told about tools when its template cannot."""
+def explained_family(family: Family) -> Family:
+    """The way in which a template's model is told to write calls when the template tells nothing of tools: DeepSeek's
+    templates do not, though they write calls."""
+    return family if family in ("deepseek", "deepseek_args") else FAMILY_DEFAULT
+
+
+def tool_section(tools: Sequence[Tool], family: Family) -> str:
+    """What a model is told about tools when its template cannot. `family`: see explained_family."""
     lines = "\n".join(json.dumps(described(tool), ensure_ascii=False) for tool in tools)
     return (
         "# Tools\n\nYou may call one or more functions to help with the user's request. "
         f"Their signatures are within <tools></tools>:\n<tools>\n{lines}\n</tools>\n\n"
+        f"{_how(family)}"
+    )
+
+
+def _how(family: Family) -> str:
+    if family in ("deepseek", "deepseek_args"):
+        return f"To call functions, write:\n{_deepseek(family, [('<function name>', '<arguments as a JSON object>')])}"
+    return (
         f"For each function call, return a JSON object with its name and arguments within {CALL_OPENS}{CALL_CLOSES}:\n"
         f'{CALL_OPENS}\n{{"name": <function name>, "arguments": <arguments as a JSON object>}}\n{CALL_CLOSES}'
     )
 
 
-def written(calls: Sequence[ToolCall]) -> str:
+def written(calls: Sequence[ToolCall], family: Family) -> str:
     """Calls of an earlier turn as the model would have written them, for templates that know none."""
+    if family in ("deepseek", "deepseek_args"):
+        return _deepseek(family, [(call.name, call.arguments or "{}") for call in calls])
     made = []
     for call in calls:
         name, arguments = json.dumps(call.name, ensure_ascii=False), call.arguments or "{}"
         made.append(f'{CALL_OPENS}\n{{"name": {name}, "arguments": {arguments}}}\n{CALL_CLOSES}')
     return "\n".join(made)
+
+
+def _deepseek(family: Family, calls: Sequence[tuple[str, str]]) -> str:
+    made = (_deepseek_head(family, name) + arguments + _deepseek_end(family) for name, arguments in calls)
+    return DEEPSEEK_OPENS + "\n".join(made) + DEEPSEEK_CLOSES
+
+
+def _deepseek_head(family: Family, name: str) -> str:
+    if family == "deepseek_args":
+        return f"{DEEPSEEK_CALL_OPENS}{name}{DEEPSEEK_SEPARATES}"
+    return f"{DEEPSEEK_CALL_OPENS}function{DEEPSEEK_SEPARATES}{name}\n```json\n"
+
+
+def _deepseek_end(family: Family) -> str:
+    return DEEPSEEK_CALL_CLOSES if family == "deepseek_args" else f"\n```{DEEPSEEK_CALL_CLOSES}"
 
 
 def calls_rule(rules: Rules, family: Family, tools: Sequence[Tool], *, parallel: bool) -> str:
@@ -76,6 +114,9 @@ def calls_rule(rules: Rules, family: Family, tools: Sequence[Tool], *, parallel:
             )
         case "mistral_args":
             return f'("{MISTRAL_OPENS}" {one})+' if parallel else f'"{MISTRAL_OPENS}" {one}'
+        case "deepseek" | "deepseek_args":
+            more = f' ("\\n"? {one})*' if parallel else ""
+            return f"{literal(DEEPSEEK_OPENS)} {one}{more} {literal(DEEPSEEK_CLOSES)}"
         case "harmony":
             return one  # the call ends the turn: several come one after the other, with their results between
 
@@ -85,6 +126,8 @@ def _call(rules: Rules, family: Family, tool: Tool) -> str:
     arguments = rules.fresh("arguments", rules.body(schema, strict=tool.strict))
     if family == "mistral_args":
         return f"{literal(tool.name + MISTRAL_ARGUMENTS)} {arguments}"
+    if family in ("deepseek", "deepseek_args"):
+        return f"{literal(_deepseek_head(family, tool.name))} {arguments} {literal(_deepseek_end(family))}"
     if family == "harmony":
         header = f"{CHANNEL}commentary to={FUNCTIONS}{tool.name} <|constrain|>json{MESSAGE}"
         return f"{literal(header)} {arguments}"

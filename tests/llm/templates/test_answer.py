@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshnode.llm.model import ReasoningDelta, TextDelta
+from meshnode.llm.model import ReasoningDelta, TextDelta, ToolCallDelta
 from meshnode.llm.templates.answer import AnswerParser
+from tests.support.deepseek_marks import deepseek
 
 TOOLS = frozenset({"add", "get_weather"})
 
@@ -90,6 +91,29 @@ CASES = {
         ("get_weather", '{"city": "Rome"}')]),
         ("[TOOL_CALLS]rm[ARGS]{}", "[TOOL_CALLS]rm[ARGS]{}", "", []),
     ],
+    "deepseek": [
+        ("Hello.", "Hello.", "", []),
+        ('<|tool_calls_begin|><|tool_call_begin|>function<|tool_sep|>add\n```json\n{"a": 1}\n```<|tool_call_end|>'
+        '<|tool_calls_end|>', "", "", [ADD]),
+        ('<think>\nHm.\n</think>\n\nSure.\n<|tool_calls_begin|><|tool_call_begin|>function<|tool_sep|>add\n```json\n'
+        '{"a": 1}\n```<|tool_call_end|>\n<|tool_call_begin|>function<|tool_sep|>get_weather\n```json\n'
+        '{"city": "Rome"}\n```<|tool_call_end|><|tool_calls_end|>\n', "Sure.", "Hm.",
+        [ADD, ("get_weather", '{"city": "Rome"}')]),
+        ('<|tool_call_begin|>function<|tool_sep|>add\n```json\n{"a": 1}\n```', "", "", [ADD]),
+        ('<|tool_call_begin|>function<|tool_sep|>add\n```json\n{"a": 1}\n```\n<|tool_call_end|> Done.', "Done.", "",
+        [ADD]),
+        ('<|tool_call_begin|>function<|tool_sep|>rm\n```json\n{}\n```<|tool_call_end|>',
+        '<|tool_call_begin|>function<|tool_sep|>rm\n```json\n{}\n```<|tool_call_end|>', "", []),
+        ("a <|tool_calls_begin|> b", "a <|tool_calls_begin|> b", "", []),
+        ("<|tool_calls_begin|><|tool_call_begin|>fun", "<|tool_calls_begin|><|tool_call_begin|>fun", "", []),
+        ("a <｜tool▁c", "a <｜tool▁c", "", []),
+    ],
+    "deepseek_args": [
+        ('<|tool_calls_begin|><|tool_call_begin|>add<|tool_sep|>{"a": 1}<|tool_call_end|><|tool_call_begin|>get_weather'
+        '<|tool_sep|>{"city": "}<|tool_call▁end｜"}<|tool_call_end|><|tool_calls_end|>', "", "",
+        [ADD, ("get_weather", '{"city": "}<|tool_call▁end｜"}')]),
+        ('<|tool_call_begin|>add<|tool_sep|>{"a": 1', "", "", [("add", '{"a": 1')]),
+    ],
     "harmony": [
         ("<|channel|>final<|message|>Hello.", "Hello.", "", []),
         ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>", "Yes.",
@@ -108,6 +132,11 @@ CASES = {
         ("<|channel|>fin", "", "", []),
     ],
 }  # fmt: skip
+for name in ("deepseek", "deepseek_args"):
+    CASES[name] = [
+        (deepseek(said), deepseek(text), thought, [(called, deepseek(given)) for called, given in calls])
+        for said, text, thought, calls in CASES[name]
+    ]
 TABLE = [(family, *case) for family, cases in CASES.items() for case in cases]
 
 
@@ -123,6 +152,20 @@ def test_a_call_is_told_before_it_is_whole():
     assert (begun.index, begun.id, begun.name, begun.arguments) == (0, "x", "add", "")
     (more,) = parser.feed('uments": {"a"')
     assert (more.arguments, more.name) == ('{"a"', None)
+
+
+@pytest.mark.parametrize("family", [family for family in CASES if family != "harmony"])
+def test_each_call_has_an_id_of_its_own_told_once_and_before_its_arguments(family):
+    ids = map("call_{}".format, itertools.count())
+    said = next(said for said, _, _, calls in CASES[family] if len(calls) == 2)
+    parser = AnswerParser(family, TOOLS, ids.__next__, thinking=False)
+    told = [delta for char in said for delta in parser.feed(char) if isinstance(delta, ToolCallDelta)]
+    named = [delta for delta in told if delta.id is not None]
+    assert [(delta.index, delta.id) for delta in named] == [(0, "call_0"), (1, "call_1")]
+    assert all(delta.name is not None for delta in named)
+    assert [told.index(delta) for delta in named] == [
+        next(place for place, delta in enumerate(told) if delta.index == index) for index in (0, 1)
+    ]
 
 
 def test_text_is_not_held_longer_than_it_must():
@@ -147,6 +190,8 @@ def test_a_prompt_that_opened_the_thought():
 _FRAGMENTS = st.sampled_from(
     ["<tool_call>", "</tool_call>", "<think>", "</think>", "[TOOL_CALLS]", "[ARGS]", "[", "]", "<|python_tag|>", "{",
      "<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|call|>", "analysis", "to=functions.add", "final",
+     *map(deepseek, ("<|tool_calls_begin|>", "<|tool_call_begin|>", "function<|tool_sep|>add", "<|tool_sep|>")),
+     *map(deepseek, ("<|tool_call_end|>", "<|tool_calls_end|>")), "\n```json\n", "`",
     "}", '"name"', ": ", ":",
      '"add"', '"rm"', "add", '"arguments"', '"parameters"', '{"a": 1}', '{"name": "add", "arguments": {"b": "c"}}',
      ", ", "; ", " ", "\n", "text",

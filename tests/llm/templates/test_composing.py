@@ -7,6 +7,7 @@ import pytest
 from meshnode.llm.model import Message, Tool, ToolCall
 from meshnode.llm.templates.composing import Composer
 from meshnode.llm.templates.model import Refusal, RenderedPrompt, RenderRequest, TemplateSource
+from tests.support.deepseek_marks import deepseek
 
 PLAIN = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
@@ -125,6 +126,25 @@ def test_a_template_that_wants_arguments_as_text_gets_text():
 def test_arguments_that_are_no_json_are_shown_as_they_were():
     broken = Message(role="assistant", tool_calls=(ToolCall(id="x", name="add", arguments="{oops"),))
     assert '{"arguments": "{oops"}' in text_of(HERMES, [USER, broken])
+
+
+@pytest.mark.parametrize(
+    ("fence", "family", "call"),
+    [
+        ("```json", "deepseek", 'function<|tool_sep|>add\n```json\n{"a": 1}\n```'),
+        ("", "deepseek_args", 'add<|tool_sep|>{"a": 1}'),
+    ],
+)
+def test_deepseeks_template_tells_nothing_of_tools_so_they_are_explained_in_its_own_format(fence, family, call):
+    template = deepseek(PLAIN + "{% if false %}<|tool_calls_begin|><|tool_call_begin|>" + fence + "{% endif %}")
+    made = compose(template, [USER, CALLED, RESULT], [ADD])
+    assert made.family == family
+    assert "<tool_call>" not in made.text
+    assert made.text.count(deepseek("<|tool_calls_begin|>")) == 2, (
+        "in the explanation, and in the call of an earlier turn"
+    )
+    written = f"<|tool_calls_begin|><|tool_call_begin|>{call}<|tool_call_end|><|tool_calls_end|>"
+    assert f"[assistant] {deepseek(written)}" in made.text
 
 
 def test_a_template_without_tools_has_them_explained():

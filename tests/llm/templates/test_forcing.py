@@ -9,6 +9,7 @@ from meshnode.llm.model import AnswerFormat, Tool, ToolCallDelta, ToolChoice
 from meshnode.llm.templates.answer import AnswerParser
 from meshnode.llm.templates.forcing import grammar_for
 from meshnode.llm.templates.model import TOOLS_MAX
+from tests.support.deepseek_marks import deepseek
 from tests.support.gbnf import Grammar
 
 ADD = Tool(name="add", parameters={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
@@ -17,17 +18,27 @@ TEXT, JSON = AnswerFormat(), AnswerFormat(kind="json_object")
 SCHEMA = AnswerFormat(kind="json_schema", schema={"properties": {"ok": {"type": "boolean"}}, "required": ["ok"]})
 REQUIRED, NAMED = ToolChoice(mode="required"), ToolChoice(name="add")
 
+BEGINS, ENDS = deepseek("<|tool_calls_begin|>"), deepseek("<|tool_calls_end|>")
 ONE = {
     "hermes": '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>',
     "llama3": '{"name": "add", "parameters": {"a": 1}}',
     "mistral": '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}]',
     "mistral_args": '[TOOL_CALLS]add[ARGS]{"a": 1}',
+    "deepseek": deepseek(
+        '<|tool_calls_begin|><|tool_call_begin|>function<|tool_sep|>add\n```json\n{"a": 1}\n```<|tool_call_end|>'
+        "<|tool_calls_end|>"
+    ),
+    "deepseek_args": deepseek(
+        '<|tool_calls_begin|><|tool_call_begin|>add<|tool_sep|>{"a": 1}<|tool_call_end|><|tool_calls_end|>'
+    ),
 }
 TWO = {
     "hermes": ONE["hermes"] + "\n" + ONE["hermes"],
     "llama3": ONE["llama3"] + "; " + ONE["llama3"],
     "mistral": '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 1}}]',
     "mistral_args": ONE["mistral_args"] * 2,
+    "deepseek": ONE["deepseek"].replace(ENDS, "\n") + ONE["deepseek"].removeprefix(BEGINS),
+    "deepseek_args": ONE["deepseek_args"].replace(ENDS, "") + ONE["deepseek_args"].removeprefix(BEGINS),
 }
 
 

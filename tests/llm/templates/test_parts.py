@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.llm.templates.ids import CALL_ID_CHARS, call_id
+from meshnode.llm.templates.ids import CALL_ID_CHARS, CALL_ID_PREFIX, call_id
 from meshnode.llm.templates.parts import PARTS_MAX, text_of
 
 
@@ -42,8 +42,9 @@ def test_what_is_no_text_is_refused_by_name(content, word):
     assert word in refused.value.message
 
 
-def test_call_ids_are_what_the_strictest_templates_take():
+def test_call_ids_are_like_openais_and_of_their_own():
     made = {call_id(Random(seed)) for seed in range(100)}
     assert len(made) == 100
-    assert all(len(name) == CALL_ID_CHARS and name.isalnum() for name in made)
+    said = [name.removeprefix(CALL_ID_PREFIX) for name in made]
+    assert all(len(rest) == CALL_ID_CHARS and rest.isalnum() for rest in said)
     assert call_id(Random(1)) == call_id(Random(1))
