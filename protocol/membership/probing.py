@@ -53,7 +53,7 @@ class Probing:
     def tick(self) -> None:
         """Probe the next peer of a shuffled round (SWIM section 4.3: every peer within two rounds)."""
         s = self._s
-        up = s.view.up
+        self._admit(s.view.arrivals())
         for _ in range(len(self._order) + 1):
             if not self._order:
                 self._order = list(s.view.peers)
@@ -61,9 +61,24 @@ class Probing:
                 if not self._order:
                     return
             target = self._order.pop()
-            if target in up and target not in self._targets:
+            if target in s.view.up and target not in self._targets:
                 self.probe(target)
                 return
+
+    def _admit(self, arrived: list[NodeId]) -> None:
+        """Those who came up since get a place in this round, also in the part that is over: all are probed as often.
+
+        A round of a thousand takes minutes, and nodes that started together begin theirs together: whoever came just
+        after would be probed by nobody until the next one. But were each put into what is left of the round, those
+        who come would take the turns of all others where many do, and the round would not end.
+        """
+        if not arrived:
+            return
+        s, placed = self._s, set(self._order)
+        for peer in arrived:
+            place = s.rng.randrange(max(len(s.view.peers), len(self._order) + 1))
+            if place <= len(self._order) and peer not in placed:
+                self._order.insert(place, peer)
 
     def probe(self, target: NodeId, accusation: Stated | None = None) -> None:
         """Start a probe; a suspect is told of its accusation with it, so that it can refute (Lifeguard's buddy)."""

@@ -130,6 +130,8 @@ class Suspicions:
             self.clear(target)
             s.publish(PeerCleared(target))
         else:
+            # Witnesses enough there may be, and gossip missed this node with all of them: it looks for itself.
+            self.probing.probe(target, next(iter(suspicion.accusers.values())))
             s.timer(min(expiry, s.now + 1.0), "suspect", target)
 
     def _conclude(self, target: NodeId, suspicion: _Suspicion) -> bool:

@@ -46,6 +46,7 @@ class View:
         self._up: dict[NodeId, None] = {}  # half the size of a set
         self.up: KeysView[NodeId] = self._up.keys()
         self.peers: list[NodeId] = []  # up, without this node; for sampling
+        self._arrived: dict[NodeId, None] = {}  # peers that came up since `arrivals` was called
         self.down: dict[NodeId, Down] = {}
         self.left: dict[NodeId, Stated] = {}
         self.digest = 0
@@ -69,12 +70,19 @@ class View:
             self._up[peer] = None
             if peer != self._me:
                 self.peers.append(peer)
+                self._arrived[peer] = None
         self.known[peer] = stated
         self.down.pop(peer, None)
         self.left.pop(peer, None)
         self.digest ^= stated.token
         self.changed_at = now
         return not was_up
+
+    def arrivals(self) -> list[NodeId]:
+        """The peers that came up since the last call; some may be gone again."""
+        arrived = list(self._arrived)
+        self._arrived.clear()
+        return arrived
 
     def _not_up(self, peer: NodeId, now: float) -> None:
         if peer in self.up:

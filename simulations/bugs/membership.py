@@ -52,6 +52,10 @@ def _old_reports_revive(patches: Patches) -> None:
     patches.set(suspicion, "CONSUMED_S", inf)
 
 
+def _newcomers_wait_a_round(patches: Patches) -> None:
+    patches.set(Probing, "_admit", lambda self, arrived: None)
+
+
 def _no_announces(patches: Patches) -> None:
     patches.set(Probing, "announce", lambda self, target: None)
     patches.set(Contacts, "seek", lambda self: None)
@@ -135,6 +139,15 @@ def membership_bugs() -> tuple[Bug, ...]:
             "old-reports-revive",
             "view reports made before a death undo it, and what they undid stays undone",
             _old_reports_revive,
+            "membership",
+            150,
+            pattern="dense,settled",
+            duration_s=60,
+        ),
+        Bug(
+            "newcomers-wait-a-round",
+            "who comes up in the middle of a round of probes is probed in the next one",
+            _newcomers_wait_a_round,
             "membership",
             150,
             pattern="dense,settled",

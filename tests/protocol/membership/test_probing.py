@@ -19,6 +19,11 @@ def accused(effects: list, subject: Subject) -> set[int]:  # type: ignore[type-a
     return {subject.mesh.number(event.peer) for event in events(effects, PeerSuspected)}
 
 
+def targets(subject: Subject, ticks: int) -> list[int]:
+    """Whom it probes in so many intervals; nobody answers or is accused, for no other timer fires."""
+    return [subject.mesh.number(to) for _ in range(ticks) for to, _, _ in sends(subject.fire("probe"), Ping)]
+
+
 def test_the_stages_of_a_probe_come_in_order_and_on_time() -> None:
     subject = Subject(6)
     subject.know(1, 2, 3, 4, 5)
@@ -188,6 +193,30 @@ def test_every_peer_is_probed_within_two_rounds() -> None:
             last[target] = tick
             subject.packet(target, Ack(ping.probe, subject.digest))
     assert set(last) == set(peers)
+
+
+def test_who_comes_up_in_the_middle_of_a_round_is_probed_in_it_as_often_as_others() -> None:
+    """Nodes that start together begin their rounds together, and a round of a thousand takes minutes."""
+    soon = 0
+    for seed in range(100):
+        subject = Subject(30, seed=seed)
+        subject.know(*range(1, 21))
+        targets(subject, 10)
+        subject.know(21)
+        probed = targets(subject, 11)
+        soon += 21 in probed
+        assert len(probed) == len(set(probed)), "nobody twice in a round"
+    assert 30 < soon < 70, "half of the round was over"
+
+
+def test_many_who_come_do_not_take_the_turns_of_others() -> None:
+    subject = Subject(120)
+    subject.know(*range(1, 21))
+    probed = set[int]()
+    for newcomer in range(21, 119):
+        probed.update(targets(subject, 1))
+        subject.know(newcomer)
+    assert probed >= set(range(1, 21))
 
 
 def test_bad_health_stretches_the_timers_and_answers_heal_it() -> None:

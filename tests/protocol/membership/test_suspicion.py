@@ -117,6 +117,21 @@ def test_accusations_lapse_without_enough_witnesses() -> None:
     assert ("membership", "suspect", subject.mesh.id(7)) not in subject.timers
 
 
+def test_who_missed_the_other_witnesses_looks_for_itself_when_the_floor_is_over() -> None:
+    """Gossip misses a node now and then; in churn it would wait half a minute for views to be compared."""
+    subject = all_up(64)
+    for by in (2, 3):
+        subject.told(subject.mesh.accusation(by, 7), via=by)
+    target = subject.mesh.id(7)
+    effects = subject.fire("suspect", target)
+    number = subject.probe_of(7, effects)
+    assert [to for to, gossip, _ in sends(effects, Gossip) if gossip.items] == [target], "it may refute"
+    for _ in range(3):
+        subject.hear(2, 3, 4)
+        effects = subject.fire("stage", number)
+    assert events(effects, PeerDown) == [PeerDown(target, tuple(subject.mesh.id(by) for by in (2, 3, 0)))]
+
+
 def test_a_refutation_clears_and_old_accusations_stay_void() -> None:
     subject = all_up(8)
     accusations = [subject.mesh.accusation(by, 7) for by in (2, 3, 4)]
