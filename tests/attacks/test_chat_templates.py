@@ -7,6 +7,7 @@ import pytest
 import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.resources.host import process_cpu_s
 from meshnode.llm.model import Message
 from meshnode.llm.templates import client
 from meshnode.llm.templates.client import RENDER_S_MAX, START_S_MAX, TemplateWorker
@@ -73,7 +74,7 @@ def spent_s() -> float:
 
 @pytest.fixture
 async def worker():
-    made = TemplateWorker(clock_wall=time.time)
+    made = TemplateWorker(clock_wall=time.time, cpu_s=process_cpu_s)
     yield made
     await made.aclose()
 

@@ -6,6 +6,7 @@ Its job is one cheap blocking read of all of them (about 0.1 ms). How often, and
 import os
 import sys
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, Final
 
@@ -91,6 +92,15 @@ def read_cpu_times() -> CpuTimes:
     times: Any = psutil.cpu_times()  # the fields differ between systems
     total = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
     return CpuTimes(busy_s=total - times.idle - getattr(times, "iowait", 0.0), total_s=total)
+
+
+def process_cpu_s(pid: int) -> float:
+    """The seconds of CPUs that a process had; infinite when it is gone."""
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
+        return inf
+    return float(times.user + times.system)
 
 
 def read_battery(supplies: Path) -> Battery | None:

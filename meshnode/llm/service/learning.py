@@ -94,8 +94,8 @@ class Learning:
                 await self._learn(pipeline, span, stats)
             speed, learnt = self._speed(), self._estimator.learnt()
             if news and speed is not None and _moved(self._told, learnt):
-                self._told = learnt
                 await self._remember(Remembered(speed, dict(learnt.factors), learnt.hop_overhead_s))
+                self._told = learnt
 
     async def _learn(self, pipeline: Pipeline, span: Span, stats: Stats) -> None:
         shape, speed = self._shapes.shape(pipeline.model), self._speed()
@@ -105,18 +105,29 @@ class Learning:
         self._estimator.computed(pipeline.model, predicted, stats.row_s)
         if len(pipeline.stages) < 2 or span != pipeline.stages[0] or not stats.round_s:
             return
-        computed = stats.row_s
-        for node in pipeline.nodes[1:]:
+        others = await self._row_times(pipeline)
+        if len(others) == len(pipeline.stages) - 1:  # without all parts the rest means nothing
+            computed_s = stats.row_s + sum(others) + self._wire_s(pipeline, shape)
+            self._estimator.travelled(stats.round_s, computed_s, len(pipeline.stages))
+
+    async def _row_times(self, pipeline: Pipeline) -> list[float]:
+        """How long the later stages compute one row (seconds), of those that know it and tell it."""
+        found: list[float] = []
+
+        async def ask(node: NodeId) -> None:
             try:
                 told = await self._calls.call(
                     node, "llm.stats", StatsRequest(pipeline.id), StageReport, timeout_s=ASK_S
                 )
             except MeshError:
-                return  # without all parts the rest means nothing
-            if not (isfinite(told.row_s) and told.row_s > 0.0):
-                return  # not known, or of no sense: a peer may say anything
-            computed += told.row_s
-        self._estimator.travelled(stats.round_s, computed + self._wire_s(pipeline, shape), len(pipeline.stages))
+                return
+            if isfinite(told.row_s) and told.row_s > 0.0:  # a peer may say anything
+                found.append(told.row_s)
+
+        async with trio.open_nursery() as nursery:
+            for node in pipeline.nodes[1:]:
+                nursery.start_soon(ask, NodeId(node))
+        return found
 
     def _wire_s(self, pipeline: Pipeline, shape: ModelShape) -> float:
         """What a token's way round takes by latency and bandwidth alone."""

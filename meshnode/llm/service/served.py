@@ -18,6 +18,7 @@ from protocol.wire import limits
 
 SERVED: Final = "llm/served"
 REFRESH_S: Final = 60.0
+RETRY_S: Final = 5.0  # who did not answer is looked for sooner: until then nobody can use what it serves
 MODELS_TOLD_MAX: Final = 500
 VALUE_BYTES_MAX: Final = 60_000
 
@@ -43,6 +44,7 @@ class Served:
 
     async def run(self) -> None:
         """Ask the servers now and then, and tell the mesh when something changed, until cancelled."""
+        silent = set[str]()
         while True:
             found = await self._upstreams.refresh() if self._upstreams.configured else []
             names = _fitting([card.name for card in found[:MODELS_TOLD_MAX]])
@@ -53,9 +55,12 @@ class Served:
                     await self._writer.put(SERVED, self._me.encode("ascii"), value)
                 except MeshError as error:
                     self._log.warning("upstream models could not be told", why=error.message)
-            for name, why in self._upstreams.failures.items():
-                self._log.warning("an upstream server does not answer", server=name, why=why)
-            await trio.sleep(REFRESH_S)
+            failures = self._upstreams.failures
+            for name, why in failures.items():
+                if name not in silent:
+                    self._log.warning("an upstream server does not answer", server=name, why=why)
+            silent = set(failures)
+            await trio.sleep(RETRY_S if failures else REFRESH_S)
 
     def by_model(self) -> dict[str, NodeId]:
         """Which node serves a model; of several, one that is this node or comes first."""

@@ -13,6 +13,7 @@ from meshnode.api.routing import Mount
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links.contracts import PeerMethod
 from meshnode.kernel.records import RecordWriter
+from meshnode.kernel.resources.host import process_cpu_s
 from meshnode.llm.peers.stages import stage_methods
 from meshnode.llm.peers.weights import weight_methods
 from meshnode.llm.routes.mount import llm_routes
@@ -147,7 +148,7 @@ class _Assembly:
             log=ground.log("llm.trial"),
         )
         self._pipelines = Pipelines(ensure=self._ensure, name_of=ground.name_of, now=ground.now)
-        self._renderer = TemplateWorker(clock_wall=ground.wall)
+        self._renderer = TemplateWorker(clock_wall=ground.wall, cpu_s=process_cpu_s)
         self._prompts = Prompts(
             models=self._models,
             renderer=self._renderer,

@@ -31,6 +31,9 @@ from meshnode.llm.templates.model import (
 )
 
 RENDER_S_MAX: Final = 2.0
+PROCESSOR_SHARE: Final = 0.9  # of RENDER_S_MAX, had of a processor, is the template's fault
+STARVED_S_MAX: Final = 20.0
+LOOK_S: Final = 0.1
 START_S_MAX: Final = 20.0
 REPLY_BYTES_MAX: Final = 4 * PROMPT_CHARS_MAX + 4096
 HOSTILE_KEPT_MAX: Final = 64
@@ -48,8 +51,10 @@ _Reply = RenderedPrompt | Refusal
 class TemplateWorker:
     """Renders chat templates, one at a time. No process runs before the first use; `aclose` ends it."""
 
-    def __init__(self, *, clock_wall: Callable[[], float]) -> None:
+    def __init__(self, *, clock_wall: Callable[[], float], cpu_s: Callable[[int], float]) -> None:
+        """`cpu_s`: the seconds of CPUs that a process had; infinite when it is gone."""
         self._clock_wall = clock_wall
+        self._cpu_s = cpu_s
         self._process: trio.Process | None = None
         self._turn = trio.Lock()
         self._hostile: OrderedDict[bytes, float] = OrderedDict()  # digest of a template -> when it may be tried again
@@ -68,7 +73,7 @@ class TemplateWorker:
         """The prompt for these messages. With `tool_choice` none the tools are not shown to the model.
 
         Raises: MeshError: BAD_REQUEST when the template refuses the conversation or breaks a limit, or a limit of
-        ours is broken.
+        ours is broken. UNAVAILABLE when the worker gets no processor.
         """
         check_tools(tools)
         shown = () if tool_choice is not None and tool_choice.mode == "none" else tuple(tools)
@@ -109,22 +114,34 @@ class TemplateWorker:
             await self._end()
 
     async def _exchange(self, body: bytes) -> _Reply:
-        answered = False
+        answer: _Reply | None = None
+        is_broken = False
         try:
             process = await self._running()
-            with trio.move_on_after(RENDER_S_MAX) as scope:
+            overtime = _Overtime(lambda: self._cpu_s(process.pid))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(overtime.watch, nursery.cancel_scope)
                 try:
                     await _stdin(process).send_all(LENGTH.pack(len(body)) + body)
                     answer = self._decoder.decode(await _frame(process))
-                    answered = True
-                    return answer
                 except (trio.BrokenResourceError, trio.ClosedResourceError, EOFError, msgspec.MsgspecError):
-                    return Refusal(words="the template ended the process that it ran in", hostile=True)
-            assert scope.cancelled_caught
+                    is_broken = True
+                nursery.cancel_scope.cancel()
+            if answer is not None:
+                return answer
+            if is_broken:
+                return Refusal(words="the template ended the process that it ran in", hostile=True)
+            if overtime.is_starved:
+                raise MeshError(
+                    ErrorCode.UNAVAILABLE,
+                    f"This node is too busy to write the prompt: the model's template got hardly any processor for "
+                    f"{STARVED_S_MAX:g} s. Try again, or ask another node.",
+                    retryable=True,
+                )
             return Refusal(words=f"the template takes longer than {RENDER_S_MAX:g} s", hostile=True)
         finally:
             # After a failure or a cancelled caller the pipes are out of step: the next request gets a new process.
-            if not answered:
+            if answer is None:
                 await self._end()
 
     async def _running(self) -> trio.Process:
@@ -164,6 +181,27 @@ class TemplateWorker:
         self._hostile.move_to_end(digest)
         while len(self._hostile) > HOSTILE_KEPT_MAX:
             self._hostile.popitem(last=False)
+
+
+class _Overtime:
+    """Cancels a scope when the template had its time of a processor.
+
+    By the clock alone a good template would be taken for a hostile one where others have the cores. Nothing in a
+    template can wait, so one that gets no processor for long, which `is_starved` then says, is not to blame.
+    """
+
+    def __init__(self, cpu_s: Callable[[], float]) -> None:
+        self._cpu_s = cpu_s
+        self.is_starved = False
+
+    async def watch(self, scope: trio.CancelScope) -> None:
+        """Until the scope is cancelled, by this or by others."""
+        began_s, spent_s = trio.current_time(), self._cpu_s()
+        await trio.sleep(RENDER_S_MAX)
+        while not self.is_starved and self._cpu_s() - spent_s < RENDER_S_MAX * PROCESSOR_SHARE:
+            await trio.sleep(LOOK_S)
+            self.is_starved = trio.current_time() > began_s + STARVED_S_MAX
+        scope.cancel()
 
 
 def _encoded(request: RenderRequest) -> bytes:

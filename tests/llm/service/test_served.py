@@ -22,6 +22,7 @@ from tests.support.upstream_server import http, upstream_server
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served, "REFRESH_S", 0.02)
+    monkeypatch.setattr(served, "RETRY_S", 0.02)
 
 
 def listing(*models: str) -> bytes:
@@ -72,6 +73,20 @@ async def test_a_server_that_does_not_answer_has_nothing_and_is_named(data_dir: 
             del it.answers["/v1/models"]
             await mesh.until(lambda: told_by(member) == ())
             await mesh.until(lambda: "an upstream server does not answer" in log.at("warning"))
+
+
+async def test_a_server_that_did_not_answer_is_looked_for_soon_and_told_of_once(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "REFRESH_S", 3600.0)
+    log = RecordingLog()
+    async with record_mesh(data_dir, 1, [served_collection()]) as mesh, upstream_server() as it:
+        member = mesh.members[0]
+        async with serving(member, Upstream("it", it.url), log=log):
+            await mesh.until(lambda: len(it.asked) > 3)
+            it.answers["/v1/models"] = listing("a")
+            await mesh.until(lambda: told_by(member) == ("it/a",))
+    assert log.at("warning").count("an upstream server does not answer") == 1
 
 
 async def test_what_an_earlier_run_told_is_taken_back_when_its_server_is_gone_from_the_settings(data_dir: Path) -> None:

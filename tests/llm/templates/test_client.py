@@ -8,7 +8,9 @@ import pytest
 import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.resources.host import process_cpu_s
 from meshnode.llm.model import Message, Tool, ToolChoice
+from meshnode.llm.templates import client
 from meshnode.llm.templates.client import TemplateWorker
 from meshnode.llm.templates.model import MESSAGES_MAX, TEMPLATE_CHARS_MAX, TOOLS_MAX, TemplateSource
 
@@ -21,7 +23,7 @@ HI = (Message(role="user", content="Hi \u00e9"),)
 
 @pytest.fixture
 async def worker():
-    made = TemplateWorker(clock_wall=time.time)
+    made = TemplateWorker(clock_wall=time.time, cpu_s=process_cpu_s)
     yield made
     await made.aclose()
 
@@ -45,6 +47,32 @@ async def test_many_callers_take_turns(worker):
     assert made == {number: str(number) for number in range(20)}
 
 
+async def test_a_process_that_others_kept_from_running_is_waited_for(worker):
+    """By the clock its template would be hostile, and the model refused to everybody for a minute."""
+    await worker.render(SOURCE, HI)
+    pid = worker._process.pid
+    os.kill(pid, signal.SIGSTOP)
+    async with trio.open_nursery() as nursery:
+
+        async def wake():
+            await trio.sleep(client.RENDER_S_MAX + 0.5)
+            os.kill(pid, signal.SIGCONT)
+
+        nursery.start_soon(wake)
+        assert (await worker.render(SOURCE, HI)).text == "Hi \u00e9"
+    assert worker._process.pid == pid
+
+
+async def test_a_process_that_never_runs_blames_the_machine(worker, monkeypatch):
+    monkeypatch.setattr(client, "STARVED_S_MAX", client.RENDER_S_MAX + 0.5)
+    await worker.render(SOURCE, HI)
+    os.kill(worker._process.pid, signal.SIGSTOP)
+    with pytest.raises(MeshError) as busy:
+        await worker.render(SOURCE, HI)
+    assert (busy.value.code, busy.value.retryable) == (ErrorCode.UNAVAILABLE, True)
+    assert (await worker.render(SOURCE, HI)).text == "Hi \u00e9"
+
+
 async def test_a_killed_process_is_replaced(worker):
     await worker.render(SOURCE, HI)
     os.kill(worker._process.pid, signal.SIGKILL)
@@ -61,7 +89,7 @@ async def test_a_caller_who_leaves_spoils_nothing(worker):
 
 
 async def test_the_process_ends_with_its_client():
-    worker = TemplateWorker(clock_wall=time.time)
+    worker = TemplateWorker(clock_wall=time.time, cpu_s=process_cpu_s)
     await worker.render(SOURCE, HI)
     process = worker._process
     await worker.aclose()
@@ -69,7 +97,7 @@ async def test_the_process_ends_with_its_client():
 
 
 async def test_the_process_ends_when_its_agent_is_gone():
-    worker = TemplateWorker(clock_wall=time.time)
+    worker = TemplateWorker(clock_wall=time.time, cpu_s=process_cpu_s)
     await worker.render(SOURCE, HI)
     await worker._process.stdin.aclose()
     with trio.fail_after(10):
