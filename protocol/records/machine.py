@@ -33,6 +33,7 @@ from protocol.wire.crypto import Suite
 PUSH: Final[TimerKey] = ("records", "push")
 REPAIR: Final[TimerKey] = ("records", "repair")
 HOUSEKEEPING: Final[TimerKey] = ("records", "housekeeping")
+HURRY_NODES: Final = 100  # every so many nodes, who came up waits once more as long to be compared with
 
 RecordsInput = (
     LinkReceived
@@ -155,7 +156,9 @@ class Records:
                 self._timer(event.key, now, wall, out)
             case PeerUp():
                 self._up[event.peer] = None
-                self._hurry(event.peer, now, out)
+                # Some of a mesh are enough: a thousand links to one that returns, or from each to each, say no more.
+                if self._rng.random() * len(self._up) < self._params.repair_eager_max:
+                    self._hurry(event.peer, now, out)
             case LinkOpened():
                 if now - self._repair.fresh.get(event.peer, -1e9) > self._params.repair_interval_s:
                     self._hurry(event.peer, now, out)
@@ -308,7 +311,10 @@ class Records:
 
     def _schedule(self, now: float, out: list[Effect], *, soon: bool) -> None:
         if soon:
-            delay = self._params.repair_eager_delay_s * self._rng.uniform(0.5, 1.0)
+            # In a large mesh that heals, the news of who is up comes first; links for all at once would cost more.
+            delay = (
+                self._params.repair_eager_delay_s * (1.0 + len(self._up) / HURRY_NODES) * self._rng.uniform(0.5, 1.0)
+            )
             at = min(self._repair_at, now + delay) if self._repair_at > now else now + delay
         elif self._repair_at > now:
             return
