@@ -18,7 +18,7 @@ from meshnode.kernel.errors import EXIT_DONE, EXIT_FAILED, ErrorCode, MeshError,
 
 EXIT_INTERRUPTED: Final = 130
 _NAME: Final = "meshnode"
-_SHARED_FLAGS: Final = ("--json", "--api-port", "--data-dir", "--config", "--token-file")
+_SHARED_FLAGS: Final = ("--api-port", "--data-dir", "--config", "--token-file")  # each takes a value
 # In the order in which somebody needs them; the help shows them so. Only the one that is run gets imported.
 COMMANDS: Final[Mapping[str, str]] = {
     "up": "up", "invite": "invite", "join": "join", "status": "mesh", "nodes": "mesh", "node": "mesh", "ping": "ping",
@@ -47,14 +47,10 @@ class _Commands(click.Group):
         return found
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            if error.option_name in _SHARED_FLAGS:
-                raise click.UsageError(
-                    f"Flags come after the command: meshnode COMMAND {error.option_name} ...", ctx
-                ) from error
-            raise
+        before = _leading_flags(args)
+        if before and before == len(args):
+            raise click.UsageError(f"Which command? As in: meshnode status {' '.join(args)}", ctx)
+        return super().parse_args(ctx, [*args[before : before + 1], *args[:before], *args[before + 1 :]])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -67,6 +63,14 @@ class _Commands(click.Group):
             hint = f"did you mean 'meshnode {near[0]}'?" if near else "'meshnode --help' lists them."
             raise click.UsageError(f"There is no command {wanted!r}; {hint}", ctx)
         return super().resolve_command(ctx, args)
+
+
+def _leading_flags(args: Sequence[str]) -> int:
+    """How many arguments are flags that most commands share, written before the command: they count as if behind it."""
+    count = 0
+    while count < len(args) and args[count].partition("=")[0] in ("--json", *_SHARED_FLAGS):
+        count += 2 if args[count] in _SHARED_FLAGS else 1
+    return min(count, len(args))
 
 
 def command_group() -> click.Group:

@@ -383,9 +383,33 @@ def test_only_near_commands_are_suggested(capsys: pytest.CaptureFixture[str], ty
     assert (f"did you mean 'meshnode {meant}'?" if meant else "'meshnode --help' lists them.") in err
 
 
-def test_flags_before_the_command_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["--api-port", "1", "status"]) == 2
-    assert "Flags come after the command: meshnode COMMAND --api-port" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--api-port", "1", "status", "--json"], ["--api-port=1", "--json", "status"],
+        ["--json", "status", "--api-port", "1"], ["status", "--json", "--api-port=1"],
+    ],
+)  # fmt: skip
+def test_shared_flags_may_come_before_the_command(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert run(arguments) == 3
+    said = json.loads(capsys.readouterr().err)
+    assert said["code"] == "agent_not_running"
+    assert "127.0.0.1:1" in said["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--api-port", "1"], "Which command? As in: meshnode status --api-port 1"),
+        (["--api-port"], "Which command?"),
+        (["--port", "1", "status"], "--port"),
+    ],
+)
+def test_flags_without_a_command_and_unknown_ones_are_explained(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert run(arguments) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_the_group_is_made_anew_each_time() -> None:
