@@ -98,7 +98,7 @@ class Probing:
             s.send(target, ping, Gossip(items)) if items else s.send(target, ping)
         s.timer(probe.due, "stage", number)
         probe.claim = s.claims.pop(target, None)
-        if probe.claim is not None and probe.claim != s.routes.get(target):
+        if probe.claim is not None and probe.claim != next(iter(s.addresses(target)), None):
             s.send(target, ping, address=probe.claim)
         if s.tunnelled.get(target, inf) <= s.now:
             # Now and then, see whether its UDP gets through again; an Ack that comes by UDP ends the tunnel.

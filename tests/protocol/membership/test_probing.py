@@ -321,6 +321,15 @@ def test_a_source_is_no_route_before_it_was_proven() -> None:
     assert subject.machine.route(peer) == address_of(1)
 
 
+def test_a_source_that_turns_out_to_be_the_stated_address_is_not_pinged_twice() -> None:
+    """Of those who arrive together, many hear from one another before they know one another."""
+    subject = Subject(3)
+    subject.hear(1)
+    subject.know(1, 2)
+    _, effects = subject.start_probe(1)
+    assert [address for to, _, address in sends(effects, Ping) if to == subject.mesh.id(1)] == [None]
+
+
 # ---- peers without UDP, peers with several addresses ----------------------------------------------------------------
 
 
