@@ -1,9 +1,11 @@
 """Everything that is read out of an answer's text while it comes: thoughts, tool calls, and the rest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from meshnode.llm.model import ReasoningDelta, TextDelta, ToolCallDelta
+from meshnode.llm.templates.assembly import MarkDropper
 from meshnode.llm.templates.deepseek import DeepSeekParser
+from meshnode.llm.templates.families import COHERE_MARKS
 from meshnode.llm.templates.harmony import HarmonyParser
 from meshnode.llm.templates.model import Family
 from meshnode.llm.templates.reasoning import ReasoningSplitter, Said
@@ -27,6 +29,7 @@ class AnswerParser:
             self._calls = DeepSeekParser(tool_names, new_id)
         elif tool_names and family != "harmony":
             self._calls = ToolCallParser(family, tool_names, new_id)
+        self._marks = MarkDropper(COHERE_MARKS if family == "cohere" else ())
         # Thoughts, calls and text are one format there.
         self._harmony = HarmonyParser(tool_names or frozenset(), new_id) if family == "harmony" else None
 
@@ -48,19 +51,26 @@ class AnswerParser:
         if self._harmony is not None:
             return list(self._harmony.finish())
         deltas = self._deltas(self._reasoning.finish())
-        return deltas + [_delta(piece) for piece in self._calls.finish()] if self._calls is not None else deltas
+        if self._calls is not None:
+            deltas += self._told(self._calls.finish())
+        rest = self._marks.finish()
+        return [*deltas, TextDelta(text=rest, count=0)] if rest else deltas
 
     def _deltas(self, said: list[Said]) -> list[AnswerDelta]:
         deltas: list[AnswerDelta] = []
         for text, thought in said:
             if thought:
                 deltas.append(ReasoningDelta(text=text, count=0))
-            elif self._calls is not None:
-                deltas += [_delta(piece) for piece in self._calls.feed(text)]
             else:
-                deltas.append(TextDelta(text=text, count=0))
+                deltas += self._told([text] if self._calls is None else self._calls.feed(text))
         return deltas
 
-
-def _delta(piece: Piece) -> AnswerDelta:
-    return TextDelta(text=piece, count=0) if isinstance(piece, str) else piece
+    def _told(self, pieces: Sequence[Piece]) -> list[AnswerDelta]:
+        deltas: list[AnswerDelta] = []
+        for piece in pieces:
+            text = self._marks.feed(piece) if isinstance(piece, str) else self._marks.finish()
+            if text:
+                deltas.append(TextDelta(text=text, count=0))
+            if not isinstance(piece, str):
+                deltas.append(piece)
+        return deltas

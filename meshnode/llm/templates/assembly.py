@@ -1,6 +1,6 @@
 """From the bytes of tokens to text that may be shown: whole characters, and nothing of a stop string.
 
-Both classes hold back only what may still turn into something else, and give the same text however the input is cut.
+All classes hold back only what may still turn into something else, and give the same text however the input is cut.
 """
 
 import codecs
@@ -75,6 +75,30 @@ class StopFilter:
         else:
             at = len(self._held)
         shown, self._held = self._held[:at], ""
+        return shown
+
+
+class MarkDropper:
+    """Leaves marks out of a text."""
+
+    def __init__(self, marks: Sequence[str]) -> None:
+        self._marks = tuple(marks)
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        """What is certain by now."""
+        self._held += text
+        shown = ""
+        while found := [(at, mark) for mark in self._marks if (at := self._held.find(mark)) >= 0]:
+            at, mark = min(found)
+            shown, self._held = shown + self._held[:at], self._held[at + len(mark) :]
+        cut = len(self._held) - held_back(self._held, self._marks)
+        shown, self._held = shown + self._held[:cut], self._held[cut:]
+        return shown
+
+    def finish(self) -> str:
+        """What was held back, now that something else comes, or nothing."""
+        shown, self._held = self._held, ""
         return shown
 
 

@@ -50,8 +50,9 @@ class CallScanner:
     `name` is known as soon as it is written; `take_arguments` hands out the text of the arguments as it grows, as JSON.
     """
 
-    def __init__(self, *, strict_start: bool = False) -> None:
+    def __init__(self, *, strict_start: bool = False, name_key: str = "name") -> None:
         self.raw = ""
+        self._name_key = name_key
         self.name: str | None = None
         self.done = False
         self.failed = False
@@ -126,7 +127,7 @@ class CallScanner:
                 self._argue(char)
         if not self._extent.done:
             return
-        if self._key == "name" and self.name is None:
+        if self._key == self._name_key and self.name is None:
             self.name = _string(self._text)
             if self.name is None:
                 self.failed = True

@@ -31,7 +31,7 @@ from meshnode.llm.templates.sandbox import (
 
 TEMPLATES_KEPT_MAX: Final = 16
 SHORT_ID_CHARS: Final = 9  # letters and digits: all that Mistral's templates take for a call
-_THOUGHT_OPENS: Final = ("<think>", "[THINK]")
+_THOUGHT_OPENS: Final = ("<think>", "[THINK]", "<|START_THINKING|>")
 _RESERVED: Final = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "strftime_now"}
 )

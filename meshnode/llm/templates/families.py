@@ -21,6 +21,11 @@ DEEPSEEK_CLOSES: Final = "<｜tool▁calls▁end｜>"
 DEEPSEEK_CALL_OPENS: Final = "<｜tool▁call▁begin｜>"
 DEEPSEEK_CALL_CLOSES: Final = "<｜tool▁call▁end｜>"
 DEEPSEEK_SEPARATES: Final = "<｜tool▁sep｜>"
+COHERE_OPENS: Final = "<|START_ACTION|>"
+COHERE_CLOSES: Final = "<|END_ACTION|>"
+COHERE_THOUGHT_OPENS: Final = "<|START_THINKING|>"
+COHERE_THOUGHT_CLOSES: Final = "<|END_THINKING|>"
+COHERE_MARKS: Final = ("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>")  # around an answer
 ARGUMENT_KEYS: Final = ("arguments", "parameters")
 
 
@@ -28,6 +33,8 @@ def family_of(template: str) -> Family:
     """The family that a template belongs to, by the marks in its text. Without any: Hermes, which we then explain."""
     if CHANNEL in template:
         return "harmony"
+    if COHERE_OPENS in template:
+        return "cohere"
     if DEEPSEEK_CALL_OPENS in template:
         return "deepseek" if "```json" in template else "deepseek_args"
     if MISTRAL_OPENS in template:
@@ -117,6 +124,9 @@ def calls_rule(rules: Rules, family: Family, tools: Sequence[Tool], *, parallel:
         case "deepseek" | "deepseek_args":
             more = f' ("\\n"? {one})*' if parallel else ""
             return f"{literal(DEEPSEEK_OPENS)} {one}{more} {literal(DEEPSEEK_CLOSES)}"
+        case "cohere":
+            more = f' (",\\n    " {one})*' if parallel else ""
+            return f'{literal(COHERE_OPENS)} "[\\n    " {one}{more} "\\n]" {literal(COHERE_CLOSES)}'
         case "harmony":
             return one  # the call ends the turn: several come one after the other, with their results between
 
@@ -131,6 +141,10 @@ def _call(rules: Rules, family: Family, tool: Tool) -> str:
     if family == "harmony":
         header = f"{CHANNEL}commentary to={FUNCTIONS}{tool.name} <|constrain|>json{MESSAGE}"
         return f"{literal(header)} {arguments}"
+    if family == "cohere":
+        name = json.dumps(tool.name, ensure_ascii=False)
+        head, named = literal('{"tool_call_id": "'), literal(f'", "tool_name": {name}, "parameters": ')
+        return f'{head} [0-9]{{1,3}} {named} {arguments} "}}"'
     key = "parameters" if family == "llama3" else "arguments"
     head = f'{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "{key}": '
     return f'{literal(head)} {arguments} "}}"'

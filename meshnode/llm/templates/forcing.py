@@ -10,16 +10,20 @@ from typing import Final
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.llm.model import AnswerFormat, Tool, ToolChoice
-from meshnode.llm.templates.families import calls_rule
+from meshnode.llm.templates.families import COHERE_MARKS, COHERE_THOUGHT_CLOSES, COHERE_THOUGHT_OPENS, calls_rule
 from meshnode.llm.templates.harmony import CHANNEL, END, FINAL, MESSAGE, START
 from meshnode.llm.templates.model import TOOLS_MAX, Family
 from meshnode.llm.templates.schema import GRAMMAR_CHARS_MAX, Rules, literal
 
-# Everything but `</think>`, then `</think>`: one character at a time, since a grammar knows no "not this word".
-_THOUGHT = (
-    '([^<] | "<" [^/] | "</" [^t] | "</t" [^h] | "</th" [^i] | "</thi" [^n] | "</thin" [^k] | "</think" [^>])* '
-    '"</think>" "\\n"{0,2}'
-)
+
+def _until(mark: str) -> str:
+    """Everything but the mark, then the mark: one character at a time, since a grammar knows no "not this word"."""
+    ways = [f"[^{mark[0]}]", *(f"{literal(mark[:at])} [^{mark[at]}]" for at in range(1, len(mark)))]
+    return f"({' | '.join(ways)})* {literal(mark)}"
+
+
+_THOUGHT: Final = f'{_until("</think>")} "\\n"{{0,2}}'
+_COHERE_THOUGHT: Final = _until(COHERE_THOUGHT_CLOSES)
 # Nothing of a thought may look like the beginning of a mark; `<|end|>` ends it.
 _HARMONY_THOUGHT: Final = (
     f'{literal(f"{CHANNEL}analysis{MESSAGE}")} ([^<] | "<"+ [^|<])* "<"* {literal(f"{END}{START}assistant")}'
@@ -66,7 +70,7 @@ def grammar_for(
     rules = Rules(strict=True)
     rules.define("root", "")
     options = []
-    head = f"{literal(FINAL)} " if family == "harmony" else ""
+    head = {"harmony": f"{literal(FINAL)} ", "cohere": f"{literal(COHERE_MARKS[0])}? "}.get(family, "")
     if not must_call and answer_format.kind == "json_object":
         options.append(head + rules.basic("object"))
     if not must_call and answer_format.kind == "json_schema":
@@ -80,9 +84,18 @@ def grammar_for(
     if not options:
         return None
     body = " | ".join(options)
-    thought = _THOUGHT if thinking else f"({_HARMONY_THOUGHT})?" if family == "harmony" else ""
+    thought = _thought(family, thinking=thinking)
     rules.replace("root", f"{thought} ({body})" if thought else body)
     return rules.text()
+
+
+def _thought(family: Family, *, thinking: bool) -> str:
+    """What may, or after a prompt that opened a thought must, come first; empty: nothing."""
+    if family == "cohere":
+        return _COHERE_THOUGHT if thinking else f"({literal(COHERE_THOUGHT_OPENS)} {_COHERE_THOUGHT})?"
+    if thinking:
+        return _THOUGHT
+    return f"({_HARMONY_THOUGHT})?" if family == "harmony" else ""
 
 
 def _callable(tools: Sequence[Tool], choice: ToolChoice) -> Sequence[Tool]:

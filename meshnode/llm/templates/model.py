@@ -15,11 +15,11 @@ MESSAGES_MAX: Final = 4096
 QUOTED_MAX: Final = 16_384
 LENGTH: Final = struct.Struct("<I")  # before each frame between client and worker
 
-Family = Literal["hermes", "llama3", "mistral", "mistral_args", "deepseek", "deepseek_args", "harmony"]
+Family = Literal["hermes", "llama3", "mistral", "mistral_args", "deepseek", "deepseek_args", "cohere", "harmony"]
 """How a model writes tool calls: `<tool_call>{json}</tool_call>` (Hermes, Qwen, and whoever has no way of their own);
 bare JSON or `<|python_tag|>` (Llama 3); `[TOOL_CALLS][{json}]`; `[TOOL_CALLS]name[ARGS]{json}` (Mistral); DeepSeek's
-marks, with fenced or bare JSON; messages over channels (gpt-oss), whose thoughts and answers are told apart in the same
-way."""
+marks, with fenced or bare JSON; a list within `<|START_ACTION|>` (Cohere); messages over channels (gpt-oss), whose
+thoughts and answers are told apart in the same way."""
 
 
 class TemplateSource(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,7 +4,11 @@ from typing import Final, NamedTuple
 
 from meshnode.llm.templates.assembly import held_back
 
-_PAIRS: Final = {"<think>": "</think>", "[THINK]": "[/THINK]"}
+_PAIRS: Final = {
+    "<think>": "</think>",
+    "[THINK]": "[/THINK]",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+}
 
 
 class Said(NamedTuple):
@@ -15,7 +19,8 @@ class Said(NamedTuple):
 
 
 class ReasoningSplitter:
-    """Splits `<think>...</think>` off the beginning of an answer. White space around both parts is dropped.
+    """Splits a thought off the beginning of an answer: `<think>...</think>`, or what other models write for it. White
+    space around both parts is dropped.
 
     `thinking`: the prompt already opened the thought. However the text is cut, the parts put together are the same.
     """

@@ -8,7 +8,14 @@ from typing import Final
 from meshnode.llm.model import ToolCallDelta
 from meshnode.llm.templates.assembly import held_back
 from meshnode.llm.templates.callscan import CallScanner, Extent
-from meshnode.llm.templates.families import CALL_CLOSES, CALL_OPENS, MISTRAL_OPENS, PYTHON_TAG
+from meshnode.llm.templates.families import (
+    CALL_CLOSES,
+    CALL_OPENS,
+    COHERE_CLOSES,
+    COHERE_OPENS,
+    MISTRAL_OPENS,
+    PYTHON_TAG,
+)
 from meshnode.llm.templates.model import Family
 
 Piece = str | ToolCallDelta
@@ -17,13 +24,21 @@ NAME_CHARS_MAX: Final = 256  # what may stand between [TOOL_CALLS] and the argum
 
 _OPENS: Final[dict[Family, str]] = {
     "hermes": CALL_OPENS, "llama3": PYTHON_TAG, "mistral": MISTRAL_OPENS, "mistral_args": MISTRAL_OPENS,
+    "cohere": COHERE_OPENS,
 }  # fmt: skip
-_CLOSES: Final[dict[Family, str]] = {"hermes": CALL_CLOSES, "llama3": "", "mistral": "]", "mistral_args": ""}
+_CLOSES: Final[dict[Family, str]] = {
+    "hermes": CALL_CLOSES,
+    "llama3": "",
+    "mistral": "]",
+    "mistral_args": "",
+    "cohere": "]",
+}
 _SEPARATORS: Final[dict[Family, str]] = {
     "hermes": " \t\r\n",
     "llama3": " \t\r\n;",
     "mistral": " \t\r\n,",
     "mistral_args": " \t\r\n",
+    "cohere": " \t\r\n,",
 }
 _NAMED: Final = re.compile(r"\s*([\w.-]+?)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*$")
 _BUILT_IN: Final = re.compile(r"\s*([\w-]+)\.call\((.*)\)\s*$", re.DOTALL)
@@ -74,6 +89,8 @@ class ToolCallParser:
                 self._in_named(pieces)
             case "arguments":
                 self._in_arguments(pieces)
+            case "ended":
+                self._in_ended()
             case "built_in":
                 pass  # held as a whole: only its end tells what it is
 
@@ -82,7 +99,7 @@ class ToolCallParser:
         pieces: list[Piece] = []
         rest, self._held = self._held, ""
         match self._state:
-            case "text":
+            case "text" | "ended":
                 self._say(rest, pieces)
             case "object" if not self._started:
                 self._say(self._block + self._scanner.raw, pieces)
@@ -125,7 +142,7 @@ class ToolCallParser:
         self._block, self._held = self._block + self._held[: -len(bare)], bare
         if bare[0] == "{":
             self._begin_object()
-        elif self._family == "mistral" and bare[0] == "[":
+        elif self._family in ("mistral", "cohere") and bare[0] == "[":
             self._block, self._held, self._state = self._block + "[", bare[1:], "between"
         elif self._family in ("mistral", "mistral_args"):
             self._state = "named"
@@ -136,7 +153,8 @@ class ToolCallParser:
 
     def _begin_object(self) -> None:
         strict = self._family == "llama3" and PYTHON_TAG not in self._block
-        self._scanner, self._started, self._state = CallScanner(strict_start=strict), False, "object"
+        self._scanner = CallScanner(strict_start=strict, name_key="tool_name" if self._family == "cohere" else "name")
+        self._started, self._state = False, "object"
 
     def _in_object(self, pieces: list[Piece]) -> None:
         scanner = self._scanner
@@ -168,11 +186,20 @@ class ToolCallParser:
             self._begin_object()
             return
         if closes and bare.startswith(closes):
-            self._block, self._held, self._state = "", bare[len(closes) :], "text"
+            self._block, self._held = "", bare[len(closes) :]
+            self._state = "ended" if self._family == "cohere" else "text"
         elif self._block:
             self._give_up(pieces)
         else:
             self._held, self._state = bare, "text"
+
+    def _in_ended(self) -> None:
+        """Cohere's models end the list, and then the whole."""
+        bare = self._held.lstrip()
+        if bare.startswith(COHERE_CLOSES):
+            self._held, self._state = bare[len(COHERE_CLOSES) :], "text"
+        elif not COHERE_CLOSES.startswith(bare):
+            self._state = "text"
 
     def _in_named(self, pieces: list[Piece]) -> None:
         at = self._held[:NAME_CHARS_MAX].find("{")

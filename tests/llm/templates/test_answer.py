@@ -114,6 +114,24 @@ CASES = {
         [ADD, ("get_weather", '{"city": "}<|tool_call▁end｜"}')]),
         ('<|tool_call_begin|>add<|tool_sep|>{"a": 1', "", "", [("add", '{"a": 1')]),
     ],
+    "cohere": [
+        ("Hello.", "Hello.", "", []),
+        ("<|START_RESPONSE|>Hello.<|END_RESPONSE|>", "Hello.", "", []),
+        ("<|START_THINKING|>Hm.<|END_THINKING|><|START_RESPONSE|>Yes.<|END_RESPONSE|>", "Yes.", "Hm.", []),
+        ('<|START_THINKING|>I add.<|END_THINKING|><|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "add", '
+        '"parameters": {"a": 1}}\n]<|END_ACTION|>', "", "I add.", [ADD]),
+        ('<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "add", "parameters": {"a": 1}}, {"tool_call_id": "1", '
+        '"tool_name": "get_weather", "parameters": {"city": "]<|END_TEXT|>"}}]\n<|END_ACTION|><|START_RESPONSE|>Done.',
+        "Done.", "", [ADD, ("get_weather", '{"city": "]<|END_TEXT|>"}')]),
+        ('<|START_ACTION|>[{"tool_name": "add", "parameters": {"a": 1}}] So.', "So.", "", [ADD]),
+        ('<|START_ACTION|>[{"tool_name": "add", "parameters": {"a": 1', "", "", [("add", '{"a": 1')]),
+        ('<|START_ACTION|>[{"tool_name": "rm", "parameters": {}}]<|END_ACTION|>',
+        '<|START_ACTION|>[{"tool_name": "rm", "parameters": {}}]<|END_ACTION|>', "", []),
+        ('<|START_ACTION|>[{"name": "add", "parameters": {}}]', '<|START_ACTION|>[{"name": "add", "parameters": {}}]',
+        "", []),
+        ("a <|START_ACTION|> b", "a <|START_ACTION|> b", "", []),
+        ("<|START_<|START_TEXT|>TEXT|>a<|END_TE", "<|START_TEXT|>a<|END_TE", "", []),
+    ],
     "harmony": [
         ("<|channel|>final<|message|>Hello.", "Hello.", "", []),
         ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>", "Yes.",
@@ -189,7 +207,9 @@ def test_a_prompt_that_opened_the_thought():
 
 _FRAGMENTS = st.sampled_from(
     ["<tool_call>", "</tool_call>", "<think>", "</think>", "[TOOL_CALLS]", "[ARGS]", "[", "]", "<|python_tag|>", "{",
-     "<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|call|>", "analysis", "to=functions.add", "final",
+     "<|START_ACTION|>", "<|END_ACTION|>", '"tool_name"', "<|START_RESPONSE|>", "<|END_TEXT|>", "<|START_THINKING|>",
+     "<|END_THINKING|>", "<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|call|>",
+     "analysis", "to=functions.add", "final",
      *map(deepseek, ("<|tool_calls_begin|>", "<|tool_call_begin|>", "function<|tool_sep|>add", "<|tool_sep|>")),
      *map(deepseek, ("<|tool_call_end|>", "<|tool_calls_end|>")), "\n```json\n", "`",
     "}", '"name"', ": ", ":",

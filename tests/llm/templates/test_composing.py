@@ -147,6 +147,19 @@ def test_deepseeks_template_tells_nothing_of_tools_so_they_are_explained_in_its_
     assert f"[assistant] {deepseek(written)}" in made.text
 
 
+@pytest.mark.parametrize(("ending", "thinking"), [("<|START_THINKING|>", True), ("", False)])
+def test_cohere_is_known_by_its_action_mark_and_may_be_led_into_a_thought(ending, thinking):
+    template = (
+        "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}{% for m in messages %}[{{ m.role }}] "
+        "{{ m.content }}{% for c in m.tool_calls or [] %}<|START_ACTION|>{{ c.function.name }} "
+        "{{ c.function.arguments|tojson }}<|END_ACTION|>{% endfor %}{% endfor %}" + ending
+    )
+    made = compose(template, [USER, CALLED, RESULT], [ADD])
+    assert (made.family, made.thinking) == ("cohere", thinking)
+    assert made.text.startswith("add [user] Hi")
+    assert '<|START_ACTION|>add {"a": 1}<|END_ACTION|>' in made.text
+
+
 def test_a_template_without_tools_has_them_explained():
     made = compose(PLAIN, [USER, CALLED, RESULT], [ADD])
     assert made.family == "hermes"

@@ -24,6 +24,8 @@ ONE = {
     "llama3": '{"name": "add", "parameters": {"a": 1}}',
     "mistral": '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}]',
     "mistral_args": '[TOOL_CALLS]add[ARGS]{"a": 1}',
+    "cohere": '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "add", "parameters": {"a": 1}}\n]'
+    "<|END_ACTION|>",
     "deepseek": deepseek(
         '<|tool_calls_begin|><|tool_call_begin|>function<|tool_sep|>add\n```json\n{"a": 1}\n```<|tool_call_end|>'
         "<|tool_calls_end|>"
@@ -33,6 +35,8 @@ ONE = {
     ),
 }
 TWO = {
+    "cohere": '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "add", "parameters": {"a": 1}},\n    '
+    '{"tool_call_id": "1", "tool_name": "add", "parameters": {"a": 1}}\n]<|END_ACTION|>',
     "hermes": ONE["hermes"] + "\n" + ONE["hermes"],
     "llama3": ONE["llama3"] + "; " + ONE["llama3"],
     "mistral": '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 1}}]',
@@ -95,6 +99,18 @@ def test_a_thought_may_come_first():
     grammar = Grammar(grammar_for("hermes", [], ToolChoice(), SCHEMA, thinking=True))
     assert grammar.accepts('Is 1 < 2? </thin> Yes.\n</think>\n\n{"ok": true}')
     assert not grammar.accepts('{"ok": true}')
+
+
+def test_cohere_thinks_and_answers_between_marks():
+    thought = "<|START_THINKING|>Is 1 < 2 <|? Yes.<|END_THINKING|>"
+    grammar = Grammar(grammar_for("cohere", [ADD], ToolChoice(), SCHEMA))
+    for said in ("", "<|START_RESPONSE|>", thought, f"{thought}<|START_RESPONSE|>"):
+        assert grammar.accepts(f'{said}{{"ok": true}}'), said
+    assert grammar.accepts(f"{thought}{ONE['cohere']}")
+    assert not grammar.accepts(f"<|START_RESPONSE|>{ONE['cohere']}")
+    begun = Grammar(grammar_for("cohere", [ADD], REQUIRED, TEXT, thinking=True))
+    assert begun.accepts(thought.removeprefix("<|START_THINKING|>") + ONE["cohere"])
+    assert not begun.accepts(ONE["cohere"])
 
 
 def test_a_grammar_of_ones_own_goes_through():
