@@ -162,7 +162,7 @@ class Healing:
         if s.now < self._told.get(peer, -1e9) + TELL_PAUSE_S:
             return
         self._told[peer] = s.now
-        if s.view.witnessed_down() >= s.params.report_mass and len(s.roster) <= REPORT_ROSTER_MAX:
+        if s.view.witnessed_down() >= s.params.report_mass and self._may_report():
             s.send(peer, Gossip([self._report().blob]))
             return
         room, items = PROOF_BYTES_MAX, list[bytes]()
@@ -173,6 +173,11 @@ class Healing:
                 items.append(stated.blob)
         if items:
             s.send(peer, Gossip(items))
+
+    def _may_report(self) -> bool:
+        """A newcomer's view is what others believed a while ago: its report would be a witness to nothing, thrice."""
+        s = self._s
+        return s.now >= s.born_at + s.params.report_age_s and len(s.roster) <= REPORT_ROSTER_MAX
 
     def _report(self) -> Stated:
         s = self._s
@@ -215,7 +220,7 @@ class Healing:
     def tell_back(self, peer: NodeId) -> None:
         """The peer lost many that are up here: it needs this node's report as one of its witnesses."""
         s = self._s
-        if s.now >= self._told.get(peer, -1e9) + TELL_PAUSE_S and len(s.roster) <= REPORT_ROSTER_MAX:
+        if s.now >= self._told.get(peer, -1e9) + TELL_PAUSE_S and self._may_report():
             self._told[peer] = s.now
             s.send(peer, Gossip([self._report().blob]))
 

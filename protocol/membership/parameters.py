@@ -28,6 +28,7 @@ class Parameters:
     announce_interval_s: float = 3.0
     heal_wait_s: float = 2.5  # mass resurrections are left to view reports for so long
     report_fresh_s: float = 15.0
+    report_age_s: float = 20.0  # a node that started later makes no report: it copied its view
     report_mass: int = 8  # from so many disagreements on, a view report is cheaper than single statements
     sync_wait_s: float = 3.0  # a difference of views must last so long before a link repairs it
     sync_pause_s: float = 5.0

@@ -14,7 +14,7 @@ from protocol.wire.messages import Ack, Ping
 from protocol.wire.statements import Stated
 from tests.support.hub import BOOT, Mesh, address_of, sends
 
-STEADY: Parameters = replace(LAN, verifiers=0, stall_s=1e9)
+STEADY: Parameters = replace(LAN, verifiers=0, stall_s=1e9, report_age_s=0.0)
 """Nobody probes a suspect of its own accord and silence between events means nothing: for tables of single steps."""
 
 

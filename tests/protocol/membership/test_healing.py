@@ -283,6 +283,19 @@ def test_many_lost_are_told_by_one_report_instead_of_proof() -> None:
     assert again[0][1].items == told[0][1].items
 
 
+def test_a_newcomer_makes_no_report_of_a_view_that_it_copied() -> None:
+    subject = Subject(SIZE, params=replace(STEADY, report_age_s=LAN.report_age_s))
+    began = subject.now
+    subject.know(*range(1, SIZE))
+    kill(subject, *LOST)
+    assert subject.now < began + LAN.report_age_s
+    for later, kind in ((0.0, Accusation), (LAN.report_age_s, ViewReport)):
+        subject.now += later
+        ((_, told, _),) = sends(subject.packet(20), Gossip)
+        opened = [subject.mesh.codec(20).open(blob) for blob in told.items]
+        assert {type(stated.body) for stated in opened if stated is not None} == {kind}
+
+
 def test_who_is_reported_gone_refutes_at_once_if_alone_and_waits_if_many_are() -> None:
     alone = grown_up(SIZE)
     before = alone.machine._s.incarnation
