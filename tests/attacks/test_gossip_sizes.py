@@ -21,6 +21,7 @@ from protocol.rpc.messages import decode_rpc
 from protocol.wire import limits
 from protocol.wire.announcement import decode_announcement
 from protocol.wire.crypto import SodiumSuite
+from protocol.wire.datagram import Opened
 from protocol.wire.frames import FrameDecoder, FrameTooLarge, RemoteProtocolError, decode_link_message
 from protocol.wire.messages import (
     Accusation,
@@ -231,11 +232,21 @@ def reflected(packet: tuple[object, ...]) -> tuple[int, int]:
     begun = len(mesh.sent)
     mesh.cut = lambda source, target: True
     mesh.run(0.29)  # late answers: a Nack comes after a quarter of a second
-    late = [e for _, host, e in mesh.sent[begun:] if host.label == "reader" and e.address == BYSTANDER]
-    return got + sum(len(e.data) for e in late if len(e.data) != PROBE_BYTES), len(data)
+    late = [e.data for _, host, e in mesh.sent[begun:] if host.label == "reader" and e.address == BYSTANDER]
+    probes = [answer for answer in late if is_probe(mesh, answer)]
+    assert len(probes) <= 1
+    assert all(len(probe) <= PROBE_BYTES_MAX for probe in probes)
+    return got + sum(len(answer) for answer in late if answer not in probes), len(data)
 
 
-PROBE_BYTES = 61  # the one probe by which a new address is tried, a question of the reader's own
+PROBE_BYTES_MAX = 64
+
+
+def is_probe(mesh: Hubs, data: bytes) -> bool:
+    """Whether this is the one probe by which a new address is tried: a question of the reader's own."""
+    opened = mesh["liar"].live.datagrams.open(data, mesh["reader"].address)
+    assert isinstance(opened, Opened)
+    return isinstance(opened.messages[0], Ping)
 
 ASKED = [
     (kind, index)
