@@ -9,7 +9,6 @@ laptop). After a restart only the wall clock is left: then an invitation counts 
 than it is now.
 """
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
@@ -76,7 +75,7 @@ class Invitations:
         self._clock = clock
         self._run = run
         self._changed = trio.Event()
-        self._counting: Counter[bytes] = Counter()  # wrong proofs on their way into the store
+        self._begun: dict[bytes, int] = {}  # wrong proofs so far, those on their way into the store included
 
     async def create(self, *, token_id: bytes, verifier: bytes, role: Role, by: NodeId, ttl_s: float) -> Invitation:
         """Store a new invitation. Raises MeshError: BAD_REQUEST for a ttl out of bounds, CONFLICT if too many exist."""
@@ -107,12 +106,8 @@ class Invitations:
 
     async def count_wrong_proof(self, token_id: bytes) -> int:
         """Somebody knew the token id and not the secret. Returns how often so far; at WRONG_PROOFS_MAX it is burnt."""
-        self._counting[token_id] += 1
-        try:
-            count = await self._store.count_wrong_proof(self._now(), token_id)
-        finally:
-            self._counting[token_id] -= 1
-            self._counting += Counter()  # leaves out those at 0
+        self._begun[token_id] = self._wrong_proofs(token_id) + 1
+        count = await self._store.count_wrong_proof(self._now(), token_id)
         self._announce()
         return count
 
@@ -121,9 +116,13 @@ class Invitations:
 
         Raises MeshError TOKEN_INVALID.
         """
-        found = self.find(token_id)
-        if found is None or found.wrong_proofs + self._counting[token_id] >= WRONG_PROOFS_MAX:
+        if self._wrong_proofs(token_id) >= WRONG_PROOFS_MAX:
             raise _burnt()
+
+    def _wrong_proofs(self, token_id: bytes) -> int:
+        # Of what is in the store already and of what is on its way: one is in both for a moment, so they are not added.
+        found = self.find(token_id)
+        return WRONG_PROOFS_MAX if found is None else max(found.wrong_proofs, self._begun.get(token_id, 0))
 
     async def revoke(self, token_id: bytes) -> bool:
         """End an invitation; what it let in stays in. False: there is none with this id that still counts."""
