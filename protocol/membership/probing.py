@@ -38,11 +38,15 @@ class _Probe:
 
 
 class Probing:
-    """The probes under way and those relayed. `accuse` is told of targets that failed in earnest."""
+    """The probes under way and those relayed. `accuse` is told of targets that failed in earnest, `seen` of the others.
 
-    def __init__(self, state: State, accuse: Callable[[NodeId], None]) -> None:
+    A probe that concludes nothing, for this node itself was out of touch or late, is told to neither.
+    """
+
+    def __init__(self, state: State, accuse: Callable[[NodeId], None], seen: Callable[[NodeId], None]) -> None:
         self._s = state
         self._accuse = accuse
+        self._seen = seen
         self._probes: dict[int, _Probe] = {}
         self._targets: dict[NodeId, int] = {}
         self._relays: dict[int, tuple[NodeId, int, Address, NodeId]] = {}  # asker, its number, from where; target
@@ -202,6 +206,7 @@ class Probing:
         if not probe.late and (probe.stage == 0 or tunnelled):
             s.publish(PeerMeasured(sender, s.now - probe.started, tunnelled))
         self._drop(number)
+        self._seen(sender)
         s.recover()
 
     def relayed(self, number: int, relay: NodeId) -> None:
@@ -210,6 +215,7 @@ class Probing:
         if probe is not None and relay in probe.relays:
             self._by_relay.add(probe.target)
             self._drop(number)
+            self._seen(probe.target)
             self._s.recover()
 
     def asked(self, sender: NodeId, source: Address, request: PingRequest) -> None:

@@ -18,12 +18,13 @@ CONSUMED_S = 30.0  # who was overruled by mistake is accused anew by then: nobod
 
 
 class _Suspicion:
-    __slots__ = ("accusers", "first_at", "rank")
+    __slots__ = ("accusers", "answered", "first_at", "rank")
 
     def __init__(self, first_at: float, rank: tuple[int, int]) -> None:
         self.first_at = first_at
         self.rank = rank
         self.accusers: dict[NodeId, Stated] = {}
+        self.answered = False  # a probe of this node since: it saw for itself
 
 
 class Suspicions:
@@ -34,7 +35,7 @@ class Suspicions:
         self._suspicions: dict[NodeId, _Suspicion] = {}
         # Accusations that a mass resurrection overruled: they must not kill again. target -> until, {(accuser, number)}
         self._consumed: dict[NodeId, tuple[float, frozenset[tuple[NodeId, int]]]] = {}
-        self.probing: Probing = Probing(state, self.accuse)
+        self.probing: Probing = Probing(state, self.accuse, self.seen)
 
     def suspects(self) -> list[NodeId]:
         """Members accused and still up."""
@@ -59,6 +60,12 @@ class Suspicions:
         boot, incarnation = s.view.rank(target)
         body = Accusation(s.roster.short(s.me), s.boot, s.number(), s.roster.short(target), boot, incarnation)
         self.add(target, s.state(body), body)
+
+    def seen(self, target: NodeId) -> None:
+        """This node's own probe was answered."""
+        suspicion = self._suspicions.get(target)
+        if suspicion is not None:
+            suspicion.answered = True
 
     def heard(self, stated: Stated, body: Accusation) -> bool:
         """Somebody's accusation arrived. True if it concerns a member that counts as up here and was worth telling."""
@@ -130,8 +137,10 @@ class Suspicions:
             self.clear(target)
             s.publish(PeerCleared(target))
         else:
-            # Witnesses enough there may be, and gossip missed this node with all of them: it looks for itself.
-            self.probing.probe(target, next(iter(suspicion.accusers.values())))
+            # Witnesses enough there may be, and gossip missed this node with all of them: it looks until it saw for
+            # itself. A member that answers and never refutes would else be probed by all, each second.
+            if s.me not in suspicion.accusers and not suspicion.answered:
+                self.probing.probe(target, next(iter(suspicion.accusers.values())))
             s.timer(min(expiry, s.now + 1.0), "suspect", target)
 
     def _conclude(self, target: NodeId, suspicion: _Suspicion) -> bool:
@@ -181,5 +190,5 @@ class Suspicions:
         for target, suspicion in list(self._suspicions.items()):
             self._withdraw(s.me, target, suspicion)
             if suspicion.accusers:
-                suspicion.first_at = s.now
+                suspicion.first_at, suspicion.answered = s.now, False
                 s.timer(s.now + s.params.suspicion_floor_s, "suspect", target)

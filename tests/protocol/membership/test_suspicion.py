@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.effects import TimerFired
+from protocol.effects import Effect, TimerFired
 from protocol.membership.events import PeerCleared, PeerDown, PeerSuspected, PeerUp, RosterShrank, Stalled
 from protocol.membership.healing import REPORT_LAG_S
 from protocol.membership.parameters import LAN
 from protocol.membership.suspicion import CONSUMED_S
-from protocol.wire.messages import Accusation, Alive, Gossip, ViewReport
+from protocol.wire.messages import Accusation, Alive, Gossip, Ping, ViewReport
 from tests.protocol.membership.parts import STEADY, Subject
 from tests.support.hub import BOOT, events, evicted, sends
 
@@ -130,6 +130,35 @@ def test_who_missed_the_other_witnesses_looks_for_itself_when_the_floor_is_over(
         subject.hear(2, 3, 4)
         effects = subject.fire("stage", number)
     assert events(effects, PeerDown) == [PeerDown(target, tuple(subject.mesh.id(by) for by in (2, 3, 0)))]
+
+
+def probes(subject: Subject, target: int, seconds: int, *, answers: bool) -> int:
+    """How often it looks for the accused in this time; it is in touch with others, and asks them."""
+    count, sent = 0, list[Effect]()
+    for _ in range(10 * seconds):
+        subject.hear(2, 3, 4)
+        sent = subject.run(0.1, answering=(target,) if answers else ())
+        count += len({ping.probe for to, ping, _ in sends(sent, Ping) if to == subject.mesh.id(target)})
+    return count
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_it_looks_until_it_saw_for_itself_and_no_longer(answers: bool) -> None:
+    """A member that answers and never refutes, once accused, would be probed by all of a mesh, each second."""
+    subject = all_up(64)
+    del subject.timers["membership", "probe"]
+    subject.told(subject.mesh.accusation(2, 7), via=2)
+    pings = probes(subject, 7, int(LAN.suspicion_expiry_s) - 1, answers=answers)
+    assert pings == (1 if answers else 2), "the second is the same probe, over the link"
+
+
+def test_a_look_that_showed_nothing_is_taken_again() -> None:
+    """Nobody was heard meanwhile: this node was itself out of touch."""
+    subject = all_up(64)
+    del subject.timers["membership", "probe"]
+    subject.told(subject.mesh.accusation(2, 7), via=2)
+    sent = subject.run(LAN.suspicion_expiry_s - 1)
+    assert len({ping.probe for to, ping, _ in sends(sent, Ping) if to == subject.mesh.id(7)}) > 3
 
 
 def test_a_refutation_clears_and_old_accusations_stay_void() -> None:
