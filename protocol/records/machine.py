@@ -79,6 +79,7 @@ class Records:
         self._round: list[NodeId] = []
         self._eager: dict[NodeId, None] = {}
         self._repair_at = 0.0
+        self._turn_at = 0.0  # when whoever is next in the round is due, before any who came up
         self._is_housekeeping = False
         self._is_pushing = False
         self._evictions_settled: set[NodeId] = set()
@@ -140,7 +141,7 @@ class Records:
         """Read the index and look for someone to compare with."""
         out = self._ledger.start(now, wall)
         out.extend(self._housekeeping_timer(now, wall))
-        self._repair_at = now + self._rng.uniform(0.5, 1.0) * self._params.repair_interval_min_s
+        self._turn_at = self._repair_at = now + self._rng.uniform(0.5, 1.0) * self._params.repair_interval_min_s
         out.append(SetTimer(REPAIR, self._repair_at))
         return out
 
@@ -284,22 +285,21 @@ class Records:
             horizon = min((self._repair.met.get(node, -1e18) for node in others), default=now)
             self._ledger.forget(horizon, wall, out)
         if self._repair.peer is None:
-            peer = self._next_peer()
+            peer = self._next_peer(now)
             if peer is not None:
                 out.extend(self._repair.begin(peer, now))
         self._schedule(now, out, soon=False)
 
-    def _next_peer(self) -> NodeId | None:
+    def _next_peer(self, now: float) -> NodeId | None:
         """Whoever came up lately, else everyone in turn, in an order drawn anew for each turn.
 
         In turn rather than at random, so that any two nodes meet within a turn: two that alone know a collection find
-        each other, and deletions can be forgotten.
+        each other, and deletions can be forgotten. A turn that is due goes first: a member that comes up again and
+        again would else keep this node from all others.
         """
-        while self._eager:
-            peer = next(iter(self._eager))
-            del self._eager[peer]
-            if peer in self._roster:
-                return peer
+        if now < self._turn_at:
+            return self._next_eager()
+        self._turn_at = now + self._interval()
         for _ in range(2):
             while self._round:
                 peer = self._round.pop()
@@ -307,7 +307,20 @@ class Records:
                     return peer
             self._round = list(self._up)
             self._rng.shuffle(self._round)
+        return self._next_eager()
+
+    def _next_eager(self) -> NodeId | None:
+        while self._eager:
+            peer = next(iter(self._eager))
+            del self._eager[peer]
+            if peer in self._roster:
+                return peer
         return None
+
+    def _interval(self) -> float:
+        low = self._params.repair_interval_min_s
+        interval = max(low, min(self._params.repair_interval_s, low + 0.1 * len(self._up)))
+        return interval * self._rng.uniform(0.75, 1.25)
 
     def _schedule(self, now: float, out: list[Effect], *, soon: bool) -> None:
         if soon:
@@ -319,9 +332,7 @@ class Records:
         elif self._repair_at > now:
             return
         else:
-            low = self._params.repair_interval_min_s
-            interval = max(low, min(self._params.repair_interval_s, low + 0.1 * len(self._up)))
-            at = now + interval * self._rng.uniform(0.75, 1.25)
+            at = self._turn_at if self._turn_at > now else now + self._interval()
         self._repair_at = at
         out.append(SetTimer(REPAIR, at))
 

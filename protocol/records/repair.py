@@ -59,6 +59,7 @@ class _Session:
     give: deque[RowId] = field(default_factory=deque)
     want: dict[RowId, None] = field(default_factory=dict)
     is_waiting: bool = False  # the partner is busy; ask the same again
+    waited_s: float = 0.0  # for the answer to what is in flight, so often as the partner was busy
     is_whole: bool = True  # everything was compared and nothing refused
     is_blind: bool = False  # the partner keeps no part of some collection, and can confirm nothing in it
     learnt: int = 0
@@ -132,8 +133,13 @@ class Repair:
         learnt: list[Record] = []
         match answer:
             case RecordBusy():
-                session.is_waiting = True
                 self._conduct.counters["busy_received"] += 1
+                session.waited_s += answer.wait_ms / 1000
+                if session.waited_s > self._params.step_timeout_s:
+                    # It owes an answer after one wait. Who always says so would keep this node from all others.
+                    out.extend(self.abort("busy"))
+                    return [], False
+                session.is_waiting = True
                 out.append(SetTimer(STEP, now + answer.wait_ms / 1000))
                 return [], False
             case RecordTops():
@@ -158,6 +164,8 @@ class Repair:
     # ---- asking -----------------------------------------------------------------------------------------------------
 
     def _ask(self, session: _Session, request: RecordRequest, now: float) -> list[Effect]:
+        if request is not session.asked:
+            session.waited_s = 0.0
         session.asked = request
         session.round_trips += 1
         return [SendLink(session.peer, request), SetTimer(STEP, now + self._params.step_timeout_s)]

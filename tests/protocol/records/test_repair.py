@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from protocol.effects import Effect, LinkLost, LinkReceived, Persist, SendLink, SetTimer, TimerFired
+from protocol.ids import NodeId
 from protocol.membership.events import PeerDown, PeerUp, Stalled
 from protocol.records.collection import Collection
 from protocol.records.events import PeerMuted, RecordsParams, RepairCompleted
@@ -389,3 +390,37 @@ def test_about_eight_of_a_mesh_hurry_to_one_that_came_up(others: int, least: int
         hurried += len(timers)
         assert all(timer.key == REPAIR for timer in timers)
     assert least <= hurried <= most
+
+
+def compared(world: World, seconds: int, each_second: Any) -> set[int]:
+    """With whom the first machine compared everything in this time."""
+    begun = world.now
+    for _ in range(seconds):
+        each_second()
+        world.run(1.0)
+    fresh = world[0].records._repair.fresh
+    return {n for n, machine in enumerate(world.machines.values()) if fresh.get(machine.id, -1.0) > begun}
+
+
+def test_who_comes_up_again_and_again_takes_nobodys_turn() -> None:
+    """It need not even go down: an address that changes is told as coming up, and a member signs what it likes."""
+    world = World([Collection("things")], count=4)
+    world.start()
+    world.run(30)
+    assert compared(world, 60, lambda: world.feed(world[0], PeerUp(world[3].id, 2, (), 1, 1))) == {1, 2, 3}
+
+
+def test_who_always_says_that_it_is_busy_keeps_nobody_from_others() -> None:
+    world = World([Collection("things")], count=4)
+    world.start()
+    world.run(30)
+    sent = world._send
+
+    def send(machine: Machine, to: NodeId, message: Any) -> None:
+        if machine is world[3] and isinstance(message, RecordTops):
+            message = RecordBusy(message.session, 5_000)
+        sent(machine, to, message)
+
+    world._send = send  # type: ignore[method-assign]
+    for _ in range(5):
+        assert compared(world, 120, lambda: None) == {1, 2}
