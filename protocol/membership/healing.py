@@ -215,6 +215,9 @@ class Healing:
             return True
         if self._contested_at is None or s.now > self._contested_at + 30.0:
             self._contested_at = s.now
+            if s.now < s.born_at + s.params.report_age_s:
+                # Reports bring back the life that was thought dead; of a newcomer's present one only itself can tell.
+                return True
         return s.now > self._contested_at + s.params.heal_wait_s
 
     def tell_back(self, peer: NodeId) -> None:

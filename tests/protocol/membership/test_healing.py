@@ -309,6 +309,17 @@ def test_who_is_reported_gone_refutes_at_once_if_alone_and_waits_if_many_are() -
     assert many.machine._s.incarnation == before + 1
 
 
+def test_a_newcomer_that_many_reports_miss_says_once_and_at_once_that_it_lives() -> None:
+    """Reports would bring back the life it had before, and datagrams to that one reach nobody."""
+    subject = grown_up(SIZE, report_age_s=20.0)
+    for by in (1, 2, 3):
+        subject.told(subject.mesh.report(by, range(10, SIZE)), via=by)
+        assert subject.machine._s.incarnation == 1
+    old = grown_up(SIZE, report_age_s=5.0)
+    old.told(old.mesh.report(1, range(10, SIZE)), via=1)
+    assert old.machine._s.incarnation == 0
+
+
 def test_bits_beyond_the_roster_move_nothing() -> None:
     subject = parted()
     report = subject.mesh.report(16, range(SIZE)).body
