@@ -421,6 +421,6 @@ def test_who_always_says_that_it_is_busy_keeps_nobody_from_others() -> None:
             message = RecordBusy(message.session, 5_000)
         sent(machine, to, message)
 
-    world._send = send  # type: ignore[method-assign]
+    world._send = send  # type: ignore[method-assign]  # the one that lies
     for _ in range(5):
         assert compared(world, 120, lambda: None) == {1, 2}
