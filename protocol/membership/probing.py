@@ -52,6 +52,7 @@ class Probing:
         self._relays: dict[int, tuple[NodeId, int, Address, NodeId]] = {}  # asker, its number, from where; target
         self._number = 0
         self._order: list[NodeId] = []
+        self._placed: set[NodeId] = set()  # who has, or had, a place in this round
         self._by_relay: set[NodeId] = set()  # peers that only relays reached the last time
 
     def tick(self) -> None:
@@ -61,6 +62,7 @@ class Probing:
         for _ in range(len(self._order) + 1):
             if not self._order:
                 self._order = list(s.view.peers)
+                self._placed = set(self._order)
                 s.rng.shuffle(self._order)
                 if not self._order:
                     return
@@ -74,15 +76,16 @@ class Probing:
 
         A round of a thousand takes minutes, and nodes that started together begin theirs together: whoever came just
         after would be probed by nobody until the next one. But were each put into what is left of the round, those
-        who come would take the turns of all others where many do, and the round would not end.
+        who come would take the turns of all others where many do, and the round would not end. Nor would it if those
+        who come again and again got a place each time.
         """
-        if not arrived:
-            return
-        s, placed = self._s, set(self._order)
+        s = self._s
         for peer in arrived:
-            place = s.rng.randrange(max(len(s.view.peers), len(self._order) + 1))
-            if place <= len(self._order) and peer not in placed:
-                self._order.insert(place, peer)
+            if peer not in self._placed:
+                self._placed.add(peer)
+                place = s.rng.randrange(max(len(s.view.peers), len(self._order) + 1))
+                if place <= len(self._order):
+                    self._order.insert(place, peer)
 
     def probe(self, target: NodeId, accusation: Stated | None = None) -> None:
         """Start a probe; a suspect is told of its accusation with it, so that it can refute (Lifeguard's buddy)."""

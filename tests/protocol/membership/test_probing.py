@@ -1,5 +1,6 @@
 """Probes: their stages and timers, what concludes nothing, relaying for others, bounds, tunnels."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -217,6 +218,23 @@ def test_many_who_come_do_not_take_the_turns_of_others() -> None:
         probed.update(targets(subject, 1))
         subject.know(newcomer)
     assert probed >= set(range(1, 21))
+
+
+def test_half_of_a_mesh_that_comes_and_goes_takes_nobodys_turn() -> None:
+    size, rounds = 100, 8
+    subject = Subject(size + 1)
+    subject.know(*range(1, size + 1))
+    view, turns = subject.machine.view, Counter[int]()
+    for tick in range(rounds * size):
+        subject.hear(size - 1, size)
+        for target in targets(subject, 1):
+            turns[target] += 1
+            subject.machine._probing.forget(subject.mesh.id(target))
+        for flapper in range(1 + tick % 4, size // 2, 4):
+            stated = view.known[subject.mesh.id(flapper)]
+            view.set_left(stated.signer, stated, subject.now)
+            view.set_up(stated, subject.now)
+    assert min(turns[steady] for steady in range(size // 2, size + 1)) >= rounds - 1
 
 
 def test_bad_health_stretches_the_timers_and_answers_heal_it() -> None:
