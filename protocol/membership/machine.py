@@ -276,7 +276,7 @@ class Membership:
     def _probe_tick(self) -> None:
         s = self._s
         if not self._departed:
-            s.timer(s.now + s.params.probe_interval_s, "probe")
+            s.timer(s.now + s.probe_interval_s(), "probe")
         if self._shut_out():
             return
         if self._silence.notice():

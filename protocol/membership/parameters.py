@@ -33,6 +33,7 @@ class Parameters:
     sync_wait_s: float = 3.0  # a difference of views must last so long before a link repairs it
     sync_pause_s: float = 5.0
     young_s: float = 5.0  # a node that just started repairs differences sooner
+    probe_interval_young_s: float = 0.2  # and probes more often: views are compared with pings
     sync_wait_young_s: float = 0.1
     sync_pause_young_s: float = 0.25
     stall_s: float = 1.5  # no event for so long: this process did not run
@@ -52,6 +53,7 @@ def parameters(profile: Profile) -> Parameters:
             return replace(
                 LAN,
                 probe_interval_s=1.0,
+                probe_interval_young_s=0.4,
                 direct_timeout_s=1.0,
                 relay_timeout_s=2.0,
                 probe_timeout_s=3.0,

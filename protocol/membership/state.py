@@ -158,6 +158,11 @@ class State:
         """Whether this node just started and may have missed what was gossiped while it arrived."""
         return self.now < self.born_at + self.params.young_s
 
+    def probe_interval_s(self) -> float:
+        """Until the next probe."""
+        params = self.params
+        return min(params.probe_interval_s, params.probe_interval_young_s) if self.young() else params.probe_interval_s
+
     # ---- addresses ----
 
     def came_from(self, peer: NodeId, source: Address) -> None:

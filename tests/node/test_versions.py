@@ -71,6 +71,8 @@ def test_versions_that_differ_are_refused_by_name(made: Agents) -> None:
     body = {"model": "meshnode-demo", "max_tokens": 4, "messages": [{"role": "user", "content": "Hello"}]}
     answer = whole[0].call("POST", "/v1/chat/completions", body, timeout_s=200.0)
     assert answer.status == 503, answer.body
+    # The other node hears of the test by a record, a moment later.
+    until(lambda: "differ" in plan(whole[1])["reason"], "the record of the test on the other node")
     for words in (answer.body.decode(), plan(whole[1])["reason"]):
         assert f"{OLD} (on n0)" in words
         assert f"{NEW} (on n1)" in words

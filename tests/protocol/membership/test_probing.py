@@ -190,6 +190,15 @@ def test_every_peer_is_probed_within_two_rounds() -> None:
     assert set(last) == set(peers)
 
 
+def test_a_newcomer_probes_more_often_for_its_first_seconds() -> None:
+    subject = Subject(20)
+    subject.know(*range(1, 20))
+    for interval_s in (LAN.probe_interval_young_s, LAN.probe_interval_s):
+        due_at = timers(subject.fire("probe"))["membership", "probe"]
+        assert due_at == pytest.approx(subject.now + interval_s)
+        subject.now += LAN.young_s
+
+
 def test_bad_health_stretches_the_timers_and_answers_heal_it() -> None:
     subject = Subject(3)
     subject.know(1, 2)
