@@ -19,6 +19,7 @@ from meshnode.kernel.errors import EXIT_DONE, EXIT_FAILED, ErrorCode, MeshError,
 EXIT_INTERRUPTED: Final = 130
 _NAME: Final = "meshnode"
 _SHARED_FLAGS: Final = ("--api-port", "--data-dir", "--config", "--token-file")  # each takes a value
+_ABOUT: Final = ("-h", "--help", "--version")
 # In the order in which somebody needs them; the help shows them so. Only the one that is run gets imported.
 COMMANDS: Final[Mapping[str, str]] = {
     "up": "up", "invite": "invite", "join": "join", "status": "mesh", "nodes": "mesh", "node": "mesh", "ping": "ping",
@@ -48,9 +49,12 @@ class _Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         before = _leading_flags(args)
-        if before and before == len(args):
-            raise click.UsageError(f"Which command? As in: meshnode status {' '.join(args)}", ctx)
-        return super().parse_args(ctx, [*args[before : before + 1], *args[:before], *args[before + 1 :]])
+        flags, rest = args[:before], args[before:]
+        if flags and not rest and not ctx.resilient_parsing:
+            raise click.UsageError(f"Which command? As in: meshnode status {' '.join(flags)}", ctx)
+        if not rest or rest[0] in _ABOUT:
+            flags = []  # a shell completes the command, or somebody asks about all: no command is there to take them
+        return super().parse_args(ctx, [*rest[:1], *flags, *rest[1:]])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

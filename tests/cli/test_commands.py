@@ -397,9 +397,16 @@ def test_shared_flags_may_come_before_the_command(capsys: pytest.CaptureFixture[
     assert "127.0.0.1:1" in said["error"]
 
 
+@pytest.mark.parametrize("about", ["-h", "--help", "--version"])
+def test_shared_flags_do_not_hide_the_help(capsys: pytest.CaptureFixture[str], about: str) -> None:
+    assert run(["--json", "--api-port", "1", about]) == 0
+    assert "meshnode" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--api-port", "1", "--", "status"], "--api-port"),
         (["--api-port", "1"], "Which command? As in: meshnode status --api-port 1"),
         (["--api-port"], "Which command?"),
         (["--port", "1", "status"], "--port"),

@@ -161,7 +161,8 @@ def complete(words: str, **environment: str) -> list[str]:
 
 def test_commands_are_completed() -> None:
     assert complete("meshnode no") == ["nodes", "node"]
-    assert complete("meshnode evict x --l") == ["--lost"]
+    assert complete("meshnode --json --api-port 1 no") == ["nodes", "node"]
+    assert complete("meshnode --api-port 1 evict x --l") == ["--lost"]
     assert complete("meshnode node d", MESHNODE_API_PORT="1") == [], "without an agent there are no names, and no error"
 
 

@@ -17,9 +17,14 @@ from meshnode.llm.templates.schema import GRAMMAR_CHARS_MAX, Rules, literal
 
 
 def _until(mark: str) -> str:
-    """Everything but the mark, then the mark: one character at a time, since a grammar knows no "not this word"."""
-    ways = [f"[^{mark[0]}]", *(f"{literal(mark[:at])} [^{mark[at]}]" for at in range(1, len(mark)))]
-    return f"({' | '.join(ways)})* {literal(mark)}"
+    """Everything but the mark, then the mark: one character at a time, since a grammar knows no "not this word".
+
+    Only the mark's first character may begin it, and each time that it comes it may: `<</think>` ends a thought, too.
+    """
+    first, begun = mark[0], [literal(mark[:at]) for at in range(1, len(mark))]
+    left = " | ".join(f"{part} [^{first}{mark[at]}]" for at, part in enumerate(begun, 1))
+    again = f"({' | '.join(begun)})*"
+    return f"([^{first}] | {again} ({left}))* {again} {literal(mark)}"
 
 
 _THOUGHT: Final = f'{_until("</think>")} "\\n"{{0,2}}'

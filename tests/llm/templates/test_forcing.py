@@ -101,6 +101,15 @@ def test_a_thought_may_come_first():
     assert not grammar.accepts('{"ok": true}')
 
 
+@pytest.mark.parametrize("rest", ["", "<", "<<", "</", "</thin</", "1 <"])
+def test_a_thought_that_ends_with_the_beginning_of_its_mark_ends(rest):
+    """Else the answer would be thought to the last token, and the reader, who sees the mark, would show it."""
+    grammar = Grammar(grammar_for("hermes", [], ToolChoice(), SCHEMA, thinking=True))
+    assert grammar.accepts(f'{rest}</think>{{"ok": true}}')
+    assert not grammar.accepts(f'{rest}{{"ok": true}}')
+    assert not grammar.accepts(f'{rest}</think>x</think>{{"ok": true}}'), "the first mark ends it"
+
+
 def test_cohere_thinks_and_answers_between_marks():
     thought = "<|START_THINKING|>Is 1 < 2 <|? Yes.<|END_THINKING|>"
     grammar = Grammar(grammar_for("cohere", [ADD], ToolChoice(), SCHEMA))
