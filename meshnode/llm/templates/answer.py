@@ -8,8 +8,9 @@ from meshnode.llm.templates.deepseek import DeepSeekParser
 from meshnode.llm.templates.families import COHERE_MARKS
 from meshnode.llm.templates.harmony import HarmonyParser
 from meshnode.llm.templates.model import Family
+from meshnode.llm.templates.reader import Piece
 from meshnode.llm.templates.reasoning import ReasoningSplitter, Said
-from meshnode.llm.templates.toolcalls import Piece, ToolCallParser
+from meshnode.llm.templates.toolcalls import ToolCallParser
 
 AnswerDelta = TextDelta | ReasoningDelta | ToolCallDelta
 

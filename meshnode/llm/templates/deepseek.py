@@ -10,12 +10,9 @@ Marks around and behind the calls are often left out. Source: the chat templates
 """
 
 import re
-from collections.abc import Callable
 from typing import Final
 
-from meshnode.llm.model import ToolCallDelta
 from meshnode.llm.templates.assembly import held_back
-from meshnode.llm.templates.callscan import Extent
 from meshnode.llm.templates.families import (
     DEEPSEEK_CALL_CLOSES,
     DEEPSEEK_CALL_OPENS,
@@ -23,7 +20,7 @@ from meshnode.llm.templates.families import (
     DEEPSEEK_OPENS,
     DEEPSEEK_SEPARATES,
 )
-from meshnode.llm.templates.toolcalls import Piece
+from meshnode.llm.templates.reader import CallReader, Piece
 
 HEADER_CHARS_MAX: Final = 512
 
@@ -37,39 +34,22 @@ _HEADERS: Final = (
 )
 
 
-class DeepSeekParser:
+class DeepSeekParser(CallReader):
     """A stream of text becomes text and calls, as ToolCallParser's does. What calls no known tool stays text.
 
     However the stream is cut, the text put together and the calls put together are the same.
     """
 
-    def __init__(self, tool_names: frozenset[str], new_id: Callable[[], str]) -> None:
-        self._names, self._new_id = tool_names, new_id
-        self._state = "text"  # text, between calls, in a call's header, or in its arguments
-        self._held = ""
-        self._block = ""  # what opened the present call, should it turn out to be text
-        self._after_call = False  # white space is dropped until something else comes
-        self._extent = Extent()
-        self.calls = 0
-
-    def feed(self, text: str) -> list[Piece]:
-        """What is certain by now."""
-        self._held += text
-        pieces: list[Piece] = []
-        while self._held:
-            before = (self._state, len(self._held))
-            match self._state:
-                case "text":
-                    self._in_text(pieces)
-                case "between":
-                    self._in_between(pieces)
-                case "header":
-                    self._in_header(pieces)
-                case _:
-                    self._in_arguments(pieces)
-            if before == (self._state, len(self._held)):
-                break
-        return pieces
+    def _advance(self, pieces: list[Piece]) -> None:
+        match self._state:
+            case "text":
+                self._in_text(pieces)
+            case "between":
+                self._in_between(pieces)
+            case "header":
+                self._in_header(pieces)
+            case _:
+                self._in_arguments(pieces)
 
     def finish(self) -> list[Piece]:
         """What was held back, now that nothing more comes."""
@@ -118,29 +98,4 @@ class DeepSeekParser:
         if name is None or name not in self._names:
             self._give_up(pieces)
             return
-        self._held, self._block, self._extent, self._state = self._held[at:], "", Extent(), "arguments"
-        pieces.append(ToolCallDelta(index=self.calls, arguments="", id=self._new_id(), name=name))
-        self.calls += 1
-
-    def _in_arguments(self, pieces: list[Piece]) -> None:
-        taken = 0
-        while taken < len(self._held) and not self._extent.done:
-            self._extent.takes(self._held[taken])
-            taken += 1
-        pieces.append(ToolCallDelta(index=self.calls - 1, arguments=self._held[:taken]))
-        self._held = self._held[taken:]
-        if self._extent.done:
-            self._state, self._after_call = "between", True
-
-    def _give_up(self, pieces: list[Piece]) -> None:
-        """What looked like a call is text: its first character for certain, the rest is looked at again."""
-        text, self._block, self._state = self._block + self._held, "", "text"
-        self._say(text[:1], pieces)
-        self._held = text[1:]
-
-    def _say(self, text: str, pieces: list[Piece]) -> None:
-        if self._after_call:
-            text = text.lstrip()
-        if text:
-            self._after_call = self._after_call and not text.strip()
-            pieces.append(text)
+        self._begin_arguments(name, at, pieces)

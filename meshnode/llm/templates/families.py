@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from meshnode.llm.model import Tool, ToolCall
-from meshnode.llm.templates.harmony import CHANNEL, FUNCTIONS, MESSAGE
 from meshnode.llm.templates.model import Family
 from meshnode.llm.templates.schema import Rules, literal
 
@@ -26,12 +25,18 @@ COHERE_CLOSES: Final = "<|END_ACTION|>"
 COHERE_THOUGHT_OPENS: Final = "<|START_THINKING|>"
 COHERE_THOUGHT_CLOSES: Final = "<|END_THINKING|>"
 COHERE_MARKS: Final = ("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>")  # around an answer
+HARMONY_CHANNEL: Final = "<|channel|>"
+HARMONY_START: Final = "<|start|>"
+HARMONY_MESSAGE: Final = "<|message|>"
+HARMONY_END: Final = "<|end|>"
+HARMONY_FINAL: Final = f"{HARMONY_CHANNEL}final{HARMONY_MESSAGE}"
+HARMONY_FUNCTIONS: Final = "functions."
 ARGUMENT_KEYS: Final = ("arguments", "parameters")
 
 
 def family_of(template: str) -> Family:
     """The family that a template belongs to, by the marks in its text. Without any: Hermes, which we then explain."""
-    if CHANNEL in template:
+    if HARMONY_CHANNEL in template:
         return "harmony"
     if COHERE_OPENS in template:
         return "cohere"
@@ -139,7 +144,7 @@ def _call(rules: Rules, family: Family, tool: Tool) -> str:
     if family in ("deepseek", "deepseek_args"):
         return f"{literal(_deepseek_head(family, tool.name))} {arguments} {literal(_deepseek_end(family))}"
     if family == "harmony":
-        header = f"{CHANNEL}commentary to={FUNCTIONS}{tool.name} <|constrain|>json{MESSAGE}"
+        header = f"{HARMONY_CHANNEL}commentary to={HARMONY_FUNCTIONS}{tool.name} <|constrain|>json{HARMONY_MESSAGE}"
         return f"{literal(header)} {arguments}"
     if family == "cohere":
         name = json.dumps(tool.name, ensure_ascii=False)

@@ -10,8 +10,17 @@ from typing import Final
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.llm.model import AnswerFormat, Tool, ToolChoice
-from meshnode.llm.templates.families import COHERE_MARKS, COHERE_THOUGHT_CLOSES, COHERE_THOUGHT_OPENS, calls_rule
-from meshnode.llm.templates.harmony import CHANNEL, END, FINAL, MESSAGE, START
+from meshnode.llm.templates.families import (
+    COHERE_MARKS,
+    COHERE_THOUGHT_CLOSES,
+    COHERE_THOUGHT_OPENS,
+    HARMONY_CHANNEL,
+    HARMONY_END,
+    HARMONY_FINAL,
+    HARMONY_MESSAGE,
+    HARMONY_START,
+    calls_rule,
+)
 from meshnode.llm.templates.model import TOOLS_MAX, Family
 from meshnode.llm.templates.schema import GRAMMAR_CHARS_MAX, Rules, literal
 
@@ -31,7 +40,8 @@ _THOUGHT: Final = f'{_until("</think>")} "\\n"{{0,2}}'
 _COHERE_THOUGHT: Final = _until(COHERE_THOUGHT_CLOSES)
 # Nothing of a thought may look like the beginning of a mark; `<|end|>` ends it.
 _HARMONY_THOUGHT: Final = (
-    f'{literal(f"{CHANNEL}analysis{MESSAGE}")} ([^<] | "<"+ [^|<])* "<"* {literal(f"{END}{START}assistant")}'
+    f'{literal(f"{HARMONY_CHANNEL}analysis{HARMONY_MESSAGE}")} ([^<] | "<"+ [^|<])* "<"* '
+    f"{literal(f'{HARMONY_END}{HARMONY_START}assistant')}"
 )
 
 
@@ -75,7 +85,7 @@ def grammar_for(
     rules = Rules(strict=True)
     rules.define("root", "")
     options = []
-    head = {"harmony": f"{literal(FINAL)} ", "cohere": f"{literal(COHERE_MARKS[0])}? "}.get(family, "")
+    head = {"harmony": f"{literal(HARMONY_FINAL)} ", "cohere": f"{literal(COHERE_MARKS[0])}? "}.get(family, "")
     if not must_call and answer_format.kind == "json_object":
         options.append(head + rules.basic("object"))
     if not must_call and answer_format.kind == "json_schema":

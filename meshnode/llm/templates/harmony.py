@@ -13,53 +13,46 @@ from typing import Final
 
 from meshnode.llm.model import ReasoningDelta, TextDelta, ToolCallDelta
 from meshnode.llm.templates.assembly import held_back
+from meshnode.llm.templates.families import (
+    HARMONY_CHANNEL,
+    HARMONY_END,
+    HARMONY_FUNCTIONS,
+    HARMONY_MESSAGE,
+    HARMONY_START,
+)
+from meshnode.llm.templates.reader import Reader
 
-CHANNEL: Final = "<|channel|>"
-START: Final = "<|start|>"
-MESSAGE: Final = "<|message|>"
-END: Final = "<|end|>"
-FINAL: Final = f"{CHANNEL}final{MESSAGE}"
-FUNCTIONS: Final = "functions."
 HEADER_CHARS_MAX: Final = 512
 
-_BODY_ENDS: Final = (END, START, CHANNEL, "<|return|>", "<|call|>")
-_HEADER_BEGINS: Final = (START, CHANNEL, "to=")
+_BODY_ENDS: Final = (HARMONY_END, HARMONY_START, HARMONY_CHANNEL, "<|return|>", "<|call|>")
+_HEADER_BEGINS: Final = (HARMONY_START, HARMONY_CHANNEL, "to=")
 _RECIPIENT: Final = re.compile(r"\bto=([\w.-]+)")
 _CHANNEL: Final = re.compile(r"<\|channel\|>\s*(\w*)")
 
 Delta = TextDelta | ReasoningDelta | ToolCallDelta
 
 
-class HarmonyParser:
+class HarmonyParser(Reader[Delta]):
     """Turns an answer's text into deltas, as AnswerParser does. What calls no known tool stays text, header and all.
 
     However the text is cut, the deltas put together are the same. Messages of one kind are put a blank line apart.
     """
 
     def __init__(self, tool_names: frozenset[str], new_id: Callable[[], str]) -> None:
+        super().__init__("between")  # between messages, in a header, or in the body of a kind: text, thought, call
         self._names, self._new_id = tool_names, new_id
-        self._state = "between"  # between messages, in a header, or in the body of a kind: text, thought, call
-        self._held = ""
         self._argued = False  # whether the present call has arguments
         self._apart = {"text": "", "thought": ""}  # what goes before the next piece of this kind
         self.calls = 0
 
-    def feed(self, text: str) -> list[Delta]:
-        """What is certain by now."""
-        self._held += text
-        deltas: list[Delta] = []
-        while self._held:
-            before = (self._state, len(self._held))
-            match self._state:
-                case "between":
-                    self._between()
-                case "header":
-                    self._header(deltas)
-                case _:
-                    self._body(deltas)
-            if before == (self._state, len(self._held)):
-                break
-        return deltas
+    def _advance(self, deltas: list[Delta]) -> None:
+        match self._state:
+            case "between":
+                self._between()
+            case "header":
+                self._header(deltas)
+            case _:
+                self._body(deltas)
 
     def finish(self) -> list[Delta]:
         """What was held back, now that nothing more comes. A header without its message says nothing."""
@@ -86,20 +79,20 @@ class HarmonyParser:
             self._held, self._state = bare, "text"
 
     def _header(self, deltas: list[Delta]) -> None:
-        at = self._held.find(MESSAGE)
+        at = self._held.find(HARMONY_MESSAGE)
         if at < 0 and len(self._held) < HEADER_CHARS_MAX:
             return
         header = self._held[: max(0, at)]
         channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
-        name = recipient.group(1).removeprefix(FUNCTIONS) if recipient is not None else None
+        name = recipient.group(1).removeprefix(HARMONY_FUNCTIONS) if recipient is not None else None
         if at < 0 or (name is not None and name not in self._names):
             # Not read again from its beginning: as a header it would come here for ever.
             self._state = "text"
-            cut = len(START) if at < 0 else at + len(MESSAGE)
+            cut = len(HARMONY_START) if at < 0 else at + len(HARMONY_MESSAGE)
             self._say(self._held[:cut], deltas)
             self._held = self._held[cut:]
             return
-        self._held = self._held[at + len(MESSAGE) :]
+        self._held = self._held[at + len(HARMONY_MESSAGE) :]
         if name is not None:
             self._state, self._argued = "call", False
             deltas.append(ToolCallDelta(index=self.calls, arguments="", id=self._new_id(), name=name))

@@ -5,9 +5,8 @@ import re
 from collections.abc import Callable
 from typing import Final
 
-from meshnode.llm.model import ToolCallDelta
 from meshnode.llm.templates.assembly import held_back
-from meshnode.llm.templates.callscan import CallScanner, Extent
+from meshnode.llm.templates.callscan import CallScanner
 from meshnode.llm.templates.families import (
     CALL_CLOSES,
     CALL_OPENS,
@@ -17,8 +16,7 @@ from meshnode.llm.templates.families import (
     PYTHON_TAG,
 )
 from meshnode.llm.templates.model import Family
-
-Piece = str | ToolCallDelta
+from meshnode.llm.templates.reader import CallReader, Piece
 
 NAME_CHARS_MAX: Final = 256  # what may stand between [TOOL_CALLS] and the arguments
 
@@ -46,34 +44,16 @@ _BUILT_IN_ARGUMENT: Final = re.compile(r'(\w+)\s*=\s*("(?:[^"\\]|\\.)*")')
 _CODE_TOOLS: Final = ("code_interpreter", "python")
 
 
-class ToolCallParser:
+class ToolCallParser(CallReader):
     """A stream of text becomes text and calls. What names no known tool, or is no JSON, stays text.
 
     However the stream is cut, the text put together and the calls put together are the same.
     """
 
     def __init__(self, family: Family, tool_names: frozenset[str], new_id: Callable[[], str]) -> None:
-        self._family, self._names, self._new_id = family, tool_names, new_id
-        self._state = "text"
-        self._held = ""
-        self._at_start = True  # nothing but white space was seen yet
-        self._after_call = False  # white space is dropped until something else comes
-        self._block = ""  # what opened the present block, should it turn out to be text
+        super().__init__(tool_names, new_id)
+        self._family = family
         self._scanner = CallScanner()
-        self._extent = Extent()
-        self._started = False
-        self.calls = 0
-
-    def feed(self, text: str) -> list[Piece]:
-        """What is certain by now."""
-        self._held += text
-        pieces: list[Piece] = []
-        while self._held:
-            before = (self._state, len(self._held))
-            self._advance(pieces)
-            if before == (self._state, len(self._held)):
-                break
-        return pieces
 
     def _advance(self, pieces: list[Piece]) -> None:
         match self._state:
@@ -209,18 +189,7 @@ class ToolCallParser:
         if found is None or found.group(1) not in self._names:
             self._give_up(pieces)
             return
-        self._held, self._started, self._extent, self._state = self._held[at:], False, Extent(), "arguments"
-        self._argue(found.group(1), "", pieces)
-
-    def _in_arguments(self, pieces: list[Piece]) -> None:
-        taken = 0
-        while taken < len(self._held) and not self._extent.done:
-            self._extent.takes(self._held[taken])
-            taken += 1
-        self._argue("", self._held[:taken], pieces)
-        self._held = self._held[taken:]
-        if self._extent.done:
-            self._state, self._block, self._after_call = "between", "", True
+        self._begin_arguments(found.group(1), at, pieces)
 
     def _finish_built_in(self, rest: str, pieces: list[Piece]) -> None:
         found = _BUILT_IN.match(rest)
@@ -233,31 +202,3 @@ class ToolCallParser:
             self._argue(code, json.dumps({"code": rest}, ensure_ascii=False), pieces)
         else:
             self._say(self._block + rest, pieces)
-
-    # ---- what comes out ---------------------------------------------------------------------------------------------
-
-    def _argue(self, name: str, arguments: str, pieces: list[Piece]) -> None:
-        if not self._started:
-            self._started = True
-            pieces.append(ToolCallDelta(index=self.calls, arguments=arguments, id=self._new_id(), name=name))
-            self.calls += 1
-        elif arguments:
-            pieces.append(ToolCallDelta(index=self.calls - 1, arguments=arguments))
-
-    def _give_up(self, pieces: list[Piece]) -> None:
-        """What looked like a call is text: its first character for certain, the rest is looked at again."""
-        text, self._block, self._state = self._block + self._held, "", "text"
-        self._say(text[:1], pieces)
-        self._held = text[1:]
-
-    def _say(self, text: str, pieces: list[Piece]) -> None:
-        if self._after_call:
-            text = text.lstrip()
-        if not text:
-            return
-        if text.strip():
-            self._at_start = self._after_call = False
-        if pieces and isinstance(pieces[-1], str):
-            pieces[-1] += text
-        else:
-            pieces.append(text)
