@@ -4,13 +4,19 @@ Only an observer: it asks no machine anything, so that it also sees what a machi
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from protocol.ids import NodeId
 from protocol.membership.events import PeerDown, PeerLeft, PeerUp
 from simulations.checkers.checker import Checker
 from simulations.computer import DOWN, Computer
 from simulations.world import World
+
+# What a node believes of another: a former life is none that it could reach.
+ABSENT: Final = 0
+PRESENT: Final = 1
+FORMER: Final = 2
+_WORDS: Final = ("down", "up", "up in a former life")
 
 
 class Verdict(NamedTuple):
@@ -25,7 +31,10 @@ class Verdict(NamedTuple):
 
 
 class Views(Checker):
-    """`wrong` counts the entries of all running nodes' views that differ from the truth; 0 is agreement with it."""
+    """`wrong` counts the entries of all running nodes' views that differ from the truth; 0 is agreement with it.
+
+    Who lists a restarted node in its former life is wrong, too.
+    """
 
     name = "views"
 
@@ -49,6 +58,9 @@ class Views(Checker):
         self._grow()
         index = computer.index
         self._rows[index] = bytearray(len(self._rows))
+        for row in self._rows:
+            if row[index] == PRESENT:
+                row[index] = FORMER  # wrong before, since the process was gone, and wrong now
         if index in self._outlaws:
             return
         self._set_truth(index, True)
@@ -60,10 +72,10 @@ class Views(Checker):
         """All of them list all of them."""
         full = bytearray(len(self._rows))
         for computer in computers:
-            full[computer.index] = 1
+            full[computer.index] = PRESENT
         for observer in (computer.index for computer in computers):
             self._rows[observer] = row = bytearray(full)
-            row[observer] = 0
+            row[observer] = ABSENT
             self.wrong -= self._row_wrong[observer]
             self._row_wrong[observer] = 0
 
@@ -99,7 +111,7 @@ class Views(Checker):
         self._exists[index] = exists
         for observer, row in enumerate(self._rows):
             if observer != index and self._watching[observer]:
-                change = 1 if bool(row[index]) != exists else -1
+                change = _differs(row[index], exists) - _differs(row[index], not exists)
                 self._row_wrong[observer] += change
                 self.wrong += change
 
@@ -119,26 +131,31 @@ class Views(Checker):
     def published(self, computer: Computer, event: object) -> None:
         """Fold an event into the row of the node that published it."""
         if isinstance(event, PeerUp):
-            self._set(computer, event.peer, 1)
+            self._set(computer, event.peer, PRESENT if event.boot == self._boot_of(event.peer) else FORMER)
         elif isinstance(event, PeerDown):
-            target = self._set(computer, event.peer, 0)
+            target = self._set(computer, event.peer, ABSENT)
             if target is not None:
                 was_down = target.state == DOWN or not self._exists[target.index]
                 verdict = (computer.index, target.index, event.witnesses, event.private, was_down)
                 self.verdicts.append(Verdict(self._world.now, *verdict))
         elif isinstance(event, PeerLeft):
-            self._set(computer, event.peer, 0)
+            self._set(computer, event.peer, ABSENT)
+
+    def _boot_of(self, peer: NodeId) -> int | None:
+        computer = self._world.find(peer)
+        return None if computer is None or computer.machine is None else computer.program.boot_epoch(computer.machine)
 
     def _set(self, computer: Computer, peer: NodeId, value: int) -> Computer | None:
         target = self._world.find(peer)
         if target is None or target is computer:
             return None
         row = self._rows[computer.index]
-        if row[target.index] != value:
-            row[target.index] = value
+        before, row[target.index] = row[target.index], value
+        if before != value:
             self.changed_at = self._world.now
             if self._watching[computer.index]:
-                change = -1 if bool(value) == self._exists[target.index] else 1
+                exists = self._exists[target.index]
+                change = _differs(value, exists) - _differs(before, exists)
                 self._row_wrong[computer.index] += change
                 self.wrong += change
         return target
@@ -146,7 +163,7 @@ class Views(Checker):
     # ---- questions ------------------------------------------------------------------------------------------------
 
     def sees(self, observer: Computer, target: Computer) -> bool:
-        """Whether the observer lists the target as up."""
+        """Whether the observer lists the target as up, be it in a former life."""
         return bool(self._rows[observer.index][target.index])
 
     def mistakes(self, at_most: int = 5) -> str:
@@ -156,8 +173,12 @@ class Views(Checker):
             if not self._watching[observer] or not self._row_wrong[observer]:
                 continue
             for target, value in enumerate(row):
-                if target != observer and bool(value) != self._exists[target]:
-                    found.append(f"#{observer} has #{target} {'up' if value else 'down'}")
+                if target != observer and _differs(value, self._exists[target]):
+                    found.append(f"#{observer} has #{target} {_WORDS[value]}")
                     if len(found) == at_most:
                         return f"{self.wrong} wrong entries: " + ", ".join(found) + " ..."
         return f"{self.wrong} wrong entries: " + ", ".join(found)
+
+
+def _differs(value: int, exists: bool) -> bool:
+    return value != (PRESENT if exists else ABSENT)

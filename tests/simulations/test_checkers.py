@@ -72,6 +72,20 @@ def test_a_nonce_used_twice_and_a_boot_that_goes_back() -> None:
     objects("rising", lambda: world.tell_published(one, up(two, 5)))
 
 
+def test_a_view_of_a_former_life_is_wrong() -> None:
+    world, (one, two, *_), views = quiet_mesh()
+    boot = two.program.boot_epoch(two.machine)
+    two.restart()
+    assert views.wrong == 6, "its own view is empty, and three list it in its former life"
+    assert world.run_until(lambda: views.wrong == 0, 5.0) is not None
+    world.tell_published(one, up(two, boot))
+    assert views.wrong == 1
+    assert views.sees(one, two)
+    assert views.mistakes() == "1 wrong entries: #0 has #1 up in a former life"
+    world.tell_published(one, up(two, two.program.boot_epoch(two.machine)))
+    assert views.wrong == 0
+
+
 def test_views_that_stay_wrong() -> None:
     views = Views()
     convergence = Convergence(views)
