@@ -1,5 +1,6 @@
 """Which upstream models which node serves: each node tells of its own, and looks after them."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -45,22 +46,29 @@ class Served:
     async def run(self) -> None:
         """Ask the servers now and then, and tell the mesh when something changed, until cancelled."""
         silent = set[str]()
+        asked_all_at = -math.inf
         while True:
-            found = await self._upstreams.refresh() if self._upstreams.configured else []
-            names = _fitting([card.name for card in found[:MODELS_TOLD_MAX]])
-            # Compared with the record itself: an earlier run, with other settings, may have written it.
-            if names != self._of(self._me):
-                try:
-                    value = msgspec.msgpack.encode(_Served(names))
-                    await self._writer.put(SERVED, self._me.encode("ascii"), value)
-                except MeshError as error:
-                    self._log.warning("upstream models could not be told", why=error.message)
+            only_silent = trio.current_time() < asked_all_at + REFRESH_S
+            if not only_silent:
+                asked_all_at = trio.current_time()
+            await self._tell(await self._upstreams.refresh(silent_only=only_silent))
             failures = self._upstreams.failures
-            for name, why in failures.items():
-                if name not in silent:
-                    self._log.warning("an upstream server does not answer", server=name, why=why)
+            for name in failures.keys() - silent:
+                self._log.warning("an upstream server does not answer", server=name, why=failures[name])
+            for name in silent - failures.keys():
+                self._log.info("an upstream server answers again", server=name)
             silent = set(failures)
             await trio.sleep(RETRY_S if failures else REFRESH_S)
+
+    async def _tell(self, cards: Sequence[ModelCard]) -> None:
+        names = _fitting([card.name for card in cards[:MODELS_TOLD_MAX]])
+        # Compared with the record itself: an earlier run, with other settings, may have written it.
+        if names == self._of(self._me):
+            return
+        try:
+            await self._writer.put(SERVED, self._me.encode("ascii"), msgspec.msgpack.encode(_Served(names)))
+        except MeshError as error:
+            self._log.warning("upstream models could not be told", why=error.message)
 
     def by_model(self) -> dict[str, NodeId]:
         """Which node serves a model; of several, one that is this node or comes first."""

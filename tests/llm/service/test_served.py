@@ -86,7 +86,26 @@ async def test_a_server_that_did_not_answer_is_looked_for_soon_and_told_of_once(
             await mesh.until(lambda: len(it.asked) > 3)
             it.answers["/v1/models"] = listing("a")
             await mesh.until(lambda: told_by(member) == ("it/a",))
+            await mesh.until(lambda: "an upstream server answers again" in log.at("info"))
     assert log.at("warning").count("an upstream server does not answer") == 1
+
+
+async def test_servers_that_answer_are_not_asked_again_for_one_that_does_not(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "REFRESH_S", 3600.0)
+    async with (
+        record_mesh(data_dir, 1, [served_collection()]) as mesh,
+        upstream_server(models=listing("a")) as good,
+        upstream_server() as bad,
+    ):
+        member = mesh.members[0]
+        async with serving(member, Upstream("good", good.url), Upstream("bad", bad.url)):
+            await mesh.until(lambda: len(bad.asked) > 3)
+            assert told_by(member) == ("good/a",), "what it has stays known meanwhile"
+            bad.answers["/v1/models"] = listing("b")
+            await mesh.until(lambda: told_by(member) == ("bad/b", "good/a"))
+    assert len(good.asked) == 1
 
 
 async def test_what_an_earlier_run_told_is_taken_back_when_its_server_is_gone_from_the_settings(data_dir: Path) -> None:

@@ -103,39 +103,41 @@ class Upstreams:
     def __init__(self, servers: Sequence[Upstream], client: httpx2.AsyncClient) -> None:
         self._servers = {server.name: server for server in servers}
         self._client = client
+        self._listed: dict[str, list[_Listed]] = {}
         self._found: dict[str, tuple[Upstream, str]] = {}
         self.failures: Mapping[str, str] = {}
 
-    @property
-    def configured(self) -> bool:
-        """Whether there is any."""
-        return bool(self._servers)
-
-    async def refresh(self) -> list[ModelCard]:
-        """Ask every server what it has; one that does not answer has nothing, and why is in `failures`."""
-        found: dict[str, tuple[Upstream, str]] = {}
+    async def refresh(self, *, silent_only: bool = False) -> list[ModelCard]:
+        """Ask every server, or those in `failures`, what it has; one that does not answer has nothing, and is there."""
         failures: dict[str, str] = {}
-        cards: list[ModelCard] = []
 
         async def ask(server: Upstream) -> None:
             try:
-                listed = await self._list(server)
+                self._listed[server.name] = await self._list(server)
             except MeshError as error:
+                self._listed.pop(server.name, None)
                 failures[server.name] = error.message
-                return
-            for entry in listed[:MODELS_MAX]:
+
+        async with trio.open_nursery() as nursery:
+            for name, server in self._servers.items():
+                if not silent_only or name in self.failures:
+                    nursery.start_soon(ask, server)
+        self.failures = failures
+        return self._cards()
+
+    def _cards(self) -> list[ModelCard]:
+        """Of what the servers listed; from now on these models are found."""
+        self._found = {}
+        cards: list[ModelCard] = []
+        for server in self._servers.values():
+            for entry in self._listed.get(server.name, ())[:MODELS_MAX]:
                 if not _is_name(entry.id) or entry.id.startswith(f"{server.name}/"):
                     continue  # it leads back here, or nowhere
                 name = f"{server.name}/{entry.id}"
-                found[name] = (server, entry.id)
+                self._found[name] = (server, entry.id)
                 cards.append(
                     ModelCard(name=name, aliases=(entry.id,), source=f"upstream {server.name}", created=entry.created)
                 )
-
-        async with trio.open_nursery() as nursery:
-            for server in self._servers.values():
-                nursery.start_soon(ask, server)
-        self._found, self.failures = found, failures
         return sorted(cards, key=lambda card: card.name)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
