@@ -61,7 +61,7 @@ class _Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         wanted = args[0]
         if not ctx.resilient_parsing and not wanted.startswith("-") and wanted not in COMMANDS:
-            from meshnode.cli.near import nearest
+            from meshnode.kernel.near import nearest
 
             near = nearest(wanted, COMMANDS.keys() - DESTRUCTIVE) or nearest(wanted, DESTRUCTIVE, distance_max=1)
             hint = f"did you mean 'meshnode {near[0]}'?" if near else "'meshnode --help' lists them."
