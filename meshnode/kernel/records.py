@@ -3,12 +3,15 @@
 Reading is the hub's (`node.records`). What may be written where is the collection's to say.
 """
 
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Final
 
 from meshnode.kernel.driver import Driver
 from meshnode.kernel.errors import ErrorCode, MeshError
 from protocol.ids import NodeId
 from protocol.records.events import DeleteRecord, PutRecord, RecordRefused, RecordTaken, TakeRecord
+from protocol.records.record import Record
 
 _WORDS: Final = {
     "too_large": "it is larger than a record may be",
@@ -25,6 +28,14 @@ _WORDS: Final = {
     "malformed": "it is no record",
 }
 _PASSES: Final = frozenset({"overloaded", "busy", "muted", "held", "stranger"})  # the same may be taken later
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A write under way. `record`: the signed record, unless it was refused; `durable` waits, and raises as `put`."""
+
+    record: Record | None
+    durable: Callable[[], Awaitable[None]]
 
 
 class RecordWriter:
@@ -50,6 +61,16 @@ class RecordWriter:
         self._token += 1
         await self._do(PutRecord(collection, key, value, self._token))
 
+    def begin_put(self, collection: str, key: bytes, value: bytes) -> "Begun":
+        """The same, given out before it is durable, so that others can hold it as soon. `Begun.durable` must be waited
+        for. Not for those who are told of events by the driver at that moment.
+        """
+        self._token += 1
+        command = PutRecord(collection, key, value, self._token)
+        self._waiting.add(command.token)
+        self._driver.submit(command)
+        return Begun(self._driver.node.records.get(collection, key), lambda: self._ended(command))
+
     async def delete(self, collection: str, key: bytes) -> None:
         """Delete, whether it is there or not. Raises MeshError as `put`."""
         self._token += 1
@@ -71,10 +92,14 @@ class RecordWriter:
             raise _refusal("unavailable" if taken is None else taken.verdict, {})
 
     async def _do(self, command: PutRecord | DeleteRecord) -> None:
+        self._waiting.add(command.token)
+        self._driver.submit(command)
+        await self._ended(command)
+
+    async def _ended(self, command: PutRecord | DeleteRecord) -> None:
         token = command.token
-        self._waiting.add(token)
         try:
-            await self._driver.submit_durably(command)
+            await self._driver.flushed()
         finally:
             self._waiting.discard(token)
             refused = self._refused.pop(token, None)
