@@ -65,12 +65,15 @@ class Submit(_Message, frozen=True):
 
 
 class Submitted(_Message, frozen=True):
-    """`code` empty: it is in the queue, and so many are served before it. Else nothing of it is kept here."""
+    """`code` empty: it is in the queue, and so many are likely to be served before it. Else nothing of it is kept here.
+    `never`: no node that is here can ever run it, as the words say; it is queued all the same, and waits for one.
+    """
 
     position: _Count = 0
     code: Annotated[str, msgspec.Meta(max_length=32)] = ""  # overloaded, no_coordinator
     words: _Words = ""
     retry_after_s: _Seconds = 0.0
+    never: bool = False
 
 
 # ---- coordinator -> executor: the call `tasks.command` ---------------------------------------------------------------
@@ -106,12 +109,15 @@ class StopAttempt(_Message, frozen=True, tag=1):
 
 
 class VoidAttempt(_Message, frozen=True, tag=2):
-    """Never start this attempt if it is not written down; if it is, let it run. The answer holds what is written."""
+    """Never start this attempt if it is not written down; if it is, let it run. The answer holds what is written. An
+    executor that does not know it writes it down as in StopAttempt.
+    """
 
     submitter: _Node
     task: _Id
     attempt: _Id
     generation: _Wide
+    was_begun: bool = False
 
 
 TaskOrder = StartAttempt | StopAttempt | VoidAttempt

@@ -156,8 +156,8 @@ class PutAttempt:
 
 @dataclass(frozen=True, slots=True)
 class StartExecution:
-    """Fetch its input, then start it; answered by ExecutionBegun and ExecutionEnded, or by the latter alone. Comes once
-    for an attempt id in all of this node's life.
+    """Fetch its input, then start it; answered by ExecutionBegun and ExecutionEnded, or by the latter alone, which then
+    says that it never ran. Comes once for an attempt id in all of this node's life.
     """
 
     order: Order
