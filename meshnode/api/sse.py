@@ -80,13 +80,17 @@ class StreamFailed(msgspec.Struct, frozen=True):
     retryable: bool
 
 
+BusNames = Mapping[type[Any], tuple[str, Callable[[Any], Any]]]
+"""For each type of payload its event's name, and how its data is made."""
+
+
 class BusEvents:
     """How events of the bus look on a stream: for each type of payload its event name and how its data is made.
 
     An event is rendered once, whoever reads it: the bytes stay with the event.
     """
 
-    def __init__(self, names: Mapping[type[Any], tuple[str, Callable[[Any], Any]]]) -> None:
+    def __init__(self, names: BusNames) -> None:
         self._names = dict(names)
         self.types: tuple[type[Any], ...] = tuple(names)
 

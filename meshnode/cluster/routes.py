@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final
 import msgspec
 
 from meshnode.api.routing import ApiRequest, Content, Reply, Route
-from meshnode.api.sse import BusEvents, EventStream
+from meshnode.api.sse import BusNames, EventStream
 from meshnode.cluster.model import (
     CoordinatorMoved,
     InvitationLine,
@@ -35,18 +35,16 @@ from meshnode.kernel.errors import ErrorCode, MeshError
 
 TAG: Final = "cluster"
 
-BUS_EVENTS: Final = BusEvents(
-    {
-        NodeJoined: ("node_joined", lambda event: event.node),
-        NodeUpdated: ("node_updated", lambda event: event.node),
-        NodeSuspect: ("node_suspect", lambda event: event.node),
-        NodeOffline: ("node_offline", lambda event: event.node),
-        NodeLeft: ("node_left", lambda event: event.node),
-        NodeEvicted: ("node_evicted", lambda event: event),
-        CoordinatorMoved: ("coordinator_changed", lambda event: event),
-        InvitationUsed: ("invitation_used", lambda event: event),
-    }
-)
+BUS_EVENTS: Final[BusNames] = {
+    NodeJoined: ("node_joined", lambda event: event.node),
+    NodeUpdated: ("node_updated", lambda event: event.node),
+    NodeSuspect: ("node_suspect", lambda event: event.node),
+    NodeOffline: ("node_offline", lambda event: event.node),
+    NodeLeft: ("node_left", lambda event: event.node),
+    NodeEvicted: ("node_evicted", lambda event: event),
+    CoordinatorMoved: ("coordinator_changed", lambda event: event),
+    InvitationUsed: ("invitation_used", lambda event: event),
+}
 
 Request = ApiRequest[Any, Any]
 

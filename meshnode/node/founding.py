@@ -30,6 +30,7 @@ from protocol.effects import Persist
 from protocol.heartbeats.machine import HeartbeatParameters
 from protocol.membership.parameters import Parameters, parameters
 from protocol.node import NodeParameters
+from protocol.placement.tasks import task_collections
 from protocol.records.collection import Collection, only_owner
 from protocol.records.record import open_record
 from protocol.trust.collection import trust_collection
@@ -117,6 +118,7 @@ def collections_of(mesh: Mesh, suite: SodiumSuite) -> list[Collection]:
             NAMES_COLLECTION, may_write=only_owner, value_bytes_max=limits.NAME_BYTES_MAX, records_max=limits.ROSTER_MAX
         ),
         *llm_collections(),
+        *task_collections(),
     ]
 
 

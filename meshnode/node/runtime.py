@@ -76,6 +76,8 @@ from meshnode.node.services import (
 )
 from meshnode.settings import Settings, node_name
 from meshnode.surfaces.openai.routes import openai_mount
+from meshnode.tasks.setup import EVENTS as TASK_EVENTS
+from meshnode.tasks.setup import TaskGround, Tasks, build_tasks
 from protocol.election.candidates import capability_class
 from protocol.election.fence import FENCE_MACHINE, Fence
 from protocol.heartbeats.events import Sample, SampleTaken, capability_bits
@@ -140,6 +142,7 @@ class Network:
     book: Book
     clocks: PeerClocks
     sockets: DatagramSocket
+    fence: Fence
 
 
 class Runtime:
@@ -279,7 +282,8 @@ class Runtime:
         )
         state = DurableState(ground.database, ground.key_value, ground.records)
         driver = Driver(node=hub, sockets=sockets, links=links, store=state.persist, log=log("driver"))
-        return Network(hub, driver, links, events_out, watcher, book, clocks, sockets)
+        fence = Fence(ground.key_value.load_all(FENCE_MACHINE))
+        return Network(hub, driver, links, events_out, watcher, book, clocks, sockets, fence)
 
     def _build_cluster(self, ground: Ground, network: Network) -> Cluster:
         return build_cluster(
@@ -299,6 +303,7 @@ class Runtime:
             hidden=self._hidden,
             log=self._log,
             restart=self._ask_restart,
+            more_events=TASK_EVENTS,
         )
 
     def _build_llm(
@@ -313,7 +318,7 @@ class Runtime:
                 links=network.links,
                 database=ground.database,
                 key_value=ground.key_value,
-                fence=Fence(ground.key_value.load_all(FENCE_MACHINE)),
+                fence=network.fence,
                 name_of=cluster.nodes.name_of,
                 find_node=cluster.nodes.find,
                 gpus=gpus,
@@ -326,6 +331,19 @@ class Runtime:
                 log=self._log,
             )
         )
+
+    def _build_tasks(
+        self, ground: Ground, network: Network, cluster: Cluster, gpus: Callable[[], Sequence[GpuDevice]]
+    ) -> Tasks:
+        return build_tasks(
+            TaskGround(
+                settings=self._settings.tasks, data_dir=self._data_dir, hub=network.hub, driver=network.driver,
+                links=network.links, key_value=ground.key_value, fence=network.fence, offload=ground.offload,
+                name_of=cluster.nodes.name_of, find_node=cluster.nodes.find, gpus=gpus,
+                profile=lambda: cluster.nodes.profile(network.hub.me), publish=ground.bus.publish,
+                now=ground.facts.now, wall=ground.facts.wall, log=self._log,
+            )
+        )  # fmt: skip
 
     def _build_services(
         self, ground: Ground, network: Network, cluster: Cluster, loopback: LoopbackSockets
@@ -355,9 +373,10 @@ class Runtime:
             logger=log("health"),
         )
         llm = self._build_llm(ground, network, cluster, lambda: sampler.gpus.devices)
+        tasks = self._build_tasks(ground, network, cluster, lambda: sampler.gpus.devices)
         api = build_api(
             loopback,
-            [cluster.mount, health.mount, llm.mount, openai_mount(llm.desk, ground.facts.wall)],
+            [cluster.mount, health.mount, tasks.mount, llm.mount, openai_mount(llm.desk, ground.facts.wall)],
             token=load_or_create_token(self._data_dir),
             data_dir=str(self._data_dir),
             access=Access(settings.api.require_token, frozenset(settings.api.allowed_origins)),
@@ -378,6 +397,8 @@ class Runtime:
             cluster.twins,
             recovery,
             sampler,
+            tasks.executions,
+            tasks.service,
             llm.service,
             ProfileKeeper(sampler, network.driver, network.hub),
             network.book,
@@ -395,12 +416,12 @@ class Runtime:
         if settings.discovery.multicast:
             found_by = (ground.mesh.mesh_id, ground.identity.node_id, network.sockets.port)
             middle.append(discovery(settings, *found_by, network.driver, ground.clock, log("discovery")))
-        methods = {**cluster.methods, **llm.methods}
+        methods = {**cluster.methods, **tasks.methods, **llm.methods}
         links = LinkService(network.links, network.driver, network.link_events, methods, cluster.observe_link)
         minter = KeyMinter(network.driver)
         observers = (
             cluster.nodes.observe, cluster.trust.observe, cluster.twins.observe, recovery.observe, minter.observe,
-            llm.observe,
+            tasks.observe, llm.observe,
         )  # fmt: skip
         return [
             [DatabaseWatch(ground.database), links],

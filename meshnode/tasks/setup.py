@@ -1,11 +1,14 @@
 """Builds the tasks subsystem: what to run, to mount, to answer to peers, and to tell of protocol events."""
 
+import os
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from meshnode.api.routing import Mount
+from meshnode.api.sse import BusNames
 from meshnode.kernel.calls import PeerCalls
 from meshnode.kernel.database import KeyValue
 from meshnode.kernel.driver import Driver
@@ -13,24 +16,27 @@ from meshnode.kernel.errors import MeshError
 from meshnode.kernel.links import Links
 from meshnode.kernel.links.contracts import PeerMethod
 from meshnode.kernel.logs import Logger
+from meshnode.kernel.offload import Offload
 from meshnode.kernel.records import RecordWriter
 from meshnode.kernel.resources.gpu import GpuDevice
 from meshnode.kernel.resources.profile import Profile
 from meshnode.settings.tree import TaskSettings
+from meshnode.tasks.execution.running import ProcessExecutions
+from meshnode.tasks.execution.terms import Terms
 from meshnode.tasks.model import TaskSubmitted, TaskUpdated
 from meshnode.tasks.peers import task_methods
 from meshnode.tasks.routes import TaskRoutes
 from meshnode.tasks.service.desk import Desk
 from meshnode.tasks.service.executing import Executing
 from meshnode.tasks.service.keeping import Keeping
-from meshnode.tasks.service.lending import Isolation, Lending, Taken
+from meshnode.tasks.service.lending import Lending, Taken
 from meshnode.tasks.service.outputs import Outputs
 from meshnode.tasks.service.records import TaskKey, TaskRecords
 from meshnode.tasks.service.scheduling import Scheduling
 from meshnode.tasks.service.streaming import Streaming
 from meshnode.tasks.service.submits import Submits
-from meshnode.tasks.service.surroundings import Executions, Scheduler
 from meshnode.tasks.service.telling import Telling
+from meshnode.tasks.service.walls import Walls
 from meshnode.tasks.service.whole import TaskService
 from meshnode.tasks.service.witnessing import Witnessing
 from meshnode.tasks.showing import stands
@@ -40,12 +46,13 @@ from protocol.election.fence import Fence
 from protocol.ids import NodeId
 from protocol.node import Node
 from protocol.placement.executing import Executing as ExecutingMachine
+from protocol.placement.scheduling import Scheduling as SchedulingMachine
 from protocol.placement.tasks import Attempt
 from protocol.placement.witnessing import WITNESS_MACHINE, Witness
 
 FIRST_TOKEN: Final = 2_000_000  # record writers' tokens, apart from those of others
 PURPOSE: Final = "tasks"
-EVENTS: Final[Mapping[type[Any], tuple[str, Callable[[Any], Any]]]] = {
+EVENTS: Final[BusNames] = {
     TaskSubmitted: ("task_submitted", lambda event: event.task),
     TaskUpdated: ("task_updated", lambda event: event.task),
 }
@@ -63,9 +70,7 @@ class TaskGround:
     links: Links
     key_value: KeyValue
     fence: Fence
-    scheduler: Scheduler
-    executions: Executions
-    isolation: Isolation
+    offload: Offload
     name_of: Callable[[NodeId], str]
     find_node: Callable[[str], NodeId]
     profile: Callable[[], Profile | None]
@@ -80,6 +85,7 @@ class TaskGround:
 class Tasks:
     """What the composition root mounts and runs. `observe` must be given every event of the protocol."""
 
+    executions: ProcessExecutions
     service: TaskService
     desk: Desk
     streaming: Streaming
@@ -94,6 +100,19 @@ def build_tasks(ground: TaskGround) -> Tasks:
     return _Assembly(ground).built()
 
 
+def terms_of(settings: TaskSettings) -> Terms:
+    """What the owner lets each task have. Without walls it finds the agent's environment, but for its secrets."""
+    head = settings.output_bytes_max // 4
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MESHNODE_")}
+    return Terms(
+        isolated=settings.isolation != "none",
+        network=settings.network,
+        head_bytes=head,
+        tail_bytes=settings.output_bytes_max - head,
+        environment=environment,
+    )
+
+
 class _Assembly:
     """Builds from records to answers. Where two parts need each other, one asks only while both run, through `self`."""
 
@@ -103,9 +122,15 @@ class _Assembly:
         self._calls = PeerCalls(me=hub.me, links=ground.links, purpose=PURPOSE, log=log("tasks.calls"))
         self._writer = RecordWriter(ground.driver, FIRST_TOKEN)
         self._records = TaskRecords(hub=hub, writer=self._writer, changed=self._changed, own_came=self._own_came)
+        self._executions = ProcessExecutions(
+            folder=ground.data_dir / "tasks",
+            terms=lambda: terms_of(ground.settings),
+            offload=ground.offload,
+            log=log("tasks.processes"),
+        )
         self._machine = ExecutingMachine(me=hub.me, boot=hub.boot, fence=ground.fence, roster=hub.roster)
         self._scheduling = Scheduling(
-            machine=ground.scheduler,
+            machine=SchedulingMachine(me=hub.me, rng=random.SystemRandom(), roster=hub.roster),
             hub=hub,
             calls=self._calls,
             records=self._records,
@@ -119,7 +144,7 @@ class _Assembly:
             machine=self._machine,
             calls=self._calls,
             records=self._records,
-            executions=ground.executions,
+            executions=self._executions,
             persist=self._persist_fence,
             publish=ground.publish,
             now=ground.now,
@@ -129,7 +154,7 @@ class _Assembly:
         self._witnessing = Witnessing(
             machine=Witness(ground.key_value.load_all(WITNESS_MACHINE)), persist=self._persist, now=ground.now
         )
-        self._outputs = Outputs(me=hub.me, calls=self._calls, executions=ground.executions)
+        self._outputs = Outputs(me=hub.me, calls=self._calls, executions=self._executions)
         self._desk = Desk(
             hub=hub,
             calls=self._calls,
@@ -158,7 +183,7 @@ class _Assembly:
         self._keeping = Keeping(
             hub=hub,
             records=self._records,
-            executions=ground.executions,
+            executions=self._executions,
             keep_s=ground.settings.keep_s,
             history_s=ground.settings.history_s,
             wall=ground.wall,
@@ -168,7 +193,7 @@ class _Assembly:
             hub=hub,
             settings=ground.settings,
             folder=ground.data_dir,
-            isolation=ground.isolation,
+            isolation=Walls(offload=ground.offload, now=ground.now),
             name=lambda: ground.name_of(hub.me),
             profile=ground.profile,
             gpus=ground.gpus,
@@ -202,7 +227,14 @@ class _Assembly:
         )
         routes = TaskRoutes(desk=self._desk, follows=self._streaming, me=self._ground.hub.me, find_node=self._find_node)
         return Tasks(
-            service, self._desk, self._streaming, self._lending, methods, Mount(routes.routes()), self._observe
+            self._executions,
+            service,
+            self._desk,
+            self._streaming,
+            self._lending,
+            methods,
+            Mount(routes.routes()),
+            self._observe,
         )
 
     # ---- what parts ask of each other -------------------------------------------------------------------------------

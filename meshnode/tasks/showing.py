@@ -136,13 +136,18 @@ def task_of(
         attempt=sum(one.generation == wish.generation for _, one in known.attempts),
         error=_error(status, stands),
         reason=_reason(status, stands, attempt, position),
-        queue_position=position.position + 1 if position is not None and not position.words else None,
+        queue_position=_place(position) if stands.state == "pending" else None,
         cancel_wanted=True if wish.cancelled else None,
         **_outcome(attempt if stands.is_ended else None),  # type: ignore[arg-type]  # names fields of Task
         started_at=rfc3339(attempt.started_ms / 1000) if attempt is not None and began else None,
         finished_at=rfc3339(attempt.ended_ms / 1000) if attempt is not None and ended else None,
         attempts=lines if whole else None,
     )
+
+
+def _place(position: Position | None) -> int | None:
+    """From 1; None where it is not in the queue."""
+    return None if position is None or position.never or position.retry_s else position.position + 1
 
 
 def _error(status: TaskStatus, stands: Standing) -> str | None:

@@ -251,7 +251,7 @@ class Nodes:
         if heard is not None:
             age_s = max(0.0, self._facts.now() - heard[1])
             fields |= core.load_fields(heard[0], age_s, up=up)
-        profile = self._profile(node)
+        profile = self.profile(node)
         if profile is not None:
             fields |= {
                 "device_type": profile.device_type,
@@ -301,7 +301,8 @@ class Nodes:
             return True
         return node not in view.up and (node in self._no_version_in_common or node in self._hub.datagrams.version_seen)
 
-    def _profile(self, node: NodeId) -> Profile | None:
+    def profile(self, node: NodeId) -> Profile | None:
+        """What a member says that its machine is."""
         known = self._profiles.get(node)
         if known is None:
             record = self._hub.records.get(PROFILE_COLLECTION, node.encode("ascii"))

@@ -1,15 +1,16 @@
 """What the service needs of others: the machines that decide, and what runs processes here. Protocols, no behaviour."""
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from meshnode.tasks.model import Stream
 from protocol.effects import TimerFired
-from protocol.placement.commands import Positions, PositionsWanted, SchedulerStats
+from protocol.ids import NodeId
+from protocol.placement.commands import Position, SchedulerStats
 from protocol.placement.executing_events import ExecutingInput, FoundState
 from protocol.placement.scheduling_events import SchedulingInput
-from protocol.placement.tasks import AttemptId, Ending, Order
+from protocol.placement.tasks import AttemptId, Ending, Order, TaskId
 
 
 class Scheduler(Protocol):
@@ -18,7 +19,7 @@ class Scheduler(Protocol):
     @property
     def is_coordinator(self) -> bool: ...
     def handle(self, event: SchedulingInput | TimerFired, now: float) -> Sequence[object]: ...
-    def positions(self, wanted: PositionsWanted, now: float) -> Positions: ...
+    def positions(self, keys: Iterable[tuple[NodeId, TaskId]], now: float) -> tuple[Position, ...]: ...
     def stats(self, now: float) -> SchedulerStats: ...
 
 

@@ -1,0 +1,19 @@
+"""The way of a task through a mesh: submitted anywhere, run where it suits, read everywhere."""
+
+from pathlib import Path
+
+from tests.support.task_mesh import task_mesh
+
+
+async def test_a_task_runs_and_every_member_says_the_same(tmp_path: Path) -> None:
+    async with task_mesh(tmp_path, 3) as mesh:
+        last = mesh.members[2]
+        task = await last.submit(["sh", "-c", "echo out; echo err >&2; exit 3"], node="n1")
+        assert task.status == "pending"
+        assert task.held_by is not None
+        assert (task.held_by[0], len(task.held_by)) == (last.id, 2)
+        for member in mesh.members:
+            done = await member.until(task, "failed")
+            assert (done.exit_code, done.assigned_name, done.submitter_name) == (3, "n1", "n2")
+            assert done.output == "out\nerr\n"
+            assert (done.stdout_bytes, done.stderr_bytes) == (4, 4)
