@@ -53,7 +53,7 @@ from protocol.membership.machine import Membership
 from protocol.membership.parameters import LAN, Parameters
 from protocol.membership.state import TUNNEL
 from protocol.records.collection import Collection
-from protocol.records.events import DeleteRecord, PutRecord, RecordChanged, RecordsParams, RecordWithdrawn
+from protocol.records.events import DeleteRecord, PutRecord, RecordChanged, RecordsParams, RecordWithdrawn, TakeRecord
 from protocol.records.machine import Records
 from protocol.records.messages import RecordMessage
 from protocol.records.store import RecordStore
@@ -94,6 +94,7 @@ Command = (
     | RosterChanged
     | PutRecord
     | DeleteRecord
+    | TakeRecord
     | ForgetLost
 )
 Input = DatagramReceived | LinkOpened | LinkLost | FrameReceived | TimerFired | Command
@@ -124,6 +125,7 @@ INPUTS: Final[Mapping[type, tuple[str, ...]]] = {
     MintKey: ("keys",),
     PutRecord: ("records",),
     DeleteRecord: ("records",),
+    TakeRecord: ("records",),
     ForgetLost: ("election",),
 }
 

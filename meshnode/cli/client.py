@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -108,16 +108,19 @@ class AgentClient:
         """Delete what is at `path`."""
         return _decoded(*self._ask("DELETE", path, None, timeout_s))
 
-    def events(self, path: str) -> Generator[ServerEvent, None, None]:
-        """Server-sent events as they come, heartbeats included (name "", no data). Ends when the agent stops."""
-        return self._stream("GET", path, None)
+    def events(self, path: str, *, after: str = "") -> Generator[ServerEvent, None, None]:
+        """Server-sent events as they come, heartbeats included (name "", no data). Ends when the agent stops.
+
+        `after`: the id of the last event that was seen, to go on from there.
+        """
+        return self._stream("GET", path, None, after)
 
     def post_events(self, path: str, body: Any) -> Generator[ServerEvent, None, None]:
         """The events that a request is answered with. Closing the generator tells the agent to stop."""
         return self._stream("POST", path, body)
 
-    def _stream(self, method: str, path: str, body: Any) -> Generator[ServerEvent, None, None]:
-        response = self._send(method, path, body, STREAM_SILENCE_MAX_S)
+    def _stream(self, method: str, path: str, body: Any, after: str = "") -> Generator[ServerEvent, None, None]:
+        response = self._send(method, path, body, STREAM_SILENCE_MAX_S, {"Last-Event-ID": after} if after else {})
         if response.status != 200:
             raise _error_of(response, response.read(ANSWER_BYTES_MAX))
         try:
@@ -166,8 +169,10 @@ class AgentClient:
         except (OSError, http.client.HTTPException) as error:
             raise self._trouble(error, timeout_s) from error
 
-    def _send(self, method: str, path: str, body: Any, timeout_s: float) -> http.client.HTTPResponse:
-        response = self._send_once(method, path, body, timeout_s)
+    def _send(
+        self, method: str, path: str, body: Any, timeout_s: float, more: Mapping[str, str] = {}
+    ) -> http.client.HTTPResponse:
+        response = self._send_once(method, path, body, timeout_s, more)
         if response.status != 401 or self._authorization is not None:
             return response
         refused = _error_of(response, response.read(ANSWER_BYTES_MAX))
@@ -180,7 +185,7 @@ class AgentClient:
             raise refused
         self.check_owner()
         self._authorization = f"Bearer {token}"
-        return self._send_once(method, path, body, timeout_s)
+        return self._send_once(method, path, body, timeout_s, more)
 
     def _token_file(self, refused: MeshError) -> Path:
         """Where the agent says its token is: only a file of that name, and where `check_owner` can tell who says so."""
@@ -189,8 +194,10 @@ class AgentClient:
             return Path(said)
         return self._token_path
 
-    def _send_once(self, method: str, path: str, body: Any, timeout_s: float) -> http.client.HTTPResponse:
-        headers = {"Accept": "*/*"}
+    def _send_once(
+        self, method: str, path: str, body: Any, timeout_s: float, more: Mapping[str, str]
+    ) -> http.client.HTTPResponse:
+        headers = {"Accept": "*/*", **more}
         if self._authorization is not None:
             headers["Authorization"] = self._authorization
         content = None

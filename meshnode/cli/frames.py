@@ -10,10 +10,11 @@ LINE_BYTES_MAX: Final = 4 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ServerEvent:
-    """One event; a heartbeat has no name and no data."""
+    """One event; a heartbeat has no name and no data. `id`: where a stream can be resumed, if it says."""
 
     name: str
     data: Any = None
+    id: str = ""
 
 
 class Lines(Protocol):
@@ -24,7 +25,7 @@ class Lines(Protocol):
 
 def read_events(stream: Lines) -> Iterator[ServerEvent]:
     """The events until the stream ends. What is no JSON stays text."""
-    name, data = "", []
+    name, data, number = "", [], ""
     while line := stream.readline(LINE_BYTES_MAX):
         text = line.decode("utf-8", "replace").rstrip("\r\n")
         if text.startswith(":"):
@@ -36,10 +37,12 @@ def read_events(stream: Lines) -> Iterator[ServerEvent]:
                 name = value
             elif field == "data":
                 data.append(value)
+            elif field == "id":
+                number = value
         else:
             if data:
-                yield ServerEvent(name or "message", _decoded("\n".join(data)))
-            name, data = "", []
+                yield ServerEvent(name or "message", _decoded("\n".join(data)), number)
+            name, data, number = "", [], ""
 
 
 def _decoded(text: str) -> Any:

@@ -24,6 +24,7 @@ _ABOUT: Final = ("-h", "--help", "--version")
 COMMANDS: Final[Mapping[str, str]] = {
     "up": "up", "invite": "invite", "join": "join", "status": "mesh", "nodes": "mesh", "node": "mesh", "ping": "ping",
     "rename": "mesh", "promote": "mesh", "evict": "mesh", "leave": "mesh",
+    "run": "run", "tasks": "tasks", "task": "tasks", "cancel": "tasks", "retry": "tasks",
     "ask": "ask", "chat": "chat", "models": "models", "plan": "models", "pull": "pull", "rm-model": "models",
     "doctor": "doctor", "logs": "logs", "metrics": "metrics", "token": "token", "config": "config",
     "version": "version", "completion": "completion",
@@ -61,7 +62,7 @@ class _Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         wanted = args[0]
         if not ctx.resilient_parsing and not wanted.startswith("-") and wanted not in COMMANDS:
-            from meshnode.cli.near import nearest
+            from meshnode.kernel.near import nearest
 
             near = nearest(wanted, COMMANDS.keys() - DESTRUCTIVE) or nearest(wanted, DESTRUCTIVE, distance_max=1)
             hint = f"did you mean 'meshnode {near[0]}'?" if near else "'meshnode --help' lists them."
@@ -99,7 +100,8 @@ def command_group() -> click.Group:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit code. Errors have been printed on standard error."""
-    as_json = "--json" in arguments
+    # Behind `--` stands a command of somebody else's, with flags of its own.
+    as_json = "--json" in arguments[: arguments.index("--") if "--" in arguments else None]
     try:
         # A command returns its exit code, or nothing when it did what it says.
         returned: Any = command_group().main(

@@ -6,10 +6,10 @@ from urllib.parse import quote, urlencode
 import click
 
 from meshnode.cli.client import AgentClient
-from meshnode.cli.near import nearest
 from meshnode.cli.session import Session
 from meshnode.cli.units import size_text
 from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.near import nearest
 from meshnode.kernel.redaction import printable
 
 if TYPE_CHECKING:

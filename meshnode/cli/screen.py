@@ -32,6 +32,11 @@ COLOURS: Final[Mapping[str, str]] = {
     "fail": "red",
     "open": "green",
     "ready": "green",
+    "running": "green",
+    "completed": "green",
+    "pending": "yellow",
+    "failed": "red",
+    "lost": "red",
 }
 
 

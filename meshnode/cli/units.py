@@ -7,6 +7,7 @@ from typing import Final
 _BYTE_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _TIME_UNITS: Final = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
 _DURATION: Final = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>s|m|min|h|d)?", re.IGNORECASE)
+_SIZE: Final = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?:(?P<unit>[kmgt])i?)?b?", re.IGNORECASE)
 _SECONDS: Final = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3_600.0, "d": 86_400.0}
 
 
@@ -71,6 +72,14 @@ def unix_seconds(stamp: str | None) -> float | None:
         return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
     except (ValueError, OverflowError):
         return None
+
+
+def parse_size_bytes(text: str) -> int:
+    """Bytes from `512M`, `1.5GiB`, `4096`, in powers of 1,024. Raises ValueError that says what is accepted."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size: write a number and K, M, G or T, such as 512M")
+    return int(float(match["number"]) * 1024 ** (" kmgt".index((match["unit"] or " ").lower())))
 
 
 def parse_duration_s(text: str) -> float:

@@ -97,6 +97,10 @@ class Wish(msgspec.Struct, frozen=True, array_like=True):
     deleted: bool = False
 
 
+NO_WISH: Final = Wish()
+"""Nobody has said anything since it was submitted."""
+
+
 class Attempt(msgspec.Struct, frozen=True, array_like=True):
     """One attempt, by the node that makes it. Times in ms of that node's wall clock; 0: not yet."""
 
@@ -107,7 +111,7 @@ class Attempt(msgspec.Struct, frozen=True, array_like=True):
     started_ms: int
     ended_ms: int = 0
     ending: Ending | None = None
-    code: int = 0  # the exit code or the signal
+    code: int = 0  # the exit code or the signal; of a refused one 127 (no such command), 126 (not executable), else 0
     words: str = ""  # why it was refused or lost
     cpu_ms: int = 0
     memory_bytes: int = 0  # at its peak

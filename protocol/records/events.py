@@ -1,7 +1,7 @@
 """What the records machine takes as commands and what it publishes, and its parameters."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from protocol.ids import NodeId
 from protocol.records.record import Record
@@ -25,6 +25,17 @@ class DeleteRecord:
 
     collection: str
     key: bytes
+    token: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TakeRecord:
+    """A record that a member brought in a call of its own. It passes what a pushed one passes, and is answered in the
+    same list of effects by RecordTaken with this `token`.
+    """
+
+    peer: NodeId
+    blob: bytes
     token: int = 0
 
 
@@ -64,6 +75,44 @@ class RecordRefused:
     key: bytes
     reason: Refusal
     token: int = 0
+
+
+Verdict = Literal[
+    "applied",
+    "known",
+    "older",
+    "held",
+    "malformed",
+    "unknown_collection",
+    "too_large",
+    "stranger",
+    "evicted",
+    "not_allowed",
+    "bad_signature",
+    "full",
+    "overloaded",
+]
+"""What becomes of a record that somebody brings. `applied`, `known` and `older`: this node holds it, or one of its key
+that counts for more. `held`: it is ahead of this node's clock, and waits in memory.
+"""
+
+TAKEN: Final[frozenset[str]] = frozenset({"applied", "known", "older"})
+"""Verdicts after which this node holds what was offered, or something that counts for more."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordTaken:
+    """Answers TakeRecord, once all is durable that was written before. `muted` and `busy`: it was not even read, as
+    whoever brought it sent what no correct node sends, or more than its share.
+    """
+
+    verdict: Verdict | Literal["muted", "busy"]
+    token: int = 0
+
+    @property
+    def holds(self) -> bool:
+        """Whether this node holds it now, or one that counts for more."""
+        return self.verdict in TAKEN
 
 
 @dataclass(frozen=True, slots=True)

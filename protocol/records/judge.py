@@ -5,7 +5,7 @@ know the same roster keep the same records. It leaves keeping them to the ledger
 """
 
 from collections.abc import Sequence
-from typing import Final, Literal, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 
@@ -21,6 +21,7 @@ from protocol.records.events import (
     RecordsParams,
     RecordWithdrawn,
     Refusal,
+    Verdict,
 )
 from protocol.records.ledger import Ledger
 from protocol.records.record import UNSIGNED, Record, is_signed, open_record, plain_record, sign_record
@@ -31,27 +32,8 @@ from protocol.wire.limits import RECORD_KEY_BYTES_MAX
 
 T = TypeVar("T")
 
-Verdict = Literal[
-    "applied",
-    "known",
-    "older",
-    "held",
-    "malformed",
-    "unknown_collection",
-    "too_large",
-    "stranger",
-    "evicted",
-    "not_allowed",
-    "bad_signature",
-    "full",
-    "overloaded",
-]
-
 OFFENCES: Final = frozenset({"malformed", "too_large", "bad_signature"})
 """Verdicts on what no correct member passes on, whatever it knows of the roster, the time or the collections."""
-
-TAKEN: Final = frozenset({"applied", "known", "older"})
-"""Verdicts after which this node holds what was offered, or something that counts for more."""
 
 FULL_FACTOR: Final = 2
 """How far above its `records_max` a collection may grow by what others wrote before they saw that it is full."""

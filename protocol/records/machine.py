@@ -5,15 +5,24 @@ file decides when and with whom, and is what the rest of the house speaks to.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Final, assert_never
+from typing import Final, Literal, assert_never
 
 from protocol.effects import Effect, LinkLost, LinkOpened, LinkReceived, Publish, Rng, SetTimer, TimerFired, TimerKey
 from protocol.ids import MeshId, NodeId
 from protocol.membership.events import PeerDown, PeerLeft, PeerUp, Stalled
 from protocol.records.collection import Collection
 from protocol.records.conduct import Conduct
-from protocol.records.events import DeleteRecord, PutRecord, RecordChanged, RecordsParams
-from protocol.records.judge import OFFENCES, TAKEN, Judge, RecordRoster
+from protocol.records.events import (
+    TAKEN,
+    DeleteRecord,
+    PutRecord,
+    RecordChanged,
+    RecordsParams,
+    RecordTaken,
+    TakeRecord,
+    Verdict,
+)
+from protocol.records.judge import OFFENCES, Judge, RecordRoster
 from protocol.records.ledger import Ledger, Page
 from protocol.records.messages import (
     RecordAnswer,
@@ -47,6 +56,7 @@ RecordsInput = (
     | RosterChanged
     | PutRecord
     | DeleteRecord
+    | TakeRecord
 )
 
 
@@ -153,6 +163,8 @@ class Records:
                 self._received(event.peer, event.message, now, wall, out)
             case PutRecord() | DeleteRecord():
                 self._spread(self._judge.write(event, now, wall, out), None, now)
+            case TakeRecord():
+                self._brought(event, now, wall, out)
             case TimerFired():
                 self._timer(event.key, now, wall, out)
             case PeerUp():
@@ -198,8 +210,7 @@ class Records:
                 # Nobody waits for an answer; repair brings what is lost here.
                 counters["pushes_ignored"] += len(message.records)
                 return
-            cost = sum(len(blob) for blob in message.records) + RECORD_COST * len(message.records) + MESSAGE_COST
-            self._conduct.spend(peer, cost, now)
+            self._charge(peer, message.records, now)
             self._take(peer, message.records, now, wall, out)
         elif isinstance(message, RecordRequest):
             busy = self._server.busy(peer, message, now)
@@ -221,18 +232,34 @@ class Records:
         else:
             counters["unknown_messages"] += 1
 
+    def _brought(self, event: TakeRecord, now: float, wall: float, out: list[Effect]) -> None:
+        """A record that came in a call: judged as if it had been pushed, and answered."""
+        peer = event.peer
+        verdict: Verdict | Literal["muted", "busy"] = "stranger"
+        if self._conduct.is_muted(peer, now):
+            verdict = "muted"
+        elif peer in self._roster and self._conduct.wait_s(peer, now):
+            verdict = "busy"
+        elif peer in self._roster:
+            self._charge(peer, (event.blob,), now)
+            verdict = self._take_one(peer, event.blob, now, wall, out)
+        out.append(Publish(RecordTaken(verdict, event.token)))
+
+    def _charge(self, peer: NodeId, blobs: Sequence[bytes], now: float) -> None:
+        self._conduct.spend(peer, sum(map(len, blobs)) + RECORD_COST * len(blobs) + MESSAGE_COST, now)
+
     def _take(self, peer: NodeId, blobs: Sequence[bytes], now: float, wall: float, out: list[Effect]) -> int:
         """Judge what a peer brought unasked; how many of them this node does not hold now."""
-        refused = 0
-        for blob in blobs:
-            verdict, record = self._judge.offer(blob, now, wall, out)
-            self._conduct.counters[verdict] += 1
-            if verdict == "applied":
-                self._spread(record, peer, now)
-            elif verdict in OFFENCES:
-                self._conduct.offend(peer, "unsound_records", now, out)
-            refused += verdict not in TAKEN
-        return refused
+        return sum(self._take_one(peer, blob, now, wall, out) not in TAKEN for blob in blobs)
+
+    def _take_one(self, peer: NodeId, blob: bytes, now: float, wall: float, out: list[Effect]) -> Verdict:
+        verdict, record = self._judge.offer(blob, now, wall, out)
+        self._conduct.counters[verdict] += 1
+        if verdict == "applied":
+            self._spread(record, peer, now)
+        elif verdict in OFFENCES:
+            self._conduct.offend(peer, "unsound_records", now, out)
+        return verdict
 
     def _learnt(self, records: Sequence[Record], peer: NodeId, now: float) -> None:
         # A handful learnt in a repair is news to others too; a whole state is not, they have had it all along.

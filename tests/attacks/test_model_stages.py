@@ -14,10 +14,11 @@ import pytest
 import trio
 from msgspec.structs import replace
 
+from meshnode.kernel.calls import Granted
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import BulkStream, PeerMethod
 from meshnode.llm.service import host as module
-from meshnode.llm.service.calls import Attach, Granted, frames_of
+from meshnode.llm.service.calls import Attach, frames_of
 from protocol.ids import NodeId, node_id_bytes
 from protocol.sharding.frames import (
     Accepted,

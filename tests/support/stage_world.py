@@ -11,8 +11,9 @@ from pathlib import Path
 import trio
 import trio.testing
 
+from meshnode.kernel.calls import Granted
 from meshnode.kernel.links.contracts import PeerMethod
-from meshnode.llm.service.calls import Attach, Calls, Granted
+from meshnode.llm.service.calls import Attach, Calls
 from meshnode.llm.service.entries import Entries
 from meshnode.llm.service.hosts import Hosts
 from protocol.effects import Persist

@@ -10,7 +10,6 @@ import click
 
 from meshnode.cli.model_text import answer_text
 from meshnode.cli.models import AUTO, check_model, complete_model
-from meshnode.cli.near import nearest
 from meshnode.cli.prompt import FENCE, Prompt, history_path
 from meshnode.cli.sampling import with_sampling
 from meshnode.cli.screen import Progress, complain, paragraph, say, say_json, table, terminal_columns
@@ -19,6 +18,7 @@ from meshnode.cli.stream import Turn
 from meshnode.cli.talk import Talk
 from meshnode.cli.units import ago_text
 from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.near import nearest
 from meshnode.kernel.redaction import printable
 
 SESSIONS_SHOWN: Final = 20

@@ -5,11 +5,11 @@ from typing import Final
 
 import click
 
-from meshnode.cli.near import nearest
 from meshnode.cli.render import metrics_text
 from meshnode.cli.screen import say, say_json
 from meshnode.cli.session import Session, example, with_session
 from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.near import nearest
 
 NEAR_MAX: Final = 5
 

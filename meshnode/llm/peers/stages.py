@@ -3,9 +3,10 @@
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from meshnode.kernel.calls import Granted
 from meshnode.kernel.links.contracts import PeerMethod
 from meshnode.llm.model import SessionReport, StageReport
-from meshnode.llm.service.calls import Attach, Granted
+from meshnode.llm.service.calls import Attach
 from meshnode.llm.service.desk import Desk, SessionsRequest, UnloadRequest
 from meshnode.llm.service.forwarding import EMBED, FORWARD, EmbedRequest, ForwardRequest
 from meshnode.llm.service.hosts import Hosts

@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 import trio
 
+from meshnode.kernel.calls import Granted
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import BulkStream
 from meshnode.llm.model import (
@@ -26,7 +27,7 @@ from meshnode.llm.model import (
     TextDelta,
     ToolCallDelta,
 )
-from meshnode.llm.service.calls import Calls, Granted
+from meshnode.llm.service.calls import Calls
 from protocol.ids import NodeId
 
 FORWARD: Final = "llm.forward"

@@ -9,13 +9,14 @@ from typing import Protocol
 
 import trio
 
+from meshnode.kernel.calls import Granted
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import BulkStream
 from meshnode.kernel.logs import Logger
 from meshnode.kernel.machines import MachineRunner
 from meshnode.llm.engine.client import Engine
 from meshnode.llm.engine.process import open_engine
-from meshnode.llm.service.calls import Attach, Calls, Granted
+from meshnode.llm.service.calls import Attach, Calls
 from meshnode.llm.service.host import StageHost
 from meshnode.llm.service.lender import Lender
 from meshnode.llm.service.surroundings import OpenEngine, Weights

@@ -8,10 +8,11 @@ from typing import Annotated, Final
 
 import msgspec
 
+from meshnode.kernel.calls import CALL_S
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.llm.model import GenerationRequest
 from meshnode.llm.model import Sampling as Wishes
-from meshnode.llm.service.calls import CALL_S, Calls
+from meshnode.llm.service.calls import Calls
 from meshnode.llm.service.models import Known, Models
 from meshnode.llm.templates.client import TemplateWorker
 from meshnode.llm.templates.forcing import grammar_for

@@ -9,6 +9,8 @@ import msgspec
 import pytest
 import trio
 
+from meshnode.kernel import calls as calls_module
+from meshnode.kernel.calls import Granted
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import BulkStream, PeerMethod
 from meshnode.llm.model import (
@@ -21,8 +23,7 @@ from meshnode.llm.model import (
     TextDelta,
     Usage,
 )
-from meshnode.llm.service import calls as calls_module
-from meshnode.llm.service.calls import Calls, Granted
+from meshnode.llm.service.calls import Calls
 from meshnode.llm.service.forwarding import (
     ARRIVING_MAX,
     EMBED,

@@ -14,6 +14,7 @@ import msgspec.inspect
 import pytest
 
 from meshnode.cluster.service import pings, twins, wishes
+from meshnode.kernel.calls import Granted
 from meshnode.llm.service import calls, desk, forwarding, prompts, trialstages
 from meshnode.llm.service.weights import contracts
 from protocol.election import messages as election
@@ -59,7 +60,7 @@ TABLES: dict[str, Iterable[type]] = {
     ),
     "Calls between the llm services": (
         calls.Attach,
-        calls.Granted,
+        Granted,
         prompts.TokeniseRequest,
         prompts.Tokenised,
         desk.StatsRequest,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshnode.cli.near import distance, nearest
+from meshnode.kernel.near import distance, nearest
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,254 @@
+"""The queue of a coordinator: whose turn it is, by priority, age and fair shares, without looking at all that wait.
+
+Two levels of stride scheduling (Waldspurger and Weihl, 1995). Priorities share placements 1 : 4 : 16 : 64, and a task
+that waits is charged less and less for its turn, until after minutes it weighs like a critical one. Within a priority
+submitters get equal shares. So whatever fits somewhere gets its turn, however much is asked by others. Tasks with equal
+needs stand in line behind each other: where the first of them finds no room, the rest need not try.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from heapq import heapify, heappop, heapreplace
+from math import ceil
+from typing import Final
+
+from protocol.ids import NodeId
+from protocol.placement.matching import Amounts
+from protocol.placement.tasks import PRIORITIES, Needs, TaskId
+from protocol.trust.view import Role
+
+TaskKey = tuple[NodeId, TaskId]
+"""The submitter, and the id that it drew."""
+
+AGEING_S: Final = 60.0
+"""So long a wait is worth one step of priority."""
+
+SHARE_FACTOR: Final = 4.0
+LAG_MAX: Final = 8.0
+"""Who could not be served for want of room catches up this many turns at most when there is room again."""
+
+_TOP: Final = len(PRIORITIES) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What decides where a task fits: those that are alike are tried once."""
+
+    needs: Needs
+    role: Role | None
+    claim: Amounts
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """One task in the queue. `since`: monotonic seconds; where it was submitted long ago, that long ago."""
+
+    key: TaskKey
+    shape: Shape
+    priority: int
+    since: float
+
+    @property
+    def cost(self) -> float:
+        """What a turn is charged: CPUs, one at least."""
+        return max(1.0, self.shape.claim.cpus_m / 1000)
+
+
+class _Lane:
+    """What one submitter has waiting at one priority, by shape."""
+
+    __slots__ = ("lines", "passed", "size")
+
+    def __init__(self, passed: float) -> None:
+        self.lines: dict[Shape, OrderedDict[TaskKey, Waiting]] = {}
+        self.size = 0
+        self.passed = passed
+
+    def heads(self) -> list[tuple[float, TaskKey, Shape]]:
+        return [(first.since, first.key, shape) for shape, line in self.lines.items() if (first := _first(line))]
+
+
+class _Class:
+    """One priority."""
+
+    __slots__ = ("lanes", "passed", "served", "size")
+
+    def __init__(self) -> None:
+        self.lanes: dict[NodeId, _Lane] = {}
+        self.passed = 0.0
+        self.served = 0.0  # the pass of the lane that was served last
+        self.size = 0
+
+
+def _first(line: OrderedDict[TaskKey, Waiting]) -> Waiting | None:
+    return next(iter(line.values()), None)
+
+
+class FairQueue:
+    """See the module. Bounded by whoever adds."""
+
+    def __init__(self) -> None:
+        self._classes = tuple(_Class() for _ in PRIORITIES)
+        self._entries: dict[TaskKey, Waiting] = {}
+        self._served = 0.0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: TaskKey) -> bool:
+        return key in self._entries
+
+    @property
+    def by_priority(self) -> tuple[int, ...]:
+        """How many wait at each."""
+        return tuple(each.size for each in self._classes)
+
+    def by_submitter(self) -> dict[NodeId, int]:
+        """How many of whom wait."""
+        sizes: dict[NodeId, int] = {}
+        for each in self._classes:
+            for submitter, lane in each.lanes.items():
+                sizes[submitter] = sizes.get(submitter, 0) + lane.size
+        return sizes
+
+    def size_of(self, submitter: NodeId) -> int:
+        """How many of this one's wait."""
+        return sum(each.lanes[submitter].size for each in self._classes if submitter in each.lanes)
+
+    def add(self, entry: Waiting, *, ahead: bool = False) -> None:
+        """Behind those like it, or ahead of them: it was served once already. One that waits already stays there."""
+        if entry.key in self._entries:
+            return
+        rank = self._classes[entry.priority]
+        if not rank.size:
+            rank.passed = max(rank.passed, self._served)
+        lane = rank.lanes.get(entry.key[0])
+        if lane is None:
+            lane = rank.lanes[entry.key[0]] = _Lane(rank.served)
+        line = lane.lines.get(entry.shape)
+        if line is None:
+            line = lane.lines[entry.shape] = OrderedDict()
+        line[entry.key] = entry
+        if ahead:
+            line.move_to_end(entry.key, last=False)
+        self._entries[entry.key] = entry
+        lane.size += 1
+        rank.size += 1
+
+    def remove(self, key: TaskKey) -> None:
+        """It waits no more; harmless if it did not."""
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return
+        rank = self._classes[entry.priority]
+        lane = rank.lanes[key[0]]
+        line = lane.lines[entry.shape]
+        del line[key]
+        lane.size -= 1
+        rank.size -= 1
+        if not line:
+            del lane.lines[entry.shape]
+        if not lane.size:
+            del rank.lanes[key[0]]
+
+    # ---- turns -------------------------------------------------------------------------------------------------------
+
+    def serve(self, place: Callable[[Waiting], bool], now: float, turns_max: int) -> int:
+        """Offer turns in order to `place`, which says whether it had room; who got a place is removed. How many did."""
+        served = 0
+        ranks = [rank for rank in self._classes if rank.size]
+        rounds = {id(rank): _Round(rank) for rank in ranks}
+        while ranks and served < turns_max:
+            rank = min(ranks, key=lambda each: each.passed)
+            entry = rounds[id(rank)].next(place)
+            if entry is None:
+                ranks.remove(rank)
+                continue
+            weight = SHARE_FACTOR ** min(_TOP, entry.priority + max(0.0, now - entry.since) / AGEING_S)
+            self._served = max(self._served, rank.passed)
+            rank.passed += entry.cost / weight
+            self.remove(entry.key)
+            served += 1
+        for rank in self._classes:
+            rank.passed = max(rank.passed, self._served - LAG_MAX)
+            for lane in rank.lanes.values():
+                lane.passed = max(lane.passed, rank.served - LAG_MAX)
+        return served
+
+    # ---- positions ---------------------------------------------------------------------------------------------------
+
+    def shapes(self) -> frozenset[Shape]:
+        """All kinds that wait."""
+        return frozenset(shape for rank in self._classes for lane in rank.lanes.values() for shape in lane.lines)
+
+    def next_position(self, submitter: NodeId, priority: int) -> int:
+        """How many are likely to be served before one that this submitter would add now."""
+        lane = self._classes[priority].lanes.get(submitter)
+        return self._position(submitter, priority, 0 if lane is None else lane.size)
+
+    def positions(self, keys: Iterable[TaskKey]) -> Mapping[TaskKey, int]:
+        """The same of those that wait: all in their lane that came before, and what others get by their shares."""
+        asked = [entry for key in keys if (entry := self._entries.get(key))]
+        found: dict[TaskKey, int] = {}
+        for submitter, priority in {(entry.key[0], entry.priority) for entry in asked}:
+            lines = self._classes[priority].lanes[submitter].lines.values()
+            waiting = sorted((entry.since, entry.key) for line in lines for entry in line.values())
+            ahead = {key: index for index, (_, key) in enumerate(waiting)}
+            for entry in asked:
+                if (entry.key[0], entry.priority) == (submitter, priority):
+                    found[entry.key] = self._position(submitter, priority, ahead[entry.key])
+        return found
+
+    def _position(self, submitter: NodeId, priority: int, ahead: int) -> int:
+        lanes = self._classes[priority].lanes
+        within = ahead + sum(min(lane.size, ahead + 1) for other, lane in lanes.items() if other != submitter)
+        return within + sum(
+            min(rank.size, ceil((within + 1) * SHARE_FACTOR ** (index - priority)))
+            for index, rank in enumerate(self._classes)
+            if index != priority
+        )
+
+
+class _Round:
+    """One pass over the lanes of a class: each shape of each lane is offered until it finds no room."""
+
+    def __init__(self, rank: _Class) -> None:
+        self._rank = rank
+        self._lanes = [(lane.passed, submitter) for submitter, lane in rank.lanes.items()]
+        heapify(self._lanes)
+        self._heads: dict[NodeId, list[tuple[float, TaskKey, Shape]]] = {}
+
+    def next(self, place: Callable[[Waiting], bool]) -> Waiting | None:
+        """Whoever got a place, still in the queue; None: nobody else fits."""
+        while self._lanes:
+            passed, submitter = self._lanes[0]
+            lane = self._rank.lanes.get(submitter)
+            entry = None if lane is None else self._try(submitter, lane, place)
+            if lane is None or entry is None:
+                heappop(self._lanes)
+                continue
+            self._rank.served = max(self._rank.served, passed)
+            lane.passed = passed + entry.cost
+            heapreplace(self._lanes, (lane.passed, submitter))
+            return entry
+        return None
+
+    def _try(self, submitter: NodeId, lane: _Lane, place: Callable[[Waiting], bool]) -> Waiting | None:
+        heads = self._heads.get(submitter)
+        if heads is None:
+            heads = self._heads[submitter] = lane.heads()
+            heapify(heads)
+        while heads:
+            since, key, shape = heads[0]
+            line = lane.lines.get(shape)
+            first = None if line is None else _first(line)
+            if first is None:
+                heappop(heads)
+            elif (first.since, first.key) != (since, key):
+                heapreplace(heads, (first.since, first.key, shape))
+            elif place(first):
+                return first
+            else:
+                heappop(heads)
+        return None
