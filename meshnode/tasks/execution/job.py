@@ -3,6 +3,8 @@
     job          what to run, written before the supervisor starts
     supervisor   its process id and the moment that this process began; only both together name a process
     status       how it ended; it appears whole, and durably, or not at all
+    stdin        its standard input
+    errors       what went wrong in the supervisor itself
     stdout.N stderr.N, see output.py
 
 Only the standard library: supervisors are forked from a process that holds nothing else.
@@ -18,6 +20,8 @@ from typing import Any, Final
 JOB: Final = "job"
 SUPERVISOR: Final = "supervisor"
 STATUS: Final = "status"
+STDIN: Final = "stdin"
+ERRORS: Final = "errors"
 STATUS_BYTES: Final = 4096
 """Reserved when the attempt begins: a full disk must not swallow how it ended."""
 
@@ -28,9 +32,9 @@ WORDS_CHARS_MAX: Final = 400
 class Job:
     """What a supervisor does. Times in seconds, sizes in bytes; 0: no limit.
 
-    `options`: bubblewrap's (empty: no walls), `argv`: the command; `environment` is the command's where it has no walls.
+    `options`: bubblewrap's (empty: no walls), `argv`: the command, `environment`: the command's where it has no walls.
     `uid`: run as this user; None: as the agent's. `limits`: resource limits by their names (RLIMIT_AS), soft and hard.
-    `bell`: the agent's socket, rung when there is output or an end.
+    `bell`: the agent's socket in the folder above, rung when there is output or an end; empty: none.
     """
 
     argv: tuple[str, ...]

@@ -1,9 +1,10 @@
 """Forks supervisors for the agent: a fork of this small process takes a millisecond, a new interpreter fifteen.
 
-It lives as long as its agent and reads folders' names, each as long as a line, from standard input; it answers each with
-the supervisor's process id, or with 0 and why there is none. Supervisors are nobody's children: they outlive it.
+It lives as long as its agent and reads names of folders from standard input, a line each; it answers each with the
+supervisor's process id, or with 0 and why there is none. Supervisors are nobody's children: they outlive it.
 """
 
+import contextlib
 import gc
 import os
 import signal
@@ -11,9 +12,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from meshnode.tasks.execution.job import ERRORS
 from meshnode.tasks.execution.supervisor import Supervisor
-
-ERRORS = "errors"
 
 
 def keep() -> None:
@@ -31,38 +31,40 @@ def keep() -> None:
             print(f"0 {error.strerror or error}", flush=True)
 
 
-def _supervise(folder: Path) -> int:
-    """The process id of a new supervisor. Raises OSError."""
+def _supervise(folder: Path) -> str:
+    """The answer for one folder. Raises OSError."""
     read, write = os.pipe2(os.O_CLOEXEC)
     between = os.fork()
     if between:
         os.close(write)
         os.waitpid(between, 0)
         with os.fdopen(read) as told:
-            return int(told.read())
+            return told.read() or "0 it ended at once"
     try:
         os.setsid()
-        pid = os.fork()
-        if pid:
-            os.write(write, str(pid).encode())
-            os._exit(0)
-        _be_supervisor(folder, write)
+        if os.fork() == 0:
+            _be_supervisor(folder, write)
     finally:
-        os._exit(1)
+        os._exit(0)
 
 
 def _be_supervisor(folder: Path, told: int) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for place in (0, 1, 2):
         os.dup2(nothing, place)
-    os.close(nothing)
-    os.closerange(3, told)
-    os.close(told)
+    for fd in range(3, told):
+        with contextlib.suppress(OSError):
+            os.close(fd)
     os.chdir("/")
+
+    def ready() -> None:
+        os.write(told, str(os.getpid()).encode())
+        os.close(told)
+
     try:
-        Supervisor(folder).run()
-    except BaseException:  # noqa: BLE001  # nobody is above this process: what went wrong is left for its agent
+        Supervisor(folder).run(ready)
+    except BaseException as error:  # noqa: BLE001  # nobody is above this process: what went wrong is left for its agent
+        with contextlib.suppress(OSError):
+            os.write(told, f"0 {error}".replace("\n", " ").encode())
         with open(folder / ERRORS, "w") as file:
             traceback.print_exc(file=file)
-        os._exit(1)
-    os._exit(0)

@@ -1,8 +1,8 @@
 """What a task wrote: two streams, each in files of a bounded size, of which the first and the last ones are kept.
 
 The supervisor writes while anybody reads, also agents that were restarted meanwhile. A file is called after its stream
-and the offset of its first byte in all that the stream wrote; a gap between two is what was not kept. Each chunk carries
-a number that counts the chunks of both streams, so that they can be put in order again.
+and the offset of its first byte in all that the stream wrote; a gap between two is what was not kept. Each chunk
+carries a number that counts the chunks of both streams, so that they can be put in order again.
 """
 
 import contextlib
@@ -90,7 +90,7 @@ class StreamWriter:
     def _put(self, number: int, part: memoryview) -> None:
         """All of it or nothing. Raises OSError."""
         at = os.lseek(self._file, 0, os.SEEK_CUR)
-        whole = [_HEAD.pack(number, len(part)), part]
+        whole: list[bytes | memoryview] = [_HEAD.pack(number, len(part)), part]
         try:
             wanted = _HEAD.size + len(part)
             done = os.writev(self._file, whole)

@@ -1,8 +1,8 @@
 """The process that stands by one attempt: starts the command, keeps its output, ends it in time, writes down how it
 ended.
 
-It outlives the agent. SIGTERM to it means: end the attempt. It is forked from the keeper (keeper.py), so it must not rely
-on anything but the standard library, and starts within a millisecond.
+It outlives the agent. SIGTERM to it means: end the attempt. It is forked from the keeper (keeper.py), which must start
+quickly and stay small, so there is nothing here but the standard library.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -45,6 +46,8 @@ class Supervisor:
         self._pipes: dict[int, StreamWriter] = {}
         self._number = 0
         self._bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if self._job.bell else None
+        # A socket's name has 108 bytes at most, a path may have more.
+        self._above = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._rung_at = 0.0
         self._must_ring = False
         self._pid = 0
@@ -57,10 +60,11 @@ class Supervisor:
         self._kill_at = 0.0
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
-    def run(self) -> None:
-        """All of it."""
+    def run(self, ready: Callable[[], None]) -> None:
+        """All of it. `ready` is called once whoever looks can see that somebody is at work. Raises OSError before that."""
         status = reserve_status(self._folder)
         write_supervisor(self._folder, os.getpid())
+        ready()
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
@@ -239,7 +243,8 @@ class Supervisor:
             return
         self._rung_at, self._must_ring = now, False
         with contextlib.suppress(OSError):
-            self._bell.sendto(self._folder.name.encode(), socket.MSG_DONTWAIT, self._job.bell)
+            name = f"/proc/self/fd/{self._above}/{self._job.bell}"
+            self._bell.sendto(self._folder.name.encode(), socket.MSG_DONTWAIT, name)
 
     # ---- ending -----------------------------------------------------------------------------------------------------
 
