@@ -1,0 +1,5 @@
+"""python -m meshnode.tasks.execution: the keeper of one agent."""
+
+from meshnode.tasks.execution.keeper import keep
+
+keep()

@@ -1,0 +1,21 @@
+"""What a node's owner lets each task have."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Sizes in bytes. `isolated` False: no walls at all. `folders`: more that tasks may read. `memory_bytes`: for tasks
+    that ask for nothing; 0: no limit. `environment`: what a task without walls finds.
+    """
+
+    isolated: bool = True
+    network: bool = False
+    folders: tuple[str, ...] = ()
+    memory_bytes: int = 0
+    head_bytes: int = 4 << 20
+    tail_bytes: int = 12 << 20
+    grace_s: float = 10.0
+    nice: int = 5
+    environment: Mapping[str, str] = field(default_factory=dict)
