@@ -20,7 +20,7 @@ COMMAND_LISTED_CHARS_MAX: Final = 1_000
 """In lists a longer command is cut; the single task has all of it."""
 
 
-class Requirements(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class Requirements(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a node must have free, and be. Zero and empty: nothing is asked."""
 
     cpus: float = 1.0

@@ -154,7 +154,9 @@ class _Assembly:
         self._witnessing = Witnessing(
             machine=Witness(ground.key_value.load_all(WITNESS_MACHINE)), persist=self._persist, now=ground.now
         )
-        self._outputs = Outputs(me=hub.me, calls=self._calls, executions=self._executions)
+        self._outputs = Outputs(
+            me=hub.me, calls=self._calls, executions=self._executions, is_starting=self._executing.is_starting
+        )
         self._desk = Desk(
             hub=hub,
             calls=self._calls,

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.tasks.model import Requirements, Submission
+from meshnode.tasks.model import Submission
 from meshnode.tasks.submitting import command_text, order_of, same_wish, unknown_node
 from protocol.ids import NodeId
 from protocol.placement.tasks import ORDER_BYTES_MAX, Needs, Order, task_collections, task_key
@@ -128,7 +128,3 @@ def test_a_mistyped_node_is_told_what_it_may_have_been() -> None:
     assert (told.code, told.detail["near"]) == (ErrorCode.UNKNOWN_NODE, ["barn"])
     assert "Did you mean 'barn'?" in told.message
     assert unknown_node("zzz", ["barn"], refused.value) is refused.value
-
-
-def test_requirements_as_they_are_shown_leave_out_what_is_not_asked() -> None:
-    assert msgspec.json.encode(Requirements(gpus=1)) == b'{"gpus":1}'

@@ -128,7 +128,10 @@ def _submit(
     group = secrets.token_hex(8)
     key = body.get("idempotency_key", group)
     return [
-        _posted(agent, {**body, "node": one["id"], "group": group, "idempotency_key": f"{key}/{one['id']}"})
+        {
+            **_posted(agent, {**body, "node": one["id"], "group": group, "idempotency_key": f"{key}/{one['id']}"}),
+            "node_name": one["name"],
+        }
         for one in sorted(online, key=lambda one: (one["name"].casefold(), one["id"]))
     ]
 
@@ -170,7 +173,7 @@ def follow_all(session: Session, tasks: list[Any], *, named: bool, asks: bool) -
     with Progress("waiting for a node", quiet=session.as_json or named or not asks) as progress:
         runs = []
         for task in tasks:
-            name = printable(task.get("assigned_name") or task.get("node") or task["id"])
+            name = printable(task.get("node_name") or task["id"])
             shown = streams(lock, quiet=session.as_json, prefix=f"[{name}] " if named else "")
             runs.append(Following(session.client(), task, shown, told=_telling(progress)))
         for one in runs:
@@ -219,9 +222,17 @@ def _stays(session: Session, tasks: list[Any]) -> bool:
     return True
 
 
+def _exited(task: Any) -> bool:
+    """Whether its last attempt ran to an end of its own: then its output says what there is to say."""
+    attempts = task.get("attempts", ())
+    return bool(attempts) and attempts[-1].get("ending") == "exited"
+
+
 def _outcome(session: Session, runs: list[Following], *, named: bool, cancelled: bool) -> int:
     if session.as_json:
-        say_json([one.task for one in runs] if named else runs[0].task)
+        with session.agent() as agent:
+            said = [agent.get(f"/api/tasks/{one.task['id']}") for one in runs]
+        say_json(said if named else said[0])
     code = EXIT_DONE
     for one in runs:
         if isinstance(one.failure, BrokenPipeError):
@@ -233,7 +244,7 @@ def _outcome(session: Session, runs: list[Following], *, named: bool, cancelled:
             code = max(code, EXIT_FAILED)
             continue
         code = max(code, exit_of(one.task))
-        if one.task["status"] != "completed" and not session.as_json and not one.task.get("exit_code"):
+        if one.task["status"] != "completed" and not session.as_json and not _exited(one.task):
             where = one.task.get("assigned_name")
             place = f" on {printable(where)}" if where else ""
             why = printable(one.task.get("error") or "")

@@ -70,7 +70,12 @@ class Executing:
         )
         self._answers: dict[int, tuple[trio.Event, list[CommandAnswer]]] = {}
         self._asked = 0
+        self._starting: set[AttemptId] = set()
         self._nursery: trio.Nursery | None = None
+
+    def is_starting(self, attempt: AttemptId) -> bool:
+        """Whether it is being started, and nothing can be read of it yet."""
+        return attempt in self._starting
 
     async def run(self) -> None:
         """Serve until cancelled; processes run on without it, and are found again."""
@@ -159,12 +164,16 @@ class Executing:
 
     async def _execute(self, order: Order, attempt: AttemptId) -> None:
         def begun() -> None:
+            self._starting.discard(attempt)
             self._runner.submit(ExecutionBegun(attempt, self._at_ms()))
 
+        self._starting.add(attempt)
         try:
             outcome = await self._executions.start(order, attempt, order.stdin, begun=begun)
         except MeshError as error:
             outcome = Outcome("refused", words=error.message)
+        finally:
+            self._starting.discard(attempt)
         self._ended(attempt, outcome)
 
     async def _wait(self, attempt: AttemptId) -> None:

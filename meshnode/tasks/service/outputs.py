@@ -1,6 +1,6 @@
 """The output of tasks: given out where it lies, and read from there by any other node."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Final
 
@@ -21,16 +21,20 @@ SILENT_S: Final = 10.0
 RECEIVE_BYTES: Final = 256 * 1024
 TAIL_S: Final = 5.0
 BEGIN_S: Final = 2.0
-LOOK_S: Final = 0.01
+LOOK_S: Final = 0.002
 
 
 class Outputs:
     """Of this node's attempts, to peers; and of any node's, to this one."""
 
-    def __init__(self, *, me: NodeId, calls: PeerCalls, executions: Executions) -> None:
+    def __init__(
+        self, *, me: NodeId, calls: PeerCalls, executions: Executions, is_starting: Callable[[AttemptId], bool]
+    ) -> None:
+        """`is_starting`: nothing can be read of such an attempt yet."""
         self._me = me
         self._calls = calls
         self._executions = executions
+        self._is_starting = is_starting
 
     # ---- giving -----------------------------------------------------------------------------------------------------
 
@@ -73,6 +77,8 @@ class Outputs:
         """This node's own. One that is just being started is waited for."""
         begun, deadline = False, trio.current_time() + BEGIN_S
         while True:
+            while self._is_starting(wanted.attempt):  # noqa: ASYNC110 -- a few milliseconds, in the way of nobody
+                await trio.sleep(LOOK_S)
             try:
                 pieces = self._executions.follow(wanted.attempt, wanted.stdout, wanted.stderr)
                 async with aclosing(pieces):

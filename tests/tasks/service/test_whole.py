@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from meshnode.tasks.service.streaming import Place, Stands, Wrote
 from tests.support.task_mesh import task_mesh
 
 
@@ -17,3 +18,15 @@ async def test_a_task_runs_and_every_member_says_the_same(tmp_path: Path) -> Non
             assert (done.exit_code, done.assigned_name, done.submitter_name) == (3, "n1", "n2")
             assert done.output == "out\nerr\n"
             assert (done.stdout_bytes, done.stderr_bytes) == (4, 4)
+
+
+async def test_output_is_read_along_from_the_moment_of_submitting(tmp_path: Path) -> None:
+    async with task_mesh(tmp_path, 3) as mesh:
+        for number in range(6):
+            reader, runner = mesh.members[number % 3], mesh.members[(number // 2) % 3]
+            task = await reader.submit(f"echo {number}", node=f"n{runner.index}")
+            told = [one async for one in reader.tasks.streaming.follow(task.id, Place())]
+            wrote = b"".join(one.piece.data for one in told if isinstance(one, Wrote))
+            assert wrote == f"{number}\n".encode()
+            assert isinstance(told[-1], Stands)
+            assert (told[-1].is_end, told[-1].task.status) == (True, "completed")
