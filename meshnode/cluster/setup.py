@@ -9,9 +9,9 @@ from typing import Any, Final
 import trio
 
 from meshnode.api.routing import Content, Mount
-from meshnode.api.sse import BusEvents, BusNames, bus_frames
+from meshnode.api.sse import BusEvents, bus_frames
 from meshnode.cluster.peers import peer_methods
-from meshnode.cluster.routes import BUS_EVENTS, ClusterRoutes
+from meshnode.cluster.routes import ClusterRoutes
 from meshnode.cluster.service.arrivals import Arrivals
 from meshnode.cluster.service.invites import Facts as MeshFacts
 from meshnode.cluster.service.invites import Invites
@@ -93,12 +93,9 @@ def build_cluster(
     hidden: SecretSet,
     log: Callable[[str], Logger],
     restart: Callable[[], None],
-    more_events: BusNames,
+    events: BusEvents,
 ) -> Cluster:
-    """Wire it. `more_events`: what `/api/events` tells of the subsystems above. Raises MeshError if identity and
-    certificate do not fit together.
-    """
-    told = BusEvents({**BUS_EVENTS, **more_events})
+    """Wire it. `events`: all that `/api/events` tells. Raises MeshError if identity and certificate do not fit."""
     notices = Notices(lambda: None if database.no_room is None else database.no_room.message)
     nodes = Nodes(hub=driver.node, facts=facts, bus=bus, metrics=metrics, notices=notices)
     trust = Trust(
@@ -148,7 +145,7 @@ def build_cluster(
         moves=moves,
         names=names,
         landing=lambda path: _landing(pages, path),
-        events=lambda last: bus_frames(bus, told, metrics, last_event_id=last),
+        events=lambda last: bus_frames(bus, events, metrics, last_event_id=last),
     )
     return Cluster(
         nodes=nodes,

@@ -21,6 +21,8 @@ from meshnode.api.callers import load_or_create_token
 from meshnode.api.guard import Access
 from meshnode.api.setup import build_api
 from meshnode.api.sockets import LoopbackSockets, bind_loopback
+from meshnode.api.sse import BusEvents
+from meshnode.cluster.routes import BUS_EVENTS
 from meshnode.cluster.service.switch import CONTACTS, DATABASE_FILE
 from meshnode.cluster.setup import Cluster, build_cluster
 from meshnode.cluster.store import Mesh, MeshStore
@@ -303,7 +305,7 @@ class Runtime:
             hidden=self._hidden,
             log=self._log,
             restart=self._ask_restart,
-            more_events=TASK_EVENTS,
+            events=BusEvents({**BUS_EVENTS, **TASK_EVENTS}),
         )
 
     def _build_llm(

@@ -4,13 +4,18 @@ Field names are those that clients of the local API know. Sizes are bytes, durat
 that is None is left out of answers.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
 import msgspec
 
+from meshnode.kernel.errors import ErrorCode, MeshError
 from protocol.ids import NodeId
-from protocol.placement.standing import State
-from protocol.placement.tasks import Ending, Mode
+
+Mode = Literal["at_least_once", "at_most_once"]
+State = Literal["pending", "placed", "running", "completed", "failed", "cancelled", "lost"]
+Ending = Literal["exited", "signalled", "timed_out", "cancelled", "refused", "lost"]
+FoundState = Literal["running", "ended", "gone", "past"]
 
 TaskStatus = Literal["pending", "running", "completed", "failed", "cancelled", "lost"]
 """`pending`: it has not started; `reason` says what it waits for. `lost`: it may have run, and nobody saw its end."""
@@ -180,6 +185,66 @@ class OutputPart(msgspec.Struct, frozen=True, kw_only=True):
     text: str | None = None
     base64: str | None = None
     cut: Annotated[int, msgspec.Meta(ge=0)] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which tasks are meant; what is empty asks nothing. `dead`: those that wait for a person to decide."""
+
+    status: str = ""
+    node: str = ""
+    submitter: str = ""
+    name: str = ""
+    group: str = ""
+    id_begins: str = ""
+    dead: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises MeshError BAD_REQUEST."""
+        if self.status and self.status not in STATUSES:
+            raise MeshError(
+                ErrorCode.BAD_REQUEST, f"`status` is {self.status[:40]!r}; it is one of {', '.join(STATUSES)}."
+            )
+
+
+# ---- what processes come to -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt ended. `refused`: it never ran (`code` 127: no such command, 126: not executable)."""
+
+    ending: Ending
+    code: int = 0
+    words: str = ""
+    cpu_ms: int = 0
+    memory_bytes: int = 0
+    stdout_bytes: int = 0
+    stderr_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FoundAttempt:
+    """What is on this disk of an attempt that was begun before the agent started: `running` has a supervisor, `ended`
+    an exit status (`outcome`), `gone` neither.
+    """
+
+    attempt: str
+    state: FoundState
+    ran_s: float = 0.0
+    outcome: Outcome | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some output of one stream, which begins at `offset` bytes of all that it wrote. `cut`: so many before it were not
+    kept.
+    """
+
+    stream: Stream
+    offset: int
+    data: bytes
+    cut: int = 0
 
 
 # ---- events ---------------------------------------------------------------------------------------------------------

@@ -12,10 +12,8 @@ from meshnode.api.render import RefusalError
 from meshnode.api.routing import ApiRequest, ByteStream, Reply, Route
 from meshnode.api.sse import EventStream, frame
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.tasks.model import Done, OutputPart, SchedulerStats, Stream, Submission, Task
+from meshnode.tasks.model import Done, Filter, OutputPart, Piece, SchedulerStats, Stream, Submission, Task
 from meshnode.tasks.service.streaming import Place, Stands, Wrote
-from meshnode.tasks.service.surroundings import Piece
-from meshnode.tasks.showing import Filter
 from protocol.ids import NodeId
 
 TAG: Final = "tasks"

@@ -3,7 +3,7 @@
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,15 +12,17 @@ from meshnode.api.sse import BusNames
 from meshnode.kernel.calls import PeerCalls
 from meshnode.kernel.database import KeyValue
 from meshnode.kernel.driver import Driver
-from meshnode.kernel.errors import MeshError
+from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import Links
 from meshnode.kernel.links.contracts import PeerMethod
 from meshnode.kernel.logs import Logger
+from meshnode.kernel.near import nearest
 from meshnode.kernel.offload import Offload
 from meshnode.kernel.records import RecordWriter
 from meshnode.kernel.resources.gpu import GpuDevice
 from meshnode.kernel.resources.profile import Profile
 from meshnode.settings.tree import TaskSettings
+from meshnode.tasks.core.showing import stands
 from meshnode.tasks.execution.running import ProcessExecutions
 from meshnode.tasks.execution.terms import Terms
 from meshnode.tasks.model import TaskSubmitted, TaskUpdated
@@ -39,8 +41,6 @@ from meshnode.tasks.service.telling import Telling
 from meshnode.tasks.service.walls import Walls
 from meshnode.tasks.service.whole import TaskService
 from meshnode.tasks.service.witnessing import Witnessing
-from meshnode.tasks.showing import stands
-from meshnode.tasks.submitting import unknown_node
 from protocol.effects import Persist
 from protocol.election.fence import Fence
 from protocol.ids import NodeId
@@ -48,6 +48,7 @@ from protocol.node import Node
 from protocol.placement.executing import Executing as ExecutingMachine
 from protocol.placement.scheduling import Scheduling as SchedulingMachine
 from protocol.placement.tasks import Attempt
+from protocol.placement.tracking import SchedulingParameters
 from protocol.placement.witnessing import WITNESS_MACHINE, Witness
 
 FIRST_TOKEN: Final = 2_000_000  # record writers' tokens, apart from those of others
@@ -79,6 +80,7 @@ class TaskGround:
     now: Callable[[], float]
     wall: Callable[[], float]
     log: Callable[[str], Logger]
+    scheduling: SchedulingParameters = field(default_factory=SchedulingParameters)
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,15 @@ def terms_of(settings: TaskSettings) -> Terms:
     )
 
 
+def with_names(error: MeshError, wanted: str, names: Sequence[str]) -> MeshError:
+    """That there is no such node, with the names that may have been meant; another error as it is."""
+    near = nearest(wanted, names)[:3]
+    if error.code is not ErrorCode.UNKNOWN_NODE or not near:
+        return error
+    meant = " or ".join(repr(name) for name in near)
+    return MeshError(error.code, f"{error.message} Did you mean {meant}?", detail={**error.detail, "near": near})
+
+
 class _Assembly:
     """Builds from records to answers. Where two parts need each other, one asks only while both run, through `self`."""
 
@@ -130,7 +141,9 @@ class _Assembly:
         )
         self._machine = ExecutingMachine(me=hub.me, boot=hub.boot, fence=ground.fence, roster=hub.roster)
         self._scheduling = Scheduling(
-            machine=SchedulingMachine(me=hub.me, rng=random.SystemRandom(), roster=hub.roster),
+            machine=SchedulingMachine(
+                me=hub.me, rng=random.SystemRandom(), roster=hub.roster, params=ground.scheduling
+            ),
             hub=hub,
             calls=self._calls,
             records=self._records,
@@ -264,7 +277,7 @@ class _Assembly:
             return self._ground.find_node(wanted)
         except MeshError as error:
             names = [self._ground.name_of(node) for node in self._ground.hub.roster.members()]
-            raise unknown_node(wanted, names, error) from error
+            raise with_names(error, wanted, names) from error
 
     def _taken(self) -> Taken:
         taken = self._machine.taken

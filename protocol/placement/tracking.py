@@ -50,7 +50,7 @@ class SchedulingParameters:
     admitted_s: float = 10.0  # an admission that no record follows is void
     turns_max: int = 64  # placements for one event, so that others are not kept waiting
     tasks_max: int = 50_000
-    breakers: BreakerParameters = BreakerParameters()  # noqa: RUF009
+    breakers: BreakerParameters = BreakerParameters()  # noqa: RUF009 -- it is frozen, so that all may share it
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,8 +79,15 @@ ROLES: Final[dict[str, Allowance]] = {
         libraries=None,
         protocol=frozenset({"protocol"}),
     ),
+    # Commands of other people, behind walls: their supervisors, files and output.
+    "execution": Allowance(
+        own=frozenset({"model", "execution"}),
+        agent=frozenset({"meshnode.kernel"}),
+        libraries=frozenset({"msgspec", "trio"}),
+        protocol=frozenset({"protocol"}),
+    ),
     "service": Allowance(
-        own=frozenset({"model", "core", "store", "gguf", "templates", "engine", "service"}),
+        own=frozenset({"model", "core", "store", "gguf", "templates", "engine", "execution", "service"}),
         agent=frozenset({"meshnode.kernel"}),
         libraries=None,
         protocol=frozenset({"protocol"}),
@@ -92,7 +99,21 @@ ROLES: Final[dict[str, Allowance]] = {
     ),
     "routes": Allowance(own=frozenset({"model", "service", "routes"}), agent=_WORDS | {"meshnode.api"}),
     "setup": Allowance(
-        own=frozenset({"model", "core", "store", "gguf", "templates", "engine", "service", "peers", "routes", "setup"}),
+        own=frozenset(
+            {
+                "model",
+                "core",
+                "store",
+                "gguf",
+                "templates",
+                "engine",
+                "execution",
+                "service",
+                "peers",
+                "routes",
+                "setup",
+            }
+        ),
         agent=frozenset({"meshnode.kernel", "meshnode.settings", "meshnode.api"}),
         libraries=None,
         protocol=frozenset({"protocol"}),

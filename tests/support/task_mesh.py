@@ -28,6 +28,7 @@ from protocol.ids import Address, NodeId
 from protocol.membership.events import ContactFound
 from protocol.node import Node
 from protocol.placement.tasks import task_collections
+from protocol.placement.tracking import SchedulingParameters
 from protocol.trust.roster import Roster
 from protocol.trust.statements import admission, seal
 from protocol.wire.crypto import SodiumSuite
@@ -85,7 +86,15 @@ class Member:
 class TaskMesh:
     """Of members that know and see each other."""
 
-    def __init__(self, folder: Path, links: Links, nursery: trio.Nursery, stack: AsyncExitStack) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        links: Links,
+        nursery: trio.Nursery,
+        stack: AsyncExitStack,
+        scheduling: SchedulingParameters,
+    ) -> None:
+        self._scheduling = scheduling
         self._folder = folder
         self._links = links
         self._nursery = nursery
@@ -163,6 +172,7 @@ class TaskMesh:
                 fence=Fence(key_value.load_all(FENCE_MACHINE)),
                 offload=ThreadOffload(), name_of=self.names, find_node=self.find, profile=lambda: None,
                 gpus=tuple, publish=events.append, now=trio.current_time, wall=time.time, log=lambda name: log,
+                scheduling=self._scheduling,
             )
         )  # fmt: skip
         link.methods |= tasks.methods
@@ -183,11 +193,15 @@ class TaskMesh:
 
 @asynccontextmanager
 async def task_mesh(
-    folder: Path, size: int = 3, *, settings: Sequence[TaskSettings] | None = None
+    folder: Path,
+    size: int = 3,
+    *,
+    settings: Sequence[TaskSettings] | None = None,
+    scheduling: SchedulingParameters | None = None,
 ) -> AsyncIterator[TaskMesh]:
     """So many members, the first of which is the admin."""
     async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
-        mesh = TaskMesh(folder, Links(folder, nursery), nursery, stack)
+        mesh = TaskMesh(folder, Links(folder, nursery), nursery, stack, scheduling or SchedulingParameters())
         await mesh.build(settings if settings is not None else [OPEN] * size)
         yield mesh
         nursery.cancel_scope.cancel()

@@ -103,10 +103,16 @@ def run(
 
 
 def _body(argv: tuple[str, ...], shell: str | None, wanted: dict[str, Any], stdin: bytes) -> dict[str, Any]:
-    needs = {
+    needs: dict[str, Any] = {
         "cpus": wanted["cpu"], "ram_bytes": wanted["ram"], "gpus": wanted["gpu"], "vram_bytes": wanted["vram"],
-        "disk_bytes": wanted["disk"], "network": wanted["network"], "labels": list(wanted["labels"]),
+        "disk_bytes": wanted["disk"], "network": wanted["network"],
     }  # fmt: skip
+    for label in wanted["labels"]:
+        kind, _, value = label.partition("=")
+        if kind in ("os", "arch") and value:
+            needs[kind] = value
+        else:
+            needs.setdefault("labels", []).append(label)
     body = {name: wanted[name] for name in ("mode", "retries", "timeout", "priority", "name")}
     body |= {"command": shell if shell is not None else list(argv), "env": list(wanted["env"]), "requirements": needs}
     if stdin:

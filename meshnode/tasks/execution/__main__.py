@@ -2,4 +2,5 @@
 
 from meshnode.tasks.execution.keeper import keep
 
-keep()
+if __name__ == "__main__":
+    keep()

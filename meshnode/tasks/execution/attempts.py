@@ -17,7 +17,7 @@ from meshnode.tasks.execution.isolation import HOME, SEARCH_PATH, Walls, bubblew
 from meshnode.tasks.execution.job import Job
 from meshnode.tasks.execution.output import Chunk, Stream, StreamReader, files
 from meshnode.tasks.execution.terms import Terms
-from meshnode.tasks.service.surroundings import FoundAttempt, Outcome, Piece
+from meshnode.tasks.model import FoundAttempt, Outcome, Piece
 from protocol.placement.tasks import AttemptId, Ending, Order
 
 FILES_MAX: Final = 4096

@@ -21,7 +21,7 @@ from meshnode.kernel.service import Policy
 from meshnode.tasks.execution import attempts
 from meshnode.tasks.execution.output import Stream, merged
 from meshnode.tasks.execution.terms import Terms
-from meshnode.tasks.service.surroundings import FoundAttempt, Outcome, Piece
+from meshnode.tasks.model import FoundAttempt, Outcome, Piece
 from protocol.placement.tasks import AttemptId, Order
 
 LOOK_S: Final = 0.5

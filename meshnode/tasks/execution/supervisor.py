@@ -61,7 +61,7 @@ class Supervisor:
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def run(self, ready: Callable[[], None]) -> None:
-        """All of it. `ready` is called once whoever looks can see that somebody is at work. Raises OSError before that."""
+        """All of it. `ready` is called once others can see that somebody is at work. Raises OSError before that."""
         status = reserve_status(self._folder)
         write_supervisor(self._folder, os.getpid())
         ready()

@@ -11,12 +11,12 @@ import trio
 
 from meshnode.kernel.calls import PeerCalls
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.tasks.model import Done, PromiseLine, SchedulerStats, Submission, Task
+from meshnode.tasks.core.showing import PAGE_ITEMS, admits, cursor_at, page_after, stands, task_of
+from meshnode.tasks.model import Done, Filter, PromiseLine, SchedulerStats, Submission, Task
 from meshnode.tasks.service.outputs import Outputs
 from meshnode.tasks.service.records import TaskKey, TaskRecords
 from meshnode.tasks.service.submits import Submits
 from meshnode.tasks.service.wire import StatsWanted
-from meshnode.tasks.showing import PAGE_ITEMS, Filter, cursor_at, page_after, stands, task_of
 from protocol.ids import NodeId
 from protocol.node import Node
 from protocol.placement import commands
@@ -55,10 +55,17 @@ class Desk:
 
     async def submit(self, said: Submission) -> tuple[Task, bool]:
         """A task as it stands, and whether it is new. Raises MeshError as Submits."""
-        order, held, is_new = await self._submits.submit(said)
+        order, taken = await self._submits.submit(said)
         known = self._records.known((order.submitter, order.task)) or Known(order)
-        shown = self.shown(known, whole=True)
-        return msgspec.structs.replace(shown, held_by=held) if is_new else shown, is_new
+        if taken is None:
+            return self.shown(known, whole=True), False
+        answer, position = taken.answer, None
+        if answer is not None:
+            never = answer.never
+            position = Position(
+                order.submitter, order.task, answer.position, answer.words if never else "", never=never
+            )
+        return msgspec.structs.replace(self.shown(known, whole=True, position=position), held_by=taken.held), True
 
     async def page(
         self, wanted: Filter, *, limit: int | None, cursor: str | None
@@ -74,7 +81,7 @@ class Desk:
         for moment, task, key in ordered[start:]:
             known = entries[key].known()
             where = stands(known, self._is_member)
-            if not wanted.admits(known, where):
+            if not admits(wanted, known, where):
                 continue
             if last is not None and len(found) == room:
                 more = cursor_at(last)
@@ -175,7 +182,7 @@ class Desk:
         found = [
             key[1]
             for key, entry in self._records.entries.items()
-            if wanted.admits(known := entry.known(), stands(known, self._is_member))
+            if admits(wanted, known := entry.known(), stands(known, self._is_member))
         ]
         done = 0
         refused: dict[str, str] = {}

@@ -12,8 +12,9 @@ from meshnode.kernel.calls import PeerCalls
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.logs import Logger
 from meshnode.kernel.machines import MachineRunner
+from meshnode.tasks.model import FoundAttempt, Outcome
 from meshnode.tasks.service.records import TaskKey, TaskRecords, order_in
-from meshnode.tasks.service.surroundings import Executions, Executor, FoundAttempt, Outcome
+from meshnode.tasks.service.surroundings import Executions, Executor
 from protocol.effects import Persist, Publish
 from protocol.election.events import CoordinatorChanged
 from protocol.ids import NodeId

@@ -11,9 +11,9 @@ import trio
 
 from meshnode.kernel.errors import MeshError
 from meshnode.kernel.logs import Logger
+from meshnode.tasks.core.showing import stands
 from meshnode.tasks.service.records import TaskKey, TaskRecords
 from meshnode.tasks.service.surroundings import Executions
-from meshnode.tasks.showing import stands
 from protocol.node import Node
 from protocol.placement.tasks import Attempt, AttemptId, TaskId
 

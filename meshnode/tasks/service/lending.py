@@ -14,10 +14,9 @@ from meshnode.kernel.errors import MeshError
 from meshnode.kernel.resources.gpu import GpuDevice
 from meshnode.kernel.resources.memory import ControlGroups, effective_memory
 from meshnode.kernel.resources.profile import Profile
-from meshnode.settings.tree import TaskSettings
 from protocol.heartbeats.events import HeartbeatFlag
 from protocol.node import Node
-from protocol.placement.commands import LABELS_MAX, Capacity, Lent
+from protocol.placement.commands import LABELS_MAX, Accepts, Capacity, Lent
 
 LOOK_S: Final = 5.0
 MEMORY_STEP_BYTES: Final = 64 * 1024 * 1024
@@ -27,6 +26,31 @@ RESERVE_SHARE: Final = 0.125
 DISK_SHARE: Final = 0.5
 BUSY_STEP_PM: Final = 50
 SLOTS_MAX: Final = 256
+
+
+class Owner(Protocol):
+    """What this machine's owner set: see `tasks` in the settings."""
+
+    @property
+    def accept(self) -> Accepts: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def cpus(self) -> float: ...
+    @property
+    def memory_bytes_max(self) -> int: ...
+    @property
+    def disk_bytes_max(self) -> int: ...
+    @property
+    def hours(self) -> str: ...
+    @property
+    def on_battery(self) -> bool: ...
+    @property
+    def isolation(self) -> str: ...
+    @property
+    def network(self) -> bool: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
 
 
 class Isolation(Protocol):
@@ -54,7 +78,7 @@ class Lending:
         self,
         *,
         hub: Node,
-        settings: TaskSettings,
+        settings: Owner,
         folder: Path,
         isolation: Isolation,
         name: Callable[[], str],

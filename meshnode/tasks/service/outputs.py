@@ -9,7 +9,8 @@ import trio
 from meshnode.kernel.calls import Granted, PeerCalls
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import BulkStream
-from meshnode.tasks.service.surroundings import Executions, Piece
+from meshnode.tasks.model import Piece
+from meshnode.tasks.service.surroundings import Executions
 from meshnode.tasks.service.wire import END, PULSE, OutputWanted, PieceReader, Tail, TailWanted, packed
 from protocol.ids import NodeId
 from protocol.placement.tasks import AttemptId

@@ -12,13 +12,12 @@ import trio
 from msgspec.structs import replace
 
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.tasks.model import Stream, Task
+from meshnode.tasks.core.showing import stands
+from meshnode.tasks.model import Piece, Stream, Task
 from meshnode.tasks.service.desk import Desk
 from meshnode.tasks.service.outputs import Outputs
 from meshnode.tasks.service.records import TaskKey, TaskRecords
-from meshnode.tasks.service.surroundings import Piece
 from meshnode.tasks.service.wire import Placed
-from meshnode.tasks.showing import stands
 from protocol.ids import NodeId
 from protocol.node import Node
 from protocol.placement.standing import Standing

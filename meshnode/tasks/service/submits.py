@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -9,11 +10,11 @@ import trio
 from meshnode.kernel.calls import PeerCalls
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.logs import Logger
+from meshnode.tasks.core.submitting import order_of, same_wish
 from meshnode.tasks.model import Submission
 from meshnode.tasks.service.records import TaskRecords
 from meshnode.tasks.service.scheduling import SUBMIT_S
 from meshnode.tasks.service.wire import Hold
-from meshnode.tasks.submitting import order_of, same_wish
 from protocol.ids import NodeId
 from protocol.node import Node
 from protocol.placement.commands import Submit, Submitted
@@ -23,6 +24,14 @@ HOLD_S: Final = 3.0
 HOLDERS_TRIED_MAX: Final = 3
 SUBMITS_AT_ONCE_MAX: Final = 64
 RETRY_AFTER_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Who holds an order durably, and what the coordinator said to it, if it did."""
+
+    held: tuple[NodeId, ...]
+    answer: Submitted | None
 
 
 class Submits:
@@ -50,10 +59,11 @@ class Submits:
         self._full_until = 0.0
         self._full_words = ""
 
-    async def submit(self, said: Submission) -> tuple[Order, tuple[NodeId, ...], bool]:
-        """(order, who holds it durably, whether it is new). Raises MeshError: what is wrong with it; CONFLICT for a key
-        that was used for something else; OVERLOADED with `detail.retry_after_s`, nothing of it was kept; and as the
-        records do.
+    async def submit(self, said: Submission) -> tuple[Order, Taken | None]:
+        """The order, and where it went; None: it was known before.
+
+        Raises MeshError: what is wrong with it; CONFLICT for a key that was used for something else; OVERLOADED with
+        `detail.retry_after_s`, nothing of it was kept; and as the records do.
         """
         hub = self._hub
         if hub.me not in hub.roster:
@@ -63,11 +73,11 @@ class Submits:
         order = order_of(said, task=self._drawn(), me=hub.me, at_ms=int(self._wall() * 1000), find_node=self._find_node)
         before = self._before(order)
         if before is not None:
-            return before, (), False
+            return before, None
         self._admit()
         self._under_way[order.task] = order
         try:
-            return order, await self._stored(order), True
+            return order, await self._stored(order)
         finally:
             del self._under_way[order.task]
 
@@ -97,20 +107,21 @@ class Submits:
         if len(self._under_way) >= SUBMITS_AT_ONCE_MAX:
             raise _full(f"{len(self._under_way)} tasks are being submitted here at once.", RETRY_AFTER_S)
 
-    async def _stored(self, order: Order) -> tuple[NodeId, ...]:
-        """Who holds it. When the queue is full, it is taken back."""
+    async def _stored(self, order: Order) -> Taken:
+        """Where it went. When the queue is full, it is taken back."""
         begun = self._records.begin_order(order)
         held = [self._hub.me]
-        refused: list[Submitted] = []
+        answers: list[Submitted] = []
 
         async def elsewhere(blob: bytes) -> None:
             leader = self._hub.election.coordinator
             if leader is not None:
                 answer = await self._queued(leader, blob)
-                if answer is not None and answer.code == "overloaded":
-                    refused.append(answer)
+                if answer is not None and answer.code in ("", "overloaded"):
+                    answers.append(answer)
+                if answers and answers[0].code:
                     return
-                if answer is not None and not answer.code and leader != self._hub.me:
+                if answers and leader != self._hub.me:
                     held.append(leader)
                     return
             other = await self._held_elsewhere(blob, leader)
@@ -125,13 +136,13 @@ class Submits:
             except MeshError:
                 nursery.cancel_scope.cancel()
                 raise
-        if refused:
+        answer = answers[0] if answers else None
+        if answer is not None and answer.code:
             await self._records.drop_order((order.submitter, order.task))
-            answer = refused[0]
             self._full_until = self._now() + answer.retry_after_s
             self._full_words = answer.words
             raise _full(answer.words, answer.retry_after_s)
-        return tuple(held)
+        return Taken(tuple(held), answer)
 
     async def _queued(self, leader: NodeId, blob: bytes) -> Submitted | None:
         """What the coordinator says to it; None when it did not answer: it will find the record by itself."""

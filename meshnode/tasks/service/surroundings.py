@@ -1,16 +1,15 @@
 """What the service needs of others: the machines that decide, and what runs processes here. Protocols, no behaviour."""
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-from meshnode.tasks.model import Stream
+from meshnode.tasks.model import FoundAttempt, Outcome, Piece, Stream
 from protocol.effects import TimerFired
 from protocol.ids import NodeId
 from protocol.placement.commands import Position, SchedulerStats
-from protocol.placement.executing_events import ExecutingInput, FoundState
+from protocol.placement.executing_events import ExecutingInput
 from protocol.placement.scheduling_events import SchedulingInput
-from protocol.placement.tasks import AttemptId, Ending, Order, TaskId
+from protocol.placement.tasks import AttemptId, Order, TaskId
 
 
 class Scheduler(Protocol):
@@ -27,43 +26,6 @@ class Executor(Protocol):
     """Every node's machine; see protocol/placement/executing_events.py."""
 
     def handle(self, event: ExecutingInput | TimerFired, now: float) -> Sequence[object]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How an attempt ended. `refused`: it never ran (`code` 127: no such command, 126: not executable)."""
-
-    ending: Ending
-    code: int = 0
-    words: str = ""
-    cpu_ms: int = 0
-    memory_bytes: int = 0
-    stdout_bytes: int = 0
-    stderr_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class FoundAttempt:
-    """What is on this disk of an attempt that was begun before the agent started: `running` has a supervisor, `ended`
-    an exit status (`outcome`), `gone` neither.
-    """
-
-    attempt: AttemptId
-    state: FoundState
-    ran_s: float = 0.0
-    outcome: Outcome | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Some output of one stream, which begins at `offset` bytes of all that it wrote. `cut`: so many before it were not
-    kept.
-    """
-
-    stream: Stream
-    offset: int
-    data: bytes
-    cut: int = 0
 
 
 class Executions(Protocol):

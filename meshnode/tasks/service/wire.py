@@ -9,8 +9,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from meshnode.tasks.model import Stream
-from meshnode.tasks.service.surroundings import Piece
+from meshnode.tasks.model import Piece, Stream
 from protocol.placement.commands import RECORD_BYTES_MAX
 
 PIECE_BYTES_MAX: Final = 1024 * 1024

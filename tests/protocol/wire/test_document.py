@@ -17,8 +17,11 @@ from meshnode.cluster.service import pings, twins, wishes
 from meshnode.kernel.calls import Granted
 from meshnode.llm.service import calls, desk, forwarding, prompts, trialstages
 from meshnode.llm.service.weights import contracts
+from meshnode.tasks.service import wire as tasks_wire
 from protocol.election import messages as election
 from protocol.membership import broadcasts, healing, intake, probing, suspicion
+from protocol.placement import commands as placing
+from protocol.placement import tasks
 from protocol.records import messages as records
 from protocol.records import record
 from protocol.records.events import RecordsParams
@@ -32,6 +35,9 @@ from protocol.wire import statements as wire_statements
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+
+
+ORDERS = (pipelines.StageOrder, placing.TaskOrder)
 
 
 def kind_of(message: type) -> int | None:
@@ -95,6 +101,33 @@ TABLES: dict[str, Iterable[type]] = {
         twins.Copied,
         twins.Heard,
     ),
+    "Calls of tasks": (
+        placing.Submit,
+        placing.Submitted,
+        tasks_wire.Hold,
+        *get_args(placing.TaskOrder),
+        placing.TaskCommand,
+        placing.CommandAnswer,
+        placing.Note,
+        *get_args(placing.NotesCommand),
+        placing.NotesAnswer,
+        placing.Capacity,
+        placing.Lent,
+        placing.Running,
+        placing.Ended,
+        placing.NodeReport,
+        tasks_wire.Placed,
+        placing.PositionsWanted,
+        placing.Position,
+        placing.Positions,
+        tasks_wire.StatsWanted,
+        placing.NodeStats,
+        placing.SchedulerStats,
+        tasks_wire.OutputWanted,
+        tasks_wire.TailWanted,
+        tasks_wire.Tail,
+    ),
+    "Records of tasks": (tasks.Needs, tasks.Order, tasks.Wish, tasks.Attempt),
     "Trust statements": get_args(trust.TrustStatement),
     "Joining": (*get_args(join.FromIssuer), *get_args(join.FromJoiner)),
     "Parts of messages": (election.Version, record.Body, join.Peer, keys.GossipKey),
@@ -143,7 +176,7 @@ def spelled(kind: Any) -> str:
         case "UnionType" if any(type(one).__name__ == "NoneType" for one in kind.types):
             (one,) = (one for one in kind.types if type(one).__name__ != "NoneType")
             return f"{spelled(one)} or nil"
-        case "UnionType" if {one.cls for one in kind.types} == set(get_args(pipelines.StageOrder)):
+        case "UnionType" if {one.cls for one in kind.types} in map(set, map(get_args, ORDERS)):
             return "order"
         case "IntType":
             return "int" if kind.le is None else f"int {kind.ge}..{power(kind.le)}"
@@ -203,7 +236,7 @@ def test_every_call_of_peers_is_in_a_table() -> None:
     texts = [source.read_text(encoding="utf-8") for source in sources if source.is_file()]
     named = {name for text in texts for name in re.findall(r'"([a-z.]+\.[a-z_]+)": PeerMethod', text)}
     methods = named | {forwarding.FORWARD, forwarding.EMBED}
-    written = set(re.findall(r"^\| `((?:llm|cluster)\.[a-z_.]+)` \|", TEXT, re.MULTILINE))
+    written = set(re.findall(r"^\| `((?:llm|cluster|tasks)\.[a-z_.]+)` \|", TEXT, re.MULTILINE))
     assert len(named) > 15
     assert written == methods
 

@@ -10,7 +10,6 @@ from typing import Final, TypeVar, get_args
 import msgspec
 
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.kernel.near import nearest
 from meshnode.tasks.model import Requirements, Submission
 from protocol.ids import NodeId
 from protocol.placement.tasks import (
@@ -38,6 +37,9 @@ GPUS_MAX: Final = 64
 KEEP_S_MAX: Final = 366 * 86_400.0
 _HINTS: Final = ("priority", "min_ram_mb", "node")
 _PRIORITY_NAMES: Final = {**{name: index for index, name in enumerate(PRIORITIES)}, "low": 0, "": 1}
+_ARCHITECTURES: Final = {"x86_64": "amd64", "aarch64": "arm64", "i386": "386", "i686": "386"}
+"""What nodes call what others call otherwise."""
+
 _MODES: Final[tuple[Mode, ...]] = get_args(Mode)
 
 Number = TypeVar("Number", int, float)
@@ -103,15 +105,6 @@ def command_text(order: Order) -> str:
     return order.shell or shlex.join(order.argv)
 
 
-def unknown_node(wanted: str, names: list[str], error: MeshError) -> MeshError:
-    """The same error, with the names that may have been meant."""
-    near = nearest(wanted, names)[:3]
-    if error.code is not ErrorCode.UNKNOWN_NODE or not near:
-        return error
-    meant = " or ".join(repr(name) for name in near)
-    return MeshError(error.code, f"{error.message} Did you mean {meant}?", detail={**error.detail, "near": near})
-
-
 # ---- the fields -----------------------------------------------------------------------------------------------------
 
 
@@ -169,7 +162,7 @@ def _needs(said: Requirements, hints: dict[str, str]) -> Needs:
         vram_bytes=_within("requirements.vram_bytes", said.vram_bytes, 0, SIZE_MAX),
         disk_bytes=_within("requirements.disk_bytes", said.disk_bytes, 0, SIZE_MAX),
         os=_line("requirements.os", said.os, LABEL_CHARS_MAX),
-        arch=_line("requirements.arch", said.arch, LABEL_CHARS_MAX),
+        arch=_ARCHITECTURES.get(said.arch, _line("requirements.arch", said.arch, LABEL_CHARS_MAX)),
         labels=tuple(_line("requirements.labels", label, LABEL_CHARS_MAX) for label in said.labels),
         network=said.network,
     )

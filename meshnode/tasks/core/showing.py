@@ -1,20 +1,20 @@
 """Tasks as the API shows them, made of what the records say; pure. Also filters, pages and dead letters."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.times import rfc3339
+from meshnode.tasks.core.submitting import command_text
 from meshnode.tasks.model import (
     COMMAND_LISTED_CHARS_MAX,
     STATUSES,
     AttemptLine,
+    Filter,
     Requirements,
     Task,
     TaskStatus,
 )
-from meshnode.tasks.submitting import command_text
 from protocol.ids import NodeId
 from protocol.placement.commands import Position
 from protocol.placement.scheduling_events import Known
@@ -27,39 +27,20 @@ _STATUS: Final[dict[str, TaskStatus]] = {**{status: status for status in STATUSE
 NameOf = Callable[[NodeId], str]
 
 
-@dataclass(frozen=True, slots=True)
-class Filter:
-    """Which tasks are meant; what is empty asks nothing. `dead`: those that wait for a person to decide."""
-
-    status: str = ""
-    node: str = ""
-    submitter: str = ""
-    name: str = ""
-    group: str = ""
-    id_begins: str = ""
-    dead: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises MeshError BAD_REQUEST."""
-        if self.status and self.status not in STATUSES:
-            raise MeshError(
-                ErrorCode.BAD_REQUEST, f"`status` is {self.status[:40]!r}; it is one of {', '.join(STATUSES)}."
-            )
-
-    def admits(self, known: Known, stands: Standing) -> bool:
-        """Whether a task is meant."""
-        order = known.order
-        where = stands.counts[0] if stands.counts else ""
-        return (
-            not known.wish.deleted
-            and (not self.id_begins or order.task.startswith(self.id_begins))
-            and (not self.status or _STATUS[stands.state] == self.status)
-            and (not self.node or where == self.node)
-            and (not self.submitter or order.submitter == self.submitter)
-            and (not self.name or order.name == self.name)
-            and (not self.group or order.group == self.group)
-            and (not self.dead or stands.is_dead_letter)
-        )
+def admits(wanted: Filter, known: Known, stands: Standing) -> bool:
+    """Whether a task is meant."""
+    order = known.order
+    where = stands.counts[0] if stands.counts else ""
+    return (
+        not known.wish.deleted
+        and (not wanted.id_begins or order.task.startswith(wanted.id_begins))
+        and (not wanted.status or _STATUS[stands.state] == wanted.status)
+        and (not wanted.node or where == wanted.node)
+        and (not wanted.submitter or order.submitter == wanted.submitter)
+        and (not wanted.name or order.name == wanted.name)
+        and (not wanted.group or order.group == wanted.group)
+        and (not wanted.dead or stands.is_dead_letter)
+    )
 
 
 def stands(known: Known, is_member: Callable[[NodeId], bool]) -> Standing:
@@ -207,8 +188,3 @@ def _requirements(needs: Needs) -> Requirements:
         labels=needs.labels,
         network=needs.network,
     )
-
-
-def ordered(keys: Iterable[tuple[int, TaskId]]) -> list[tuple[int, TaskId]]:
-    """The newest first."""
-    return sorted(keys, reverse=True)

@@ -7,8 +7,8 @@ import msgspec
 import pytest
 
 from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.tasks.core.submitting import command_text, order_of, same_wish
 from meshnode.tasks.model import Submission
-from meshnode.tasks.submitting import command_text, order_of, same_wish, unknown_node
 from protocol.ids import NodeId
 from protocol.placement.tasks import ORDER_BYTES_MAX, Needs, Order, task_collections, task_key
 
@@ -43,7 +43,7 @@ def test_all_that_can_be_said_arrives_in_the_order() -> None:
         requirements={"cpus": 2, "ram_bytes": 3, "gpus": 1, "vram_bytes": 4, "disk_bytes": 5, "os": "linux",
                       "arch": "x86_64", "labels": ["gpu=big"], "network": True},
     )  # fmt: skip
-    needs = Needs(2, 3, 1, 4, 5, "linux", "x86_64", ("gpu=big",), OTHER, OTHER, True)
+    needs = Needs(2, 3, 1, 4, 5, "linux", "amd64", ("gpu=big",), OTHER, OTHER, True)
     assert order == Order(
         TASK, ME, 5, shell="true", env=(("A", "2"), ("B", "x=y\nz")), stdin=b"\0in", needs=needs, retries=3,
         timeout_s=1.5, priority=2, name="n", output_bytes_max=7, keep_s=8.0, key="k", group="g",
@@ -119,12 +119,3 @@ def test_the_same_wish_at_another_time_is_the_same() -> None:
     order = made(idempotency_key="k")
     assert same_wish(order, msgspec.structs.replace(order, task="f" * 16, at_ms=99))
     assert not same_wish(order, made(idempotency_key="k", retries=1))
-
-
-def test_a_mistyped_node_is_told_what_it_may_have_been() -> None:
-    with pytest.raises(MeshError) as refused:
-        find("bern")
-    told = unknown_node("bern", ["barn", "attic"], refused.value)
-    assert (told.code, told.detail["near"]) == (ErrorCode.UNKNOWN_NODE, ["barn"])
-    assert "Did you mean 'barn'?" in told.message
-    assert unknown_node("zzz", ["barn"], refused.value) is refused.value

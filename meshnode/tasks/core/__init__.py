@@ -1,0 +1,1 @@
+"""Pure parts: submissions made into orders, tasks as they are shown."""
