@@ -23,6 +23,8 @@ from scripts.benchmarks import (
     links,
     starting,
     stores,
+    task_kills,
+    tasks,
 )
 from scripts.benchmarks.agents import BenchmarkError
 
@@ -44,6 +46,8 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "junk": junk.junk,
     "detection": detection.detection,
     "mesh64": detection.mesh64,
+    "tasks": tasks.tasks,
+    "task-kills": task_kills.task_kills,
 }
 ALL: Final = "all"
 
