@@ -58,7 +58,8 @@ def task_kills(*, kills: int = 200, seed: int = 1) -> Outcome:
     return Outcome(
         [
             figure("kill -9", float(kills), "", at_least=float(kills)),
-            figure("tasks acknowledged", float(len(told.tasks)), "", note=f"{sum(told.refused.values())} submissions were refused"),
+            figure("tasks acknowledged", float(len(told.tasks)), "",
+                   note=f"{sum(told.refused.values())} submissions were refused"),
             figure("acknowledged tasks that nobody knows", float(len(missing)), "", at_most=0.0),
             figure("acknowledged tasks that did not end well", float(len(wrong)), "", at_most=0.0,
                    note="at_most_once may end as lost"),
@@ -73,11 +74,12 @@ def task_kills(*, kills: int = 200, seed: int = 1) -> Outcome:
 def _submit(mesh: LocalMesh, told: _Told, chance: random.Random) -> None:
     while not told.is_over:
         mode = chance.choice(("at_least_once", "at_most_once"))
-        body = {"command": f"echo begun; sleep {chance.uniform(0.0, 3.0):.2f}; echo done", "mode": mode}
-        if mode == "at_least_once":
-            body["retries"] = 3
+        retries = 3 if mode == "at_least_once" else 0
+        line = f"echo begun; sleep {chance.uniform(0.0, 3.0):.2f}; echo done"
         try:
-            task = chance.choice(mesh.agents).ask("POST", "/api/tasks", body)
+            task = chance.choice(mesh.agents).ask(
+                "POST", "/api/tasks", {"command": line, "mode": mode, "retries": retries}
+            )
         except (OSError, BenchmarkError) as error:
             told.refused[str(error)[:200]] = told.refused.get(str(error)[:200], 0) + 1
         else:

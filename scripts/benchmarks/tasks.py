@@ -132,7 +132,8 @@ def _daemon(sshd: str) -> Iterator[tuple[Path, int]]:
         port = LocalMesh().free_port()
         options = [
             f"HostKey={folder}/host", f"AuthorizedKeysFile={folder}/authorized", "StrictModes=no", "UsePAM=no",
-            "ListenAddress=127.0.0.1", f"Port={port}", f"PidFile={folder}/pid", "MaxStartups=200:30:400", "PermitRootLogin=yes",
+            "ListenAddress=127.0.0.1", f"Port={port}", f"PidFile={folder}/pid", "MaxStartups=200:30:400",
+            "PermitRootLogin=yes",
         ]  # fmt: skip
         Path("/run/sshd").mkdir(exist_ok=True)
         process = subprocess.Popen(
