@@ -66,6 +66,10 @@ class Member:
         """As the API does."""
         return (await self.tasks.desk.read(task.id))[0]
 
+    async def until_id(self, task: str, *statuses: str) -> Task:
+        """As `until`, for a task that only its id is known of."""
+        return await self.until((await self.tasks.desk.read(task))[0], *statuses)
+
     async def until(self, task: Task, *statuses: str, within_s: float = 20.0) -> Task:
         """Wait until it stands so; fails when it does not in time."""
         found = task
