@@ -18,10 +18,12 @@ from meshnode.kernel.datagrams import open_datagrams
 from meshnode.kernel.driver import Driver
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links.contracts import LinkContested
+from meshnode.kernel.metrics import Metrics
 from meshnode.kernel.offload import ThreadOffload
 from meshnode.kernel.recordstore import DurableState, SqlRecordStore, record_migrations
 from meshnode.settings.tree import TaskSettings
 from meshnode.tasks.model import Submission, Task
+from meshnode.tasks.service.figures import TASK_METRICS
 from meshnode.tasks.setup import TaskGround, Tasks, build_tasks
 from protocol.election.fence import FENCE_MACHINE, Fence
 from protocol.ids import Address, NodeId
@@ -56,6 +58,14 @@ class Member:
     @property
     def id(self) -> NodeId:
         return self.hub.me
+
+    async def end_all(self) -> None:
+        """No process outlives the test."""
+        executions = self.tasks.executions
+        for found in await executions.find():
+            if found.state == "running":
+                await executions.stop(found.attempt, "the test is over")
+                await executions.wait(found.attempt)
 
     async def submit(self, command: str | list[str], **fields: Any) -> Task:
         """As the API does."""
@@ -175,7 +185,8 @@ class TaskMesh:
                 settings=settings, data_dir=folder, hub=hub, driver=driver, links=link.links, key_value=key_value,
                 fence=Fence(key_value.load_all(FENCE_MACHINE)),
                 offload=ThreadOffload(), name_of=self.names, find_node=self.find, profile=lambda: None,
-                gpus=tuple, publish=events.append, now=trio.current_time, wall=time.time, log=lambda name: log,
+                gpus=tuple, publish=events.append, metrics=Metrics(TASK_METRICS),
+                now=trio.current_time, wall=time.time, log=lambda name: log,
                 scheduling=self._scheduling,
             )
         )  # fmt: skip
@@ -206,6 +217,11 @@ async def task_mesh(
     """So many members, the first of which is the admin."""
     async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
         mesh = TaskMesh(folder, Links(folder, nursery), nursery, stack, scheduling or SchedulingParameters())
-        await mesh.build(settings if settings is not None else [OPEN] * size)
-        yield mesh
-        nursery.cancel_scope.cancel()
+        try:
+            await mesh.build(settings if settings is not None else [OPEN] * size)
+            yield mesh
+        finally:
+            with trio.move_on_after(10, shield=True):
+                for member in mesh.members:
+                    await member.end_all()
+            nursery.cancel_scope.cancel()
