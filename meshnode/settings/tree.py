@@ -172,6 +172,49 @@ class LlmSettings(Struct, frozen=True, forbid_unknown_fields=True):
     hub_token: Annotated[str, _doc("Token for downloads that need one. It goes to `hub_url` alone.", secret=True)] = ""
 
 
+class TaskSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """Tasks of the mesh: whose this node takes, when, and how much it lends them."""
+
+    accept: Annotated[
+        Literal["nobody", "admins", "everyone"],
+        _doc("Whose tasks run on this node: those submitted on no node, on admins, on any member."),
+    ] = "everyone"
+    slots: Annotated[int, _doc("Tasks that run here at once. 0: as many as this machine has cores.", ge=0, le=256)] = 0
+    cpus: Annotated[float, _doc("Cores that tasks may take together. 0: all.", ge=0, le=4_096)] = 0.0
+    memory_bytes_max: Annotated[
+        int,
+        _doc("Main memory that tasks may take together. 0: what is free, less an eighth of the machine's.", "B", ge=0),
+    ] = 0
+    disk_bytes_max: Annotated[
+        int, _doc("Room for scratch folders and outputs together. 0: half of what is free.", "B", ge=0)
+    ] = 0
+    hours: Annotated[
+        str,
+        _doc("When tasks may start, by this machine's clock, such as 22:00-06:30. Empty: always.",
+             pattern=r"^$|^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$"),
+    ] = ""  # fmt: skip
+    on_battery: Annotated[bool, _doc("Start tasks also while this machine runs on its battery.")] = False
+    isolation: Annotated[
+        Literal["bubblewrap", "none"],
+        _doc(
+            "How tasks are shut in. `none` lets them do whatever this agent may: only for machines that hold nothing."
+        ),
+    ] = "bubblewrap"
+    network: Annotated[bool, _doc("Let tasks that ask for it use the network.")] = False
+    labels: Annotated[
+        tuple[_Word, ...], _doc("What this machine is, for tasks that ask for it, such as fast-disk.")
+    ] = ()
+    output_bytes_max: Annotated[
+        int, _doc("What is kept of each stream of a task's output, half from its head.", "B", ge=4_096, le=1024**3)
+    ] = 16 * 1024 * 1024
+    keep_s: Annotated[float, _doc("How long output is kept after a task's end.", "s", ge=0, le=31_536_000)] = (
+        7 * 86_400.0
+    )
+    history_s: Annotated[
+        float, _doc("How long ended tasks that were submitted here stay in the lists.", "s", ge=60, le=31_536_000)
+    ] = 30 * 86_400.0
+
+
 class LogSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """What is written to standard error and to the log files in the data folder."""
 
@@ -198,4 +241,5 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     discovery: DiscoverySettings = DiscoverySettings()
     heartbeats: HeartbeatSettings = HeartbeatSettings()
     llm: LlmSettings = LlmSettings()
+    tasks: TaskSettings = TaskSettings()
     log: LogSettings = LogSettings()

@@ -39,7 +39,9 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class SubmitAsked:
-    """A `tasks.submit` came whose record is a sound order of a member. Answered by AnswerSubmit."""
+    """A `tasks.submit` came whose record is a sound order of a member: may it be queued? Answered by AnswerSubmit.
+    It is queued when its record is taken in, by the TasksLearned that follows.
+    """
 
     call: int
     order: Order
@@ -153,7 +155,7 @@ class ReadTask:
 
 @dataclass(frozen=True, slots=True)
 class AnswerSubmit:
-    """Answer that call. Without a code: only once the order's record is durable here."""
+    """Answer that call. Without a code: take the order's record in first, so that it is durable here."""
 
     call: int
     answer: Submitted

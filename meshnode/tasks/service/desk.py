@@ -110,6 +110,10 @@ class Desk:
         """A task as it stands, without its output."""
         return task_of(known, stands(known, self._is_member), self._name_of, whole=whole, position=position)
 
+    def stands(self, known: Known) -> Standing:
+        """Where a task stands."""
+        return stands(known, self._is_member)
+
     async def position(self, key: TaskKey) -> Position | None:
         """Where it waits, as the coordinator says; None if nobody says."""
         return (await self._positions([key]))[0].get(key)

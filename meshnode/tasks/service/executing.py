@@ -49,7 +49,6 @@ class Executing:
         self,
         *,
         machine: Executor,
-        me: NodeId,
         calls: PeerCalls,
         records: TaskRecords,
         executions: Executions,
@@ -59,7 +58,6 @@ class Executing:
         wall: Callable[[], float],
         log: Logger,
     ) -> None:
-        self._me = me
         self._calls = calls
         self._records = records
         self._executions = executions

@@ -15,6 +15,7 @@ from meshnode.kernel.logs import Logger
 from meshnode.kernel.machines import MachineRunner
 from meshnode.tasks.service.records import TaskKey, TaskRecords, order_in
 from meshnode.tasks.service.surroundings import Scheduler
+from meshnode.tasks.service.wire import Placed
 from protocol.effects import Publish
 from protocol.election.electorate import Electorate
 from protocol.election.events import CoordinatorChanged, ElectorateChanged
@@ -59,6 +60,7 @@ COMMAND_S: Final = 10.0
 NOTES_S: Final = 5.0
 READ_TASKS: Final = 100
 SUBMIT_S: Final = 10.0
+HINT_S: Final = 2.0
 
 
 class Scheduling:
@@ -262,12 +264,21 @@ class Scheduling:
 
     def _tell(self, event: Any) -> None:
         match event:
-            case TaskPlaced(_, task, attempt, node, number, words):
+            case TaskPlaced(submitter, task, attempt, node, number, words):
                 self._log.debug("a task is placed", task=task, attempt=attempt, node=node, number=number, why=words)
+                assert self._nursery is not None  # the runner runs in it
+                self._nursery.start_soon(self._hint, submitter, Placed(task, attempt, node))
             case NodeShunned(node, pause_s, words):
                 self._log.warning("a node gets no tasks for a while", node=node, pause_s=round(pause_s), why=words)
             case NodeTrusted(node):
                 self._log.info("a node gets tasks again", node=node)
+
+    async def _hint(self, submitter: NodeId, placed: Placed) -> None:
+        """Whoever submitted it may want to read along at once. Lost is no matter: the records say the same."""
+        try:
+            await self._calls.call(submitter, "tasks.placed", placed, bool, timeout_s=HINT_S)
+        except MeshError as error:
+            self._log.debug("a submitter was not told of a place", node=submitter, why=error.message)
 
     def _at_ms(self) -> int:
         return int(self._wall() * 1000)

@@ -12,7 +12,7 @@ import trio
 from msgspec.structs import replace
 
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.tasks.model import Task
+from meshnode.tasks.model import Stream, Task
 from meshnode.tasks.service.desk import Desk
 from meshnode.tasks.service.outputs import Outputs
 from meshnode.tasks.service.records import TaskKey, TaskRecords
@@ -39,13 +39,19 @@ class Place:
     stdout: int = 0
     stderr: int = 0
 
+    @property
+    def text(self) -> str:
+        """As a reader names it when it comes back."""
+        return f"{self.attempt}-{self.stdout}-{self.stderr}"
+
+    def at(self, stream: Stream, end: int) -> "Place":
+        """The same, with one stream read up to `end`."""
+        return Place(self.attempt, end, self.stderr) if stream == "stdout" else Place(self.attempt, self.stdout, end)
+
     def after(self, attempt: AttemptId, piece: Piece) -> "Place":
         """Behind a piece."""
         before = self if attempt == self.attempt else Place(attempt)
-        end = piece.offset + len(piece.data)
-        if piece.stream == "stdout":
-            return Place(attempt, end, before.stderr)
-        return Place(attempt, before.stdout, end)
+        return before.at(piece.stream, piece.offset + len(piece.data))
 
 
 @dataclass(frozen=True, slots=True)

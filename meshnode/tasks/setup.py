@@ -1,0 +1,250 @@
+"""Builds the tasks subsystem: what to run, to mount, to answer to peers, and to tell of protocol events."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from meshnode.api.routing import Mount
+from meshnode.kernel.calls import PeerCalls
+from meshnode.kernel.database import KeyValue
+from meshnode.kernel.driver import Driver
+from meshnode.kernel.errors import MeshError
+from meshnode.kernel.links import Links
+from meshnode.kernel.links.contracts import PeerMethod
+from meshnode.kernel.logs import Logger
+from meshnode.kernel.records import RecordWriter
+from meshnode.kernel.resources.gpu import GpuDevice
+from meshnode.kernel.resources.profile import Profile
+from meshnode.settings.tree import TaskSettings
+from meshnode.tasks.model import TaskSubmitted, TaskUpdated
+from meshnode.tasks.peers import task_methods
+from meshnode.tasks.routes import TaskRoutes
+from meshnode.tasks.service.desk import Desk
+from meshnode.tasks.service.executing import Executing
+from meshnode.tasks.service.keeping import Keeping
+from meshnode.tasks.service.lending import Isolation, Lending, Taken
+from meshnode.tasks.service.outputs import Outputs
+from meshnode.tasks.service.records import TaskKey, TaskRecords
+from meshnode.tasks.service.scheduling import Scheduling
+from meshnode.tasks.service.streaming import Streaming
+from meshnode.tasks.service.submits import Submits
+from meshnode.tasks.service.surroundings import Executions, Scheduler
+from meshnode.tasks.service.telling import Telling
+from meshnode.tasks.service.whole import TaskService
+from meshnode.tasks.service.witnessing import Witnessing
+from meshnode.tasks.showing import stands
+from meshnode.tasks.submitting import unknown_node
+from protocol.effects import Persist
+from protocol.election.fence import Fence
+from protocol.ids import NodeId
+from protocol.node import Node
+from protocol.placement.executing import Executing as ExecutingMachine
+from protocol.placement.tasks import Attempt
+from protocol.placement.witnessing import WITNESS_MACHINE, Witness
+
+FIRST_TOKEN: Final = 2_000_000  # record writers' tokens, apart from those of others
+PURPOSE: Final = "tasks"
+EVENTS: Final[Mapping[type[Any], tuple[str, Callable[[Any], Any]]]] = {
+    TaskSubmitted: ("task_submitted", lambda event: event.task),
+    TaskUpdated: ("task_updated", lambda event: event.task),
+}
+"""What `/api/events` tells of tasks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskGround:
+    """What the subsystem stands on."""
+
+    settings: TaskSettings
+    data_dir: Path
+    hub: Node
+    driver: Driver
+    links: Links
+    key_value: KeyValue
+    fence: Fence
+    scheduler: Scheduler
+    executions: Executions
+    isolation: Isolation
+    name_of: Callable[[NodeId], str]
+    find_node: Callable[[str], NodeId]
+    profile: Callable[[], Profile | None]
+    gpus: Callable[[], Sequence[GpuDevice]]
+    publish: Callable[[object], object]
+    now: Callable[[], float]
+    wall: Callable[[], float]
+    log: Callable[[str], Logger]
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What the composition root mounts and runs. `observe` must be given every event of the protocol."""
+
+    service: TaskService
+    desk: Desk
+    streaming: Streaming
+    lending: Lending
+    methods: Mapping[str, PeerMethod[Any]]
+    mount: Mount
+    observe: Callable[[object], None]
+
+
+def build_tasks(ground: TaskGround) -> Tasks:
+    """Wire it."""
+    return _Assembly(ground).built()
+
+
+class _Assembly:
+    """Builds from records to answers. Where two parts need each other, one asks only while both run, through `self`."""
+
+    def __init__(self, ground: TaskGround) -> None:
+        self._ground = ground
+        hub, log = ground.hub, ground.log
+        self._calls = PeerCalls(me=hub.me, links=ground.links, purpose=PURPOSE, log=log("tasks.calls"))
+        self._writer = RecordWriter(ground.driver, FIRST_TOKEN)
+        self._records = TaskRecords(hub=hub, writer=self._writer, changed=self._changed, own_came=self._own_came)
+        self._machine = ExecutingMachine(me=hub.me, boot=hub.boot, fence=ground.fence, roster=hub.roster)
+        self._scheduling = Scheduling(
+            machine=ground.scheduler,
+            hub=hub,
+            calls=self._calls,
+            records=self._records,
+            is_over=lambda known: stands(known, self._is_member).is_ended,
+            publish=ground.publish,
+            now=ground.now,
+            wall=ground.wall,
+            log=log("tasks.scheduling"),
+        )
+        self._executing = Executing(
+            machine=self._machine,
+            calls=self._calls,
+            records=self._records,
+            executions=ground.executions,
+            persist=self._persist_fence,
+            publish=ground.publish,
+            now=ground.now,
+            wall=ground.wall,
+            log=log("tasks.executing"),
+        )
+        self._witnessing = Witnessing(
+            machine=Witness(ground.key_value.load_all(WITNESS_MACHINE)), persist=self._persist, now=ground.now
+        )
+        self._outputs = Outputs(me=hub.me, calls=self._calls, executions=ground.executions)
+        self._desk = Desk(
+            hub=hub,
+            calls=self._calls,
+            records=self._records,
+            submits=Submits(
+                hub=hub,
+                calls=self._calls,
+                records=self._records,
+                find_node=self._find_node,
+                now=ground.now,
+                wall=ground.wall,
+                log=log("tasks.submit"),
+            ),
+            outputs=self._outputs,
+            name_of=ground.name_of,
+            node_count=lambda: len(hub.membership.view.up),
+        )
+        self._streaming = Streaming(
+            hub=hub,
+            records=self._records,
+            desk=self._desk,
+            outputs=self._outputs,
+            is_coordinator=lambda node: node == hub.election.coordinator,
+        )
+        self._telling = Telling(records=self._records, desk=self._desk, publish=ground.publish)
+        self._keeping = Keeping(
+            hub=hub,
+            records=self._records,
+            executions=ground.executions,
+            keep_s=ground.settings.keep_s,
+            history_s=ground.settings.history_s,
+            wall=ground.wall,
+            log=log("tasks.keeping"),
+        )
+        self._lending = Lending(
+            hub=hub,
+            settings=ground.settings,
+            folder=ground.data_dir,
+            isolation=ground.isolation,
+            name=lambda: ground.name_of(hub.me),
+            profile=ground.profile,
+            gpus=ground.gpus,
+            taken=self._taken,
+            told=self._executing.lend,
+            wall=ground.wall,
+        )
+
+    def built(self) -> Tasks:
+        """The parts that others see."""
+        methods = task_methods(
+            records=self._records,
+            scheduling=self._scheduling,
+            executing=self._executing,
+            witnessing=self._witnessing,
+            outputs=self._outputs,
+            streaming=self._streaming,
+        )
+        service = TaskService(
+            calls=self._calls,
+            methods=methods,
+            records=self._records,
+            loaded=self._loaded,
+            parts=(
+                self._scheduling.run,
+                self._lending.run,
+                self._executing.run,
+                self._witnessing.run,
+                self._keeping.run,
+            ),
+        )
+        routes = TaskRoutes(desk=self._desk, follows=self._streaming, me=self._ground.hub.me, find_node=self._find_node)
+        return Tasks(
+            service, self._desk, self._streaming, self._lending, methods, Mount(routes.routes()), self._observe
+        )
+
+    # ---- what parts ask of each other -------------------------------------------------------------------------------
+
+    def _changed(self, key: TaskKey) -> None:
+        self._scheduling.changed(key)
+        self._streaming.changed(key)
+        self._telling.changed(key)
+        self._keeping.changed(key)
+        if key not in self._records.entries:
+            self._witnessing.order_gone(*key)
+
+    def _own_came(self, key: TaskKey, attempt: Attempt) -> None:
+        self._executing.own_came(key, attempt)
+
+    def _loaded(self) -> None:
+        self._telling.start()
+        self._witnessing.forget_gone(lambda submitter, task: (submitter, task) in self._records.entries)
+
+    def _is_member(self, node: NodeId) -> bool:
+        return node in self._ground.hub.roster
+
+    def _find_node(self, wanted: str) -> NodeId:
+        try:
+            return self._ground.find_node(wanted)
+        except MeshError as error:
+            names = [self._ground.name_of(node) for node in self._ground.hub.roster.members()]
+            raise unknown_node(wanted, names, error) from error
+
+    def _taken(self) -> Taken:
+        taken = self._machine.taken
+        return Taken(taken.cpus_m / 1000, taken.ram_bytes, taken.vram_bytes, taken.disk_bytes)
+
+    async def _persist(self, effect: Persist) -> None:
+        await self._ground.key_value.persist([effect])
+
+    async def _persist_fence(self, effect: Persist) -> None:
+        await self._ground.key_value.persist([effect])
+        self._ground.fence.persisted([effect])
+
+    def _observe(self, event: object) -> None:
+        self._writer.observe(event)
+        self._records.observe(event)
+        self._scheduling.observe(event)
+        self._executing.observe(event)
