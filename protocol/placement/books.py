@@ -119,7 +119,7 @@ class Books:
     def is_gone(self, node: NodeId, gone_s: float, now: float) -> bool:
         """Whether it is down for so long."""
         since = self.of(node, now).down_since
-        return since is not None and now - since >= gone_s
+        return since is not None and now >= since + gone_s  # the very sum that timers are set to
 
     def heard(self, node: NodeId, flags: int, now: float) -> None:
         """Its heartbeat."""
