@@ -14,6 +14,7 @@ from protocol.election.events import CoordinatorChanged
 from protocol.heartbeats.events import HeartbeatHeard
 from protocol.ids import NodeId
 from protocol.membership.events import PeerDown, PeerLeft, PeerMeasured, PeerUp, RosterShrank
+from protocol.placement.books import SHAPES_KEPT_MAX
 from protocol.placement.commands import (
     STATS_NODES_MAX,
     STATS_SUBMITTERS_MAX,
@@ -308,17 +309,30 @@ class Scheduling:
         s = self._s
         if self.is_rebuilding(now) or not len(s.queue):
             return
-        if not s.dirty and s.blocked and s.blocked.issuperset(s.queue.shapes()):
-            return
-        turns = s.queue.serve(lambda waiting: self._settling.place(waiting, now), now, s.params.turns_max)
+        for shape in [shape for shape in s.fresh if not s.books.has_room(shape.claim, None, now)]:
+            s.block(shape)
+        least = s.queue.least()
+
+        def is_over() -> bool:
+            # Of what is blocked, nothing fits where there is no room for the least of it.
+            return not s.fresh and not s.books.has_room(least, s.dirty, now)
+
+        turns = 0
+        if not is_over():
+            turns = s.queue.serve(lambda each: self._settling.place(each, now), is_over, now, s.params.turns_max)
         if turns >= s.params.turns_max:
             s.look_again(now)  # others first
-        else:
-            s.dirty.clear()
-        if len(s.blocked) > s.params.turns_max:
+            return
+        s.dirty.clear()
+        s.fresh.clear()
+        if len(s.blocked) > SHAPES_KEPT_MAX + 2 * len(s.queue):
             s.blocked.intersection_update(s.queue.shapes())
-        since = now - self._rate_at
-        self._rate = (self._rate * max(0.0, RATE_S - since) + turns) / RATE_S if since < RATE_S else turns / RATE_S
+        self._rated(turns, now)
+
+    def _rated(self, turns: int, now: float) -> None:
+        """How many are placed a second, lately."""
+        since = min(RATE_S, now - self._rate_at)
+        self._rate = self._rate * (1.0 - since / RATE_S) + turns / RATE_S
         self._rate_at = now
 
     def _send_notes(self, now: float) -> None:

@@ -131,6 +131,10 @@ class Tracked:
                 merged[where] = attempt
         return [(executor, attempt) for (executor, _), attempt in merged.items()]
 
+    def failed_at(self) -> frozenset[NodeId]:
+        """Where attempts of it ended badly."""
+        return frozenset(executor for executor, attempt in self.attempts() if attempt.ending is not None)
+
     def hear(self, executor: NodeId, attempt: Attempt) -> None:
         """What an executor said of its own attempt."""
         where = (executor, attempt.attempt)
@@ -161,8 +165,9 @@ class SchedulingState:
         self.under_way: dict[AttemptId, TaskKey] = {}  # commands without an answer
         self.asked_about: dict[TaskKey, float] = {}  # tasks that reports show and nobody here knows
         self.admitted: dict[TaskKey, float] = {}
-        self.blocked: set[Shape] = set()  # no node has room for these; looked at again where something changed
-        self.dirty: set[NodeId] = set()  # where something did
+        self.blocked: set[Shape] = set()  # no node has room for these but perhaps those that are dirty
+        self.dirty: set[NodeId] = set()  # something changed there since
+        self.fresh: set[Shape] = set()  # not looked at yet
         self.placed = 0
         self.gathering_until = now + self.params.gather_s if term else 0.0
         self.is_reading = bool(term)
@@ -220,6 +225,19 @@ class SchedulingState:
         needs = task.terms.needs
         shape = Shape(needs, self.roster.role(task.terms.submitter), claim_of(needs))
         return Waiting(task.key, shape, task.terms.priority, task.since)
+
+    def enqueue(self, task: Tracked, *, ahead: bool) -> None:
+        """It waits for a place."""
+        if task.key not in self.queue:
+            waiting = self.waiting(task)
+            self.queue.add(waiting, ahead=ahead)
+            if waiting.shape not in self.blocked:
+                self.fresh.add(waiting.shape)
+
+    def block(self, shape: Shape) -> None:
+        """No node has room for it now."""
+        self.blocked.add(shape)
+        self.fresh.discard(shape)
 
     def command(self, node: NodeId, order: TaskOrder, now: float, *, exclusive: bool = False) -> None:
         """Send it; one at a time for an attempt."""
