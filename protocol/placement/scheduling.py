@@ -186,7 +186,7 @@ class Scheduling:
         match event:
             case MembersUp(nodes):
                 s.unheard = set(nodes)
-                for node in nodes:
+                for node in sorted(nodes):
                     s.books.of(node, now).down_since = None
             case PeerUp(peer=node) if s.is_member(node):
                 s.books.of(node, now).down_since = None
@@ -244,7 +244,7 @@ class Scheduling:
                 self._s.gathering_until = min(self._s.gathering_until, now)
 
     def _settle(self, keys: Iterable[TaskKey], now: float) -> None:
-        for key in list(keys):
+        for key in sorted(keys):  # sets have another order in every run
             task = self._s.tasks.get(key)
             if task is not None:
                 self._settling.settle(task, now)
@@ -259,12 +259,12 @@ class Scheduling:
         s, order = self._s, event.order
         if not s.term:
             return Submitted(code="no_coordinator", words="This node does not coordinate; ask the one that does.")
+        for late in [each for each, at in s.admitted.items() if now > at + s.params.admitted_s]:
+            del s.admitted[late]
         terms = Terms.of(order)
         key = (order.submitter, order.task)
         depth, own = len(s.queue) + len(s.admitted), s.queue.size_of(order.submitter)
         if key not in s.tasks and key not in s.admitted:
-            for late in [each for each, at in s.admitted.items() if now > at + s.params.admitted_s]:
-                del s.admitted[late]
             own += sum(submitter == order.submitter for submitter, _ in s.admitted) if s.admitted else 0
             words = ""
             if depth >= s.params.queue_max or len(s.tasks) >= s.params.tasks_max:

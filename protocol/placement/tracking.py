@@ -135,6 +135,11 @@ class Tracked:
         """Where attempts of it ended badly."""
         return frozenset(executor for executor, attempt in self.attempts() if attempt.ending is not None)
 
+    def has_ended(self, executor: NodeId, name: AttemptId) -> bool:
+        """Whether that attempt is known to be over."""
+        known = self.heard.get((executor, name)) or self.records.get((executor, name))
+        return known is not None and known.ending is not None
+
     def hear(self, executor: NodeId, attempt: Attempt) -> None:
         """What an executor said of its own attempt."""
         where = (executor, attempt.attempt)
@@ -174,7 +179,7 @@ class SchedulingState:
         self.unheard: set[NodeId] = set()
         self.wall = (0, now)
         self._wakes: list[tuple[float, NodeId, str]] = []
-        self._look_at = inf
+        self._looks: list[float] = []
         self._timer_at = inf
 
     # ---- time --------------------------------------------------------------------------------------------------------
@@ -187,13 +192,15 @@ class SchedulingState:
 
     def look_again(self, at: float) -> None:
         """Look then at what belongs to no task: promises, pauses and reservations that end."""
-        self._look_at = min(self._look_at, at)
+        if at not in self._looks:
+            heappush(self._looks, at)
 
     def woken(self, now: float) -> Iterator[Tracked | None]:
         """What is due; None: what belongs to no task."""
         self._timer_at = inf
-        if self._look_at <= now:
-            self._look_at = inf
+        if self._looks and self._looks[0] <= now:
+            while self._looks and self._looks[0] <= now:
+                heappop(self._looks)
             yield None
         while self._wakes and self._wakes[0][0] <= now:
             at, submitter, name = heappop(self._wakes)
@@ -204,7 +211,7 @@ class SchedulingState:
 
     def set_timer(self) -> None:
         """For the first of them."""
-        at = min(self._look_at, self._wakes[0][0] if self._wakes else inf)
+        at = min(self._looks[0] if self._looks else inf, self._wakes[0][0] if self._wakes else inf)
         if at < self._timer_at:
             self._timer_at = at
             self.out.append(SetTimer(SWEEP_TIMER, at))
