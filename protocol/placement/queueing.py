@@ -173,15 +173,14 @@ class FairQueue:
         It ends when everything that is unlike was offered, or `is_over` says that there is no room for anything.
         """
         served = 0
-        ranks = [rank for rank in self._classes if rank.size]
-        rounds = {id(rank): _Round(rank) for rank in ranks}
-        while ranks and served < turns_max:
-            rank = min(ranks, key=lambda each: each.passed)
-            entry = rounds[id(rank)].next(place, is_over)
+        rounds = [_Round(rank) for rank in self._classes if rank.size]
+        while rounds and served < turns_max:
+            turn = min(rounds, key=lambda each: each.rank.passed)
+            entry, rank = turn.next(place, is_over), turn.rank
             if entry is None:
                 if is_over():
                     break
-                ranks.remove(rank)
+                rounds.remove(turn)
                 continue
             weight = SHARE_FACTOR ** min(_TOP, entry.priority + max(0.0, now - entry.since) / AGEING_S)
             self._served = max(self._served, rank.passed)
@@ -232,7 +231,7 @@ class _Round:
     """One pass over the lanes of a class: each shape of each lane is offered until it finds no room."""
 
     def __init__(self, rank: _Class) -> None:
-        self._rank = rank
+        self.rank = rank
         self._lanes = [(lane.passed, submitter) for submitter, lane in rank.lanes.items()]
         heapify(self._lanes)
         self._heads: dict[NodeId, list[tuple[float, TaskKey, Shape]]] = {}
@@ -241,12 +240,12 @@ class _Round:
         """Whoever got a place, still in the queue; None: nobody else fits."""
         while self._lanes and not is_over():
             passed, submitter = self._lanes[0]
-            lane = self._rank.lanes.get(submitter)
+            lane = self.rank.lanes.get(submitter)
             entry = None if lane is None else self._try(submitter, lane, place, is_over)
             if lane is None or entry is None:
                 heappop(self._lanes)
                 continue
-            self._rank.served = max(self._rank.served, passed)
+            self.rank.served = max(self.rank.served, passed)
             lane.passed = passed + entry.cost
             heapreplace(self._lanes, (lane.passed, submitter))
             return entry

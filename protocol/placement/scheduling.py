@@ -90,7 +90,7 @@ class Scheduling:
 
     def _position(self, task: Tracked, place: int | None, now: float) -> Position:
         never = "" if place is None else self._s.books.never(self._s.waiting(task).shape)
-        words = never or task.waits_for
+        words = never or (self._s.noting.why_not() if task.waits_for_notes else task.waits_for)
         if self.is_rebuilding(now):
             words = "a new coordinator is learning what there is"
         elif place is not None and not words:

@@ -57,7 +57,7 @@ class Settling:
         for name, doubt in list(task.doubts.items()):
             if name in current:
                 self._ask(task, name, doubt, now)
-        task.waits_for = ""
+        task.waits_for, task.waits_for_notes = "", False
         if halted:
             s.queue.remove(task.key)
             if stands.is_ended and not live and not task.heard:
@@ -284,7 +284,7 @@ class Settling:
                 task.waits_for = stands.words or "its last node refused it; it is tried again"
                 s.wake(task, task.due)
             elif task.terms.mode == "at_most_once" and not s.noting.is_ready:
-                task.waits_for = s.noting.why_not()
+                task.waits_for_notes = True
             else:
                 may_queue = True
         if may_queue:

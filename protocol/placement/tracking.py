@@ -50,7 +50,7 @@ class SchedulingParameters:
     admitted_s: float = 10.0  # an admission that no record follows is void
     turns_max: int = 64  # placements for one event, so that others are not kept waiting
     tasks_max: int = 50_000
-    breakers: BreakerParameters = BreakerParameters()  # noqa: RUF009
+    breakers: BreakerParameters = field(default_factory=BreakerParameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,7 @@ class Tracked:
     due_of: int = -1  # the failure that it follows
     refusals: int = 0
     wake_at: float = inf
+    waits_for_notes: bool = False
     waits_for: str = ""  # in words, where it does not wait in the queue
 
     def attempts(self) -> list[tuple[NodeId, Attempt]]:

@@ -16,6 +16,7 @@ from protocol.placement.matching import (
 from protocol.placement.tasks import Needs
 
 GIB = 1 << 30
+NO_NEEDS = Needs()
 DESK = Lent(
     Capacity(8.0, 16 * GIB, 1, 8 * GIB, 100 * GIB, 8),
     "linux",
@@ -72,7 +73,7 @@ def test_the_closest_node_is_named_with_what_it_lacks() -> None:
     assert never_words(Needs(node="n1", gpus=1), "member", nodes) == "small can never run it: it lends 0 GPUs, not 1"
 
 
-def cost(needs: Needs = Needs(), *, node: str = "n1", failed_here: bool = False, **at) -> float:  # noqa: B008
+def cost(needs: Needs = NO_NEEDS, *, node: str = "n1", failed_here: bool = False, **at) -> float:
     lends = amounts_of(DESK.capacity)._replace(gpus=0, vram_bytes=0)
     condition = Condition(**{"lends": lends, "free": lends, **at})
     return judged(needs, claim_of(needs), node, condition, failed_here=failed_here).cost

@@ -11,7 +11,7 @@ from protocol.placement.standing import (
     ending_words,
     standing,
 )
-from protocol.placement.tasks import Attempt, Order, Wish
+from protocol.placement.tasks import NO_WISH, Attempt, Order, Wish
 
 MEMBERS = {"me", "a", "b", "c"}
 
@@ -21,7 +21,7 @@ def attempt(number: int, ending: str | None = None, code: int = 0, *, generation
     return Attempt(f"{number:016x}", generation, number, 1, 500 if begun else 0, code=code, **{**ended, **more})
 
 
-def stand(*attempts, mode: str = "at_least_once", retries: int = 0, wish: Wish = Wish(), members=MEMBERS):  # noqa: B008
+def stand(*attempts, mode: str = "at_least_once", retries: int = 0, wish: Wish = NO_WISH, members=MEMBERS):
     order = Order("0" * 16, "me", 0, ("x",), mode=mode, retries=retries)
     return standing(order, wish, attempts, members.__contains__)
 
