@@ -107,7 +107,9 @@ class Shown:
 
 
 class Following:
-    """Follows one task to its end, in a thread of its own, so that Ctrl-C is always heard."""
+    """Follows one task to its end, in a thread of its own, so that Ctrl-C is always heard. Wait for `done`: a join that
+    is interrupted takes a thread for ended that is not.
+    """
 
     def __init__(
         self,
@@ -128,6 +130,7 @@ class Following:
         self._pause = pause
         self._after = ""
         self.failure: Exception | None = None
+        self.done = threading.Event()
         self.thread = threading.Thread(target=self._run, name=f"task {task['id']}", daemon=True)
 
     def _run(self) -> None:
@@ -138,6 +141,9 @@ class Following:
             self.failure = error
         else:
             self.failure = None
+        finally:
+            self._client.close()
+            self.done.set()
 
     def follow(self) -> None:
         """Until the task has ended. Raises MeshError when the agent stays away, or knows the task no more."""

@@ -41,7 +41,7 @@ from meshnode.kernel.links.links import Links
 from meshnode.kernel.links.settings import LinkSettings
 from meshnode.kernel.links.tls import make_contexts
 from meshnode.kernel.logs import Logger
-from meshnode.kernel.metrics import Metrics
+from meshnode.kernel.metrics import KERNEL_METRICS, Metrics
 from meshnode.kernel.offload import ThreadOffload
 from meshnode.kernel.recordstore import DurableState, SqlRecordStore, record_migrations
 from meshnode.kernel.redaction import SecretSet
@@ -78,6 +78,7 @@ from meshnode.node.services import (
 )
 from meshnode.settings import Settings, node_name
 from meshnode.surfaces.openai.routes import openai_mount
+from meshnode.tasks.service.figures import TASK_METRICS
 from meshnode.tasks.setup import EVENTS as TASK_EVENTS
 from meshnode.tasks.setup import TaskGround, Tasks, build_tasks
 from protocol.election.candidates import capability_class
@@ -226,7 +227,7 @@ class Runtime:
             suite=SodiumSuite(identity.seed, mesh.mesh_id),
             records=SqlRecordStore(database),
             facts=AgentFacts(name=name, started_at=self._started_at),
-            metrics=Metrics(),
+            metrics=Metrics((*KERNEL_METRICS, *TASK_METRICS)),
             bus=EventBus(epoch=secrets.token_hex(4)),
             clock=SystemClock(),
             offload=ThreadOffload(),
@@ -343,7 +344,7 @@ class Runtime:
                 links=network.links, key_value=ground.key_value, fence=network.fence, offload=ground.offload,
                 name_of=cluster.nodes.name_of, find_node=cluster.nodes.find, gpus=gpus,
                 profile=lambda: cluster.nodes.profile(network.hub.me), publish=ground.bus.publish,
-                now=ground.facts.now, wall=ground.facts.wall, log=self._log,
+                metrics=ground.metrics, now=ground.facts.now, wall=ground.facts.wall, log=self._log,
             )
         )  # fmt: skip
 

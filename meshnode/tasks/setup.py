@@ -16,6 +16,7 @@ from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import Links
 from meshnode.kernel.links.contracts import PeerMethod
 from meshnode.kernel.logs import Logger
+from meshnode.kernel.metrics import Metrics
 from meshnode.kernel.near import nearest
 from meshnode.kernel.offload import Offload
 from meshnode.kernel.records import RecordWriter
@@ -30,6 +31,7 @@ from meshnode.tasks.peers import task_methods
 from meshnode.tasks.routes import TaskRoutes
 from meshnode.tasks.service.desk import Desk
 from meshnode.tasks.service.executing import Executing
+from meshnode.tasks.service.figures import Figures
 from meshnode.tasks.service.keeping import Keeping
 from meshnode.tasks.service.lending import Lending, Taken
 from meshnode.tasks.service.outputs import Outputs
@@ -77,6 +79,7 @@ class TaskGround:
     profile: Callable[[], Profile | None]
     gpus: Callable[[], Sequence[GpuDevice]]
     publish: Callable[[object], object]
+    metrics: Metrics
     now: Callable[[], float]
     wall: Callable[[], float]
     log: Callable[[str], Logger]
@@ -194,7 +197,14 @@ class _Assembly:
             outputs=self._outputs,
             is_coordinator=lambda node: node == hub.election.coordinator,
         )
-        self._telling = Telling(records=self._records, desk=self._desk, publish=ground.publish)
+        self._figures = Figures(
+            metrics=ground.metrics,
+            me=hub.me,
+            known=lambda: len(self._records.entries),
+            running=lambda: len(self._machine.attempts),
+            queued=lambda: self._scheduling.stats().queued,
+        )
+        self._telling = Telling(records=self._records, desk=self._desk, publish=self._publish)
         self._keeping = Keeping(
             hub=hub,
             records=self._records,
@@ -261,6 +271,10 @@ class _Assembly:
         self._keeping.changed(key)
         if key not in self._records.entries:
             self._witnessing.order_gone(*key)
+
+    def _publish(self, event: object) -> None:
+        self._figures.heard(event)
+        self._ground.publish(event)
 
     def _own_came(self, key: TaskKey, attempt: Attempt) -> None:
         self._executing.own_came(key, attempt)

@@ -4,7 +4,7 @@ A promise counts against its node until a report shows the attempt, or its absen
 the node last said that it lends.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -142,16 +142,23 @@ class Books:
     # ---- choosing ----------------------------------------------------------------------------------------------------
 
     def choose(
-        self, waiting: Waiting, mark: bytes, avoided: frozenset[NodeId], among: Iterable[NodeId] | None, now: float
+        self,
+        waiting: Waiting,
+        mark: bytes,
+        failed: Callable[[], frozenset[NodeId]],
+        among: Iterable[NodeId] | None,
+        now: float,
     ) -> tuple[Book, Choice] | None:
-        """The best node with room for it. `among`: only these need be looked at. `avoided`: it failed there."""
+        """The best node with room for it. `among`: only these need be looked at. `failed`: where it failed before."""
         shape = waiting.shape
         best: tuple[float, NodeId, Book, Choice] | None = None
+        avoided: frozenset[NodeId] | None = None
         books = self._books.values() if among is None else [self._books[node] for node in among if node in self._books]
         for book in books:
             if not book.is_open(now) or not self._has_room(book, shape, now) or not book.can_ever(shape):
                 continue
             assert book.lent is not None  # it is open
+            avoided = failed() if avoided is None else avoided
             at = Condition(
                 book.lends,
                 book.lends.minus(book.taken),
@@ -165,6 +172,11 @@ class Books:
             if best is None or (choice.cost, book.node) < best[:2]:
                 best = (choice.cost, book.node, book, choice)
         return None if best is None else (best[2], best[3])
+
+    def has_room(self, claim: Amounts, among: Iterable[NodeId] | None, now: float) -> bool:
+        """Whether one of these that is open has so much left. None: any."""
+        books = self._books.values() if among is None else [self._books[node] for node in among if node in self._books]
+        return any(claim.within(book.lends.minus(book.taken)) and book.is_open(now) for book in books)
 
     def _has_room(self, book: Book, shape: Shape, now: float) -> bool:
         if book.reserved_for is not None and book.reserved_for != shape and now < book.reserved_until:

@@ -53,14 +53,17 @@ class Hearing:
         for attempt, running in before.items():
             task = s.tasks.get((running.submitter, running.task))
             if attempt not in book.shown and task is not None and task.shown.get(attempt, ("", 0))[0] == node:
-                del task.shown[attempt]
-                self._doubt(task, book, attempt, running.generation, now)
                 touched[task.key] = None
+                if not task.has_ended(node, attempt):
+                    del task.shown[attempt]
+                    self._doubt(task, book, attempt, running.generation, now)
         for attempt, (key, _) in list(book.promised.items()):
             task = s.tasks.get(key)
             promise = None if task is None else task.promises.get(attempt)
             if task is None or promise is None:
                 s.books.release(node, attempt)
+            elif task.has_ended(node, attempt):
+                touched[key] = None
             elif promise.phase == "taken" and promise.knows_from <= (report.boot, report.number):
                 self._settling.drop(task, promise)
                 self._doubt(task, book, attempt, promise.generation, now)
@@ -71,8 +74,7 @@ class Hearing:
     def _show(self, task: Tracked, book: Book, running: Running) -> bool:
         """It runs there. Whether that is news."""
         name = running.attempt
-        known = task.heard.get((book.node, name)) or task.records.get((book.node, name))
-        if known is not None and known.ending is not None:
+        if task.has_ended(book.node, name):
             return False  # the report was made before it ended
         promise = task.promises.get(name)
         if promise is not None and promise.node == book.node:

@@ -87,7 +87,7 @@ class Noting:
         self._need = need
         for gone in set(self._voters) - voters:
             del self._voters[gone]
-        for added in voters - set(self._voters):
+        for added in sorted(voters - set(self._voters)):
             owed = {name: note for notes in self._notes.values() for name, note in notes.items()}
             self._voters[added] = _Voter(owed=owed)
         held = [attempt for attempt in self._waiting if self.is_held(attempt)]

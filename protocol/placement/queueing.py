@@ -25,6 +25,7 @@ AGEING_S: Final = 60.0
 """So long a wait is worth one step of priority."""
 
 SHARE_FACTOR: Final = 4.0
+LEAST_KEPT_ADDS: Final = 1024
 LAG_MAX: Final = 8.0
 """Who could not be served for want of room catches up this many turns at most when there is room again."""
 
@@ -92,12 +93,22 @@ class FairQueue:
         self._classes = tuple(_Class() for _ in PRIORITIES)
         self._entries: dict[TaskKey, Waiting] = {}
         self._served = 0.0
+        self._least: Amounts | None = None
+        self._added = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __contains__(self, key: TaskKey) -> bool:
         return key in self._entries
+
+    def least(self) -> Amounts:
+        """No task here takes less of anything: where there is no room for this, there is room for none."""
+        if self._least is None or self._added >= LEAST_KEPT_ADDS:
+            claims = [shape.claim for shape in self.shapes()]
+            self._least = Amounts(*map(min, *claims)) if len(claims) > 1 else (claims or [Amounts()])[0]
+            self._added = 0
+        return self._least
 
     @property
     def by_priority(self) -> tuple[int, ...]:
@@ -133,6 +144,9 @@ class FairQueue:
         if ahead:
             line.move_to_end(entry.key, last=False)
         self._entries[entry.key] = entry
+        self._added += 1
+        if self._least is not None:
+            self._least = Amounts(*map(min, self._least, entry.shape.claim))
         lane.size += 1
         rank.size += 1
 
@@ -154,16 +168,19 @@ class FairQueue:
 
     # ---- turns -------------------------------------------------------------------------------------------------------
 
-    def serve(self, place: Callable[[Waiting], bool], now: float, turns_max: int) -> int:
-        """Offer turns in order to `place`, which says whether it had room; who got a place is removed. How many did."""
+    def serve(self, place: Callable[[Waiting], bool], is_over: Callable[[], bool], now: float, turns_max: int) -> int:
+        """Offer turns in order to `place`, which says whether it had room; who got a place is removed. How many did.
+        It ends when everything that is unlike was offered, or `is_over` says that there is no room for anything.
+        """
         served = 0
-        ranks = [rank for rank in self._classes if rank.size]
-        rounds = {id(rank): _Round(rank) for rank in ranks}
-        while ranks and served < turns_max:
-            rank = min(ranks, key=lambda each: each.passed)
-            entry = rounds[id(rank)].next(place)
+        rounds = [_Round(rank) for rank in self._classes if rank.size]
+        while rounds and served < turns_max:
+            turn = min(rounds, key=lambda each: each.rank.passed)
+            entry, rank = turn.next(place, is_over), turn.rank
             if entry is None:
-                ranks.remove(rank)
+                if is_over():
+                    break
+                rounds.remove(turn)
                 continue
             weight = SHARE_FACTOR ** min(_TOP, entry.priority + max(0.0, now - entry.since) / AGEING_S)
             self._served = max(self._served, rank.passed)
@@ -214,32 +231,34 @@ class _Round:
     """One pass over the lanes of a class: each shape of each lane is offered until it finds no room."""
 
     def __init__(self, rank: _Class) -> None:
-        self._rank = rank
+        self.rank = rank
         self._lanes = [(lane.passed, submitter) for submitter, lane in rank.lanes.items()]
         heapify(self._lanes)
         self._heads: dict[NodeId, list[tuple[float, TaskKey, Shape]]] = {}
 
-    def next(self, place: Callable[[Waiting], bool]) -> Waiting | None:
+    def next(self, place: Callable[[Waiting], bool], is_over: Callable[[], bool]) -> Waiting | None:
         """Whoever got a place, still in the queue; None: nobody else fits."""
-        while self._lanes:
+        while self._lanes and not is_over():
             passed, submitter = self._lanes[0]
-            lane = self._rank.lanes.get(submitter)
-            entry = None if lane is None else self._try(submitter, lane, place)
+            lane = self.rank.lanes.get(submitter)
+            entry = None if lane is None else self._try(submitter, lane, place, is_over)
             if lane is None or entry is None:
                 heappop(self._lanes)
                 continue
-            self._rank.served = max(self._rank.served, passed)
+            self.rank.served = max(self.rank.served, passed)
             lane.passed = passed + entry.cost
             heapreplace(self._lanes, (lane.passed, submitter))
             return entry
         return None
 
-    def _try(self, submitter: NodeId, lane: _Lane, place: Callable[[Waiting], bool]) -> Waiting | None:
+    def _try(
+        self, submitter: NodeId, lane: _Lane, place: Callable[[Waiting], bool], is_over: Callable[[], bool]
+    ) -> Waiting | None:
         heads = self._heads.get(submitter)
         if heads is None:
             heads = self._heads[submitter] = lane.heads()
             heapify(heads)
-        while heads:
+        while heads and not is_over():
             since, key, shape = heads[0]
             line = lane.lines.get(shape)
             first = None if line is None else _first(line)

@@ -14,6 +14,7 @@ from protocol.election.events import CoordinatorChanged
 from protocol.heartbeats.events import HeartbeatHeard
 from protocol.ids import NodeId
 from protocol.membership.events import PeerDown, PeerLeft, PeerMeasured, PeerUp, RosterShrank
+from protocol.placement.books import SHAPES_KEPT_MAX
 from protocol.placement.commands import (
     STATS_NODES_MAX,
     STATS_SUBMITTERS_MAX,
@@ -89,7 +90,7 @@ class Scheduling:
 
     def _position(self, task: Tracked, place: int | None, now: float) -> Position:
         never = "" if place is None else self._s.books.never(self._s.waiting(task).shape)
-        words = never or task.waits_for
+        words = never or (self._s.noting.why_not() if task.waits_for_notes else task.waits_for)
         if self.is_rebuilding(now):
             words = "a new coordinator is learning what there is"
         elif place is not None and not words:
@@ -185,7 +186,7 @@ class Scheduling:
         match event:
             case MembersUp(nodes):
                 s.unheard = set(nodes)
-                for node in nodes:
+                for node in sorted(nodes):
                     s.books.of(node, now).down_since = None
             case PeerUp(peer=node) if s.is_member(node):
                 s.books.of(node, now).down_since = None
@@ -243,7 +244,7 @@ class Scheduling:
                 self._s.gathering_until = min(self._s.gathering_until, now)
 
     def _settle(self, keys: Iterable[TaskKey], now: float) -> None:
-        for key in list(keys):
+        for key in sorted(keys):  # sets have another order in every run
             task = self._s.tasks.get(key)
             if task is not None:
                 self._settling.settle(task, now)
@@ -258,12 +259,12 @@ class Scheduling:
         s, order = self._s, event.order
         if not s.term:
             return Submitted(code="no_coordinator", words="This node does not coordinate; ask the one that does.")
+        for late in [each for each, at in s.admitted.items() if now > at + s.params.admitted_s]:
+            del s.admitted[late]
         terms = Terms.of(order)
         key = (order.submitter, order.task)
         depth, own = len(s.queue) + len(s.admitted), s.queue.size_of(order.submitter)
         if key not in s.tasks and key not in s.admitted:
-            for late in [each for each, at in s.admitted.items() if now > at + s.params.admitted_s]:
-                del s.admitted[late]
             own += sum(submitter == order.submitter for submitter, _ in s.admitted) if s.admitted else 0
             words = ""
             if depth >= s.params.queue_max or len(s.tasks) >= s.params.tasks_max:
@@ -308,17 +309,30 @@ class Scheduling:
         s = self._s
         if self.is_rebuilding(now) or not len(s.queue):
             return
-        if not s.dirty and s.blocked and s.blocked.issuperset(s.queue.shapes()):
-            return
-        turns = s.queue.serve(lambda waiting: self._settling.place(waiting, now), now, s.params.turns_max)
+        for shape in [shape for shape in s.fresh if not s.books.has_room(shape.claim, None, now)]:
+            s.block(shape)
+        least = s.queue.least()
+
+        def is_over() -> bool:
+            # Of what is blocked, nothing fits where there is no room for the least of it.
+            return not s.fresh and not s.books.has_room(least, s.dirty, now)
+
+        turns = 0
+        if not is_over():
+            turns = s.queue.serve(lambda each: self._settling.place(each, now), is_over, now, s.params.turns_max)
         if turns >= s.params.turns_max:
             s.look_again(now)  # others first
-        else:
-            s.dirty.clear()
-        if len(s.blocked) > s.params.turns_max:
+            return
+        s.dirty.clear()
+        s.fresh.clear()
+        if len(s.blocked) > SHAPES_KEPT_MAX + 2 * len(s.queue):
             s.blocked.intersection_update(s.queue.shapes())
-        since = now - self._rate_at
-        self._rate = (self._rate * max(0.0, RATE_S - since) + turns) / RATE_S if since < RATE_S else turns / RATE_S
+        self._rated(turns, now)
+
+    def _rated(self, turns: int, now: float) -> None:
+        """How many are placed a second, lately."""
+        since = min(RATE_S, now - self._rate_at)
+        self._rate = self._rate * (1.0 - since / RATE_S) + turns / RATE_S
         self._rate_at = now
 
     def _send_notes(self, now: float) -> None:

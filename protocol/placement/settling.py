@@ -57,7 +57,7 @@ class Settling:
         for name, doubt in list(task.doubts.items()):
             if name in current:
                 self._ask(task, name, doubt, now)
-        task.waits_for = ""
+        task.waits_for, task.waits_for_notes = "", False
         if halted:
             s.queue.remove(task.key)
             if stands.is_ended and not live and not task.heard:
@@ -284,11 +284,11 @@ class Settling:
                 task.waits_for = stands.words or "its last node refused it; it is tried again"
                 s.wake(task, task.due)
             elif task.terms.mode == "at_most_once" and not s.noting.is_ready:
-                task.waits_for = s.noting.why_not()
+                task.waits_for_notes = True
             else:
                 may_queue = True
         if may_queue:
-            s.queue.add(s.waiting(task), ahead=stands.number > 1)
+            s.enqueue(task, ahead=stands.number > 1)
         else:
             s.queue.remove(task.key)
 
@@ -296,15 +296,13 @@ class Settling:
         """Its turn: whether there was room. The queue lets go of it then."""
         s, task = self._s, self._s.tasks[waiting.key]
         shape = waiting.shape
-        failed = frozenset(executor for executor, attempt in task.attempts() if attempt.ending is not None)
-        found = s.books.choose(waiting, task.terms.mark, failed, s.dirty if shape in s.blocked else None, now)
+        found = s.books.choose(waiting, task.terms.mark, task.failed_at, s.dirty if shape in s.blocked else None, now)
         if found is None:
-            s.blocked.add(shape)
+            s.block(shape)
             over_at = s.books.reserve(waiting, now)
             if over_at is not None:
                 s.look_again(over_at)
             return False
-        s.blocked.discard(shape)
         book, choice = found
         name = f"{s.rng.getrandbits(64):016x}"
         stands = task.standing

@@ -50,7 +50,7 @@ class SchedulingParameters:
     admitted_s: float = 10.0  # an admission that no record follows is void
     turns_max: int = 64  # placements for one event, so that others are not kept waiting
     tasks_max: int = 50_000
-    breakers: BreakerParameters = BreakerParameters()  # noqa: RUF009 -- it is frozen, so that all may share it
+    breakers: BreakerParameters = field(default_factory=BreakerParameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,7 @@ class Tracked:
     due_of: int = -1  # the failure that it follows
     refusals: int = 0
     wake_at: float = inf
+    waits_for_notes: bool = False
     waits_for: str = ""  # in words, where it does not wait in the queue
 
     def attempts(self) -> list[tuple[NodeId, Attempt]]:
@@ -130,6 +131,15 @@ class Tracked:
             if known is None or known.ending is None:
                 merged[where] = attempt
         return [(executor, attempt) for (executor, _), attempt in merged.items()]
+
+    def failed_at(self) -> frozenset[NodeId]:
+        """Where attempts of it ended badly."""
+        return frozenset(executor for executor, attempt in self.attempts() if attempt.ending is not None)
+
+    def has_ended(self, executor: NodeId, name: AttemptId) -> bool:
+        """Whether that attempt is known to be over."""
+        known = self.heard.get((executor, name)) or self.records.get((executor, name))
+        return known is not None and known.ending is not None
 
     def hear(self, executor: NodeId, attempt: Attempt) -> None:
         """What an executor said of its own attempt."""
@@ -161,15 +171,16 @@ class SchedulingState:
         self.under_way: dict[AttemptId, TaskKey] = {}  # commands without an answer
         self.asked_about: dict[TaskKey, float] = {}  # tasks that reports show and nobody here knows
         self.admitted: dict[TaskKey, float] = {}
-        self.blocked: set[Shape] = set()  # no node has room for these; looked at again where something changed
-        self.dirty: set[NodeId] = set()  # where something did
+        self.blocked: set[Shape] = set()  # no node has room for these but perhaps those that are dirty
+        self.dirty: set[NodeId] = set()  # something changed there since
+        self.fresh: set[Shape] = set()  # not looked at yet
         self.placed = 0
         self.gathering_until = now + self.params.gather_s if term else 0.0
         self.is_reading = bool(term)
         self.unheard: set[NodeId] = set()
         self.wall = (0, now)
         self._wakes: list[tuple[float, NodeId, str]] = []
-        self._look_at = inf
+        self._looks: list[float] = []
         self._timer_at = inf
 
     # ---- time --------------------------------------------------------------------------------------------------------
@@ -182,13 +193,15 @@ class SchedulingState:
 
     def look_again(self, at: float) -> None:
         """Look then at what belongs to no task: promises, pauses and reservations that end."""
-        self._look_at = min(self._look_at, at)
+        if at not in self._looks:
+            heappush(self._looks, at)
 
     def woken(self, now: float) -> Iterator[Tracked | None]:
         """What is due; None: what belongs to no task."""
         self._timer_at = inf
-        if self._look_at <= now:
-            self._look_at = inf
+        if self._looks and self._looks[0] <= now:
+            while self._looks and self._looks[0] <= now:
+                heappop(self._looks)
             yield None
         while self._wakes and self._wakes[0][0] <= now:
             at, submitter, name = heappop(self._wakes)
@@ -199,7 +212,7 @@ class SchedulingState:
 
     def set_timer(self) -> None:
         """For the first of them."""
-        at = min(self._look_at, self._wakes[0][0] if self._wakes else inf)
+        at = min(self._looks[0] if self._looks else inf, self._wakes[0][0] if self._wakes else inf)
         if at < self._timer_at:
             self._timer_at = at
             self.out.append(SetTimer(SWEEP_TIMER, at))
@@ -220,6 +233,19 @@ class SchedulingState:
         needs = task.terms.needs
         shape = Shape(needs, self.roster.role(task.terms.submitter), claim_of(needs))
         return Waiting(task.key, shape, task.terms.priority, task.since)
+
+    def enqueue(self, task: Tracked, *, ahead: bool) -> None:
+        """It waits for a place."""
+        if task.key not in self.queue:
+            waiting = self.waiting(task)
+            self.queue.add(waiting, ahead=ahead)
+            if waiting.shape not in self.blocked:
+                self.fresh.add(waiting.shape)
+
+    def block(self, shape: Shape) -> None:
+        """No node has room for it now."""
+        self.blocked.add(shape)
+        self.fresh.discard(shape)
 
     def command(self, node: NodeId, order: TaskOrder, now: float, *, exclusive: bool = False) -> None:
         """Send it; one at a time for an attempt."""

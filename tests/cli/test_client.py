@@ -250,7 +250,7 @@ def test_events(agent: FakeAgent, connect: Connect) -> None:
     assert list(connect().events("/api/events")) == [
         ServerEvent("connected", {}),
         ServerEvent(""),
-        ServerEvent("x", {"a": 1}),
+        ServerEvent("x", {"a": 1}, "1"),
         ServerEvent("message", "text"),
     ]
 

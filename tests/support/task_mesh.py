@@ -18,10 +18,12 @@ from meshnode.kernel.datagrams import open_datagrams
 from meshnode.kernel.driver import Driver
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links.contracts import LinkContested
+from meshnode.kernel.metrics import Metrics
 from meshnode.kernel.offload import ThreadOffload
 from meshnode.kernel.recordstore import DurableState, SqlRecordStore, record_migrations
 from meshnode.settings.tree import TaskSettings
 from meshnode.tasks.model import Submission, Task
+from meshnode.tasks.service.figures import TASK_METRICS
 from meshnode.tasks.setup import TaskGround, Tasks, build_tasks
 from protocol.election.fence import FENCE_MACHINE, Fence
 from protocol.ids import Address, NodeId
@@ -57,6 +59,14 @@ class Member:
     def id(self) -> NodeId:
         return self.hub.me
 
+    async def end_all(self) -> None:
+        """No process outlives the test."""
+        executions = self.tasks.executions
+        for found in await executions.find():
+            if found.state == "running":
+                await executions.stop(found.attempt, "the test is over")
+                await executions.wait(found.attempt)
+
     async def submit(self, command: str | list[str], **fields: Any) -> Task:
         """As the API does."""
         task, _ = await self.tasks.desk.submit(Submission(command=command, **fields))
@@ -65,6 +75,10 @@ class Member:
     async def read(self, task: Task) -> Task:
         """As the API does."""
         return (await self.tasks.desk.read(task.id))[0]
+
+    async def until_id(self, task: str, *statuses: str) -> Task:
+        """As `until`, for a task that only its id is known of."""
+        return await self.until((await self.tasks.desk.read(task))[0], *statuses)
 
     async def until(self, task: Task, *statuses: str, within_s: float = 20.0) -> Task:
         """Wait until it stands so; fails when it does not in time."""
@@ -171,7 +185,8 @@ class TaskMesh:
                 settings=settings, data_dir=folder, hub=hub, driver=driver, links=link.links, key_value=key_value,
                 fence=Fence(key_value.load_all(FENCE_MACHINE)),
                 offload=ThreadOffload(), name_of=self.names, find_node=self.find, profile=lambda: None,
-                gpus=tuple, publish=events.append, now=trio.current_time, wall=time.time, log=lambda name: log,
+                gpus=tuple, publish=events.append, metrics=Metrics(TASK_METRICS),
+                now=trio.current_time, wall=time.time, log=lambda name: log,
                 scheduling=self._scheduling,
             )
         )  # fmt: skip
@@ -202,6 +217,11 @@ async def task_mesh(
     """So many members, the first of which is the admin."""
     async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
         mesh = TaskMesh(folder, Links(folder, nursery), nursery, stack, scheduling or SchedulingParameters())
-        await mesh.build(settings if settings is not None else [OPEN] * size)
-        yield mesh
-        nursery.cancel_scope.cancel()
+        try:
+            await mesh.build(settings if settings is not None else [OPEN] * size)
+            yield mesh
+        finally:
+            with trio.move_on_after(10, shield=True):
+                for member in mesh.members:
+                    await member.end_all()
+            nursery.cancel_scope.cancel()

@@ -21,7 +21,7 @@ from meshnode.kernel.errors import EXIT_DONE, EXIT_FAILED, ErrorCode, MeshError
 from meshnode.kernel.redaction import printable
 
 STDIN_BYTES_MAX: Final = 16 * 1024
-_JOIN_S: Final = 0.1
+_LOOK_S: Final = 0.1
 
 
 class _Size(click.ParamType[int]):
@@ -185,10 +185,10 @@ def follow_all(session: Session, tasks: list[Any], *, named: bool, asks: bool) -
         for one in runs:
             one.thread.start()
         cancelled = False
-        while any(one.thread.is_alive() for one in runs):
+        while not all(one.done.is_set() for one in runs):
             try:
                 for one in runs:
-                    one.thread.join(_JOIN_S)
+                    one.done.wait(_LOOK_S)
             except KeyboardInterrupt:
                 if cancelled or not asks or not _stays(session, [one.task for one in runs]):
                     return EXIT_INTERRUPTED

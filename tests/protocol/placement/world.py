@@ -10,6 +10,7 @@ from heapq import heappop, heappush
 from itertools import count
 from random import Random
 
+<<<<<<< HEAD
 from msgspec import structs
 
 from protocol.effects import CancelTimer, Persist, Publish, SetTimer, TimerFired
@@ -58,10 +59,27 @@ from protocol.placement.witnessing import WITNESS_MACHINE, AnswerNotes, NotesCom
 from tests.protocol.election.rosters import SetRoster, node_ids
 
 LENT = Lent(Capacity(4.0, 1 << 30, 0, 0, 1 << 30, 4), "linux", "x86_64", "node", (), "everyone", "", "bubblewrap")
+=======
+from protocol.election.events import CoordinatorChanged
+from protocol.membership.events import PeerDown, PeerUp
+from protocol.placement.executing_events import (
+    ExecutionBegun,
+    ExecutionEnded,
+)
+from protocol.placement.scheduling_events import (
+    ElectorateTold,
+    MembersUp,
+)
+from protocol.placement.tasks import Order, Wish
+from tests.protocol.election.rosters import SetRoster, node_ids
+from tests.protocol.placement.world_node import Node
+
+>>>>>>> 5127836c0729fcc3a5e9941f4a850dd86a342e78
 CALL_S = 3.0
 WALL_MS = 1_700_000_000_000
 
 
+<<<<<<< HEAD
 class Node:
     """One machine: its disk outlives its agent, and so do its processes, if only the agent dies."""
 
@@ -280,6 +298,8 @@ class Node:
         )
 
 
+=======
+>>>>>>> 5127836c0729fcc3a5e9941f4a850dd86a342e78
 class World:
     """Time, network, coordinators, processes, and what must never happen."""
 
@@ -340,11 +360,20 @@ class World:
                     answered(answer)
 
         def deliver() -> None:
+<<<<<<< HEAD
             if self.connected(caller, callee) or (caller is callee and callee.is_up):
                 ask(callee, lambda answer: self.after(self._delay(), reply, answer))
 
         def reply(answer) -> None:
             if self.connected(caller, callee):
+=======
+            is_lost = caller is not callee and self.rng.random() < 0.02
+            if self.connected(caller, callee) and not is_lost:
+                ask(callee, lambda answer: self.after(self._delay(), reply, answer))
+
+        def reply(answer) -> None:
+            if self.connected(caller, callee) and (caller is callee or self.rng.random() > 0.04):
+>>>>>>> 5127836c0729fcc3a5e9941f4a850dd86a342e78
                 finish(answer)
 
         self.after(0.0001 if caller is callee else self._delay(), deliver)
@@ -352,7 +381,11 @@ class World:
 
     def gossip(self, origin: Node, record: tuple) -> None:
         for node in self.nodes.values():
+<<<<<<< HEAD
             if node is not origin and self.connected(origin, node) and self.rng.random() < 0.8:
+=======
+            if node is not origin and self.connected(origin, node) and self.rng.random() < 0.6:
+>>>>>>> 5127836c0729fcc3a5e9941f4a850dd86a342e78
                 self.after(self._delay(), lambda node=node: node.is_up and node.learn(record))
 
     def _repair(self) -> None:
@@ -361,7 +394,11 @@ class World:
             if self.connected(node, peer):
                 for record in self._all(node):
                     peer.learn(record)
+<<<<<<< HEAD
         self.after(1.0, self._repair)
+=======
+        self.after(2.0, self._repair)
+>>>>>>> 5127836c0729fcc3a5e9941f4a850dd86a342e78
 
     @staticmethod
     def _all(node: Node) -> list[tuple]:
@@ -386,15 +423,35 @@ class World:
                 continue
             self.term += 1
             quorate = 2 * len(here) > len(self.names)
+<<<<<<< HEAD
             for node in here:
                 self.leaders[node.name] = best.name
                 event = CoordinatorChanged(self.term, best.name, quorate)
                 node.execute(event)
                 node.schedule(event)
+=======
+            event = CoordinatorChanged(self.term, best.name, quorate)
+            for node in here:
+                self.leaders[node.name] = best.name
+                if node is not best and self.rng.random() < 0.3:
+                    self.after(self.rng.uniform(0.0, 6.0), self._tell_leader, node, event, node.boot)
+                else:
+                    self._tell_leader(node, event, node.boot)
+>>>>>>> 5127836c0729fcc3a5e9941f4a850dd86a342e78
             best.schedule(MembersUp(frozenset(node.name for node in here)))
             best.schedule(ElectorateTold(frozenset(self.names), len(self.names) // 2 + 1))
             self._views(here)
 
+<<<<<<< HEAD
+=======
+    def _tell_leader(self, node: Node, event: CoordinatorChanged, boot: int) -> None:
+        """Some hear of it late: a coordinator that was replaced goes on meanwhile."""
+        if node.boot == boot and node.is_up and event.term > node.term:
+            node.term = event.term
+            node.execute(event)
+            node.schedule(event)
+
+>>>>>>> 5127836c0729fcc3a5e9941f4a850dd86a342e78
     def _views(self, here: list[Node]) -> None:
         for node in here:
             for other in self.nodes.values():
@@ -467,8 +524,11 @@ class World:
             return
         process["ended"] = ExecutionEnded(attempt, ending, self.wall(), code)
         node.execute(process["ended"])
+<<<<<<< HEAD
 
     def check_fences(self) -> None:
         for node in self.nodes.values():
             terms = [term for term, _ in node.obeyed]
             assert terms == sorted(terms), "an older term was obeyed"
+=======
+>>>>>>> 5127836c0729fcc3a5e9941f4a850dd86a342e78
