@@ -79,6 +79,13 @@ ROLES: Final[dict[str, Allowance]] = {
         libraries=None,
         protocol=frozenset({"protocol"}),
     ),
+    # Processes of strangers: what starts them, and stands by them without an agent.
+    "execution": Allowance(
+        own=frozenset({"model", "service", "execution"}),
+        agent=frozenset({"meshnode.kernel"}),
+        libraries=frozenset({"trio"}),
+        protocol=frozenset({"protocol.placement"}),
+    ),
     "service": Allowance(
         own=frozenset({"model", "core", "store", "gguf", "templates", "engine", "service"}),
         agent=frozenset({"meshnode.kernel"}),
@@ -92,7 +99,12 @@ ROLES: Final[dict[str, Allowance]] = {
     ),
     "routes": Allowance(own=frozenset({"model", "service", "routes"}), agent=_WORDS | {"meshnode.api"}),
     "setup": Allowance(
-        own=frozenset({"model", "core", "store", "gguf", "templates", "engine", "service", "peers", "routes", "setup"}),
+        own=frozenset(
+            {
+                *{"model", "core", "store", "gguf", "templates", "engine", "execution"},
+                *{"service", "peers", "routes", "setup"},
+            }
+        ),
         agent=frozenset({"meshnode.kernel", "meshnode.settings", "meshnode.api"}),
         libraries=None,
         protocol=frozenset({"protocol"}),
