@@ -340,7 +340,8 @@ class Runtime:
     ) -> Tasks:
         return build_tasks(
             TaskGround(
-                settings=self._settings.tasks, data_dir=self._data_dir, hub=network.hub, driver=network.driver,
+                settings=self._settings.tasks, trusts_user=not self._settings.api.require_token,
+                data_dir=self._data_dir, hub=network.hub, driver=network.driver,
                 links=network.links, key_value=ground.key_value, fence=network.fence, offload=ground.offload,
                 name_of=cluster.nodes.name_of, find_node=cluster.nodes.find, gpus=gpus,
                 profile=lambda: cluster.nodes.profile(network.hub.me), publish=ground.bus.publish,

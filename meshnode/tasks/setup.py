@@ -24,8 +24,10 @@ from meshnode.kernel.resources.gpu import GpuDevice
 from meshnode.kernel.resources.profile import Profile
 from meshnode.settings.tree import TaskSettings
 from meshnode.tasks.core.showing import stands
+from meshnode.tasks.execution.isolation import Trial, no_network
 from meshnode.tasks.execution.running import ProcessExecutions
 from meshnode.tasks.execution.terms import Terms
+from meshnode.tasks.execution.users import gives_users
 from meshnode.tasks.model import TaskSubmitted, TaskUpdated
 from meshnode.tasks.peers import task_methods
 from meshnode.tasks.routes import TaskRoutes
@@ -40,7 +42,6 @@ from meshnode.tasks.service.scheduling import Scheduling
 from meshnode.tasks.service.streaming import Streaming
 from meshnode.tasks.service.submits import Submits
 from meshnode.tasks.service.telling import Telling
-from meshnode.tasks.service.walls import Walls
 from meshnode.tasks.service.whole import TaskService
 from meshnode.tasks.service.witnessing import Witnessing
 from protocol.effects import Persist
@@ -67,6 +68,7 @@ class TaskGround:
     """What the subsystem stands on."""
 
     settings: TaskSettings
+    trusts_user: bool  # whether the local API needs no token of this agent's user
     data_dir: Path
     hub: Node
     driver: Driver
@@ -105,13 +107,15 @@ def build_tasks(ground: TaskGround) -> Tasks:
     return _Assembly(ground).built()
 
 
-def terms_of(settings: TaskSettings) -> Terms:
+def terms_of(settings: TaskSettings, *, data_dir: Path, trusts_user: bool) -> Terms:
     """What the owner lets each task have. Without walls it finds the agent's environment, but for its secrets."""
     head = settings.output_bytes_max // 4
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MESHNODE_")}
     return Terms(
         isolated=settings.isolation != "none",
         network=settings.network,
+        trusts_user=trusts_user,
+        hidden=(str(data_dir),),
         head_bytes=head,
         tail_bytes=settings.output_bytes_max - head,
         environment=environment,
@@ -133,12 +137,13 @@ class _Assembly:
     def __init__(self, ground: TaskGround) -> None:
         self._ground = ground
         hub, log = ground.hub, ground.log
+        self._folder = ground.data_dir / "tasks"
         self._calls = PeerCalls(me=hub.me, links=ground.links, purpose=PURPOSE, log=log("tasks.calls"))
         self._writer = RecordWriter(ground.driver, FIRST_TOKEN)
         self._records = TaskRecords(hub=hub, writer=self._writer, changed=self._changed, own_came=self._own_came)
         self._executions = ProcessExecutions(
-            folder=ground.data_dir / "tasks",
-            terms=lambda: terms_of(ground.settings),
+            folder=self._folder,
+            terms=lambda: terms_of(ground.settings, data_dir=ground.data_dir, trusts_user=ground.trusts_user),
             offload=ground.offload,
             log=log("tasks.processes"),
         )
@@ -218,7 +223,9 @@ class _Assembly:
             hub=hub,
             settings=ground.settings,
             folder=ground.data_dir,
-            isolation=Walls(offload=ground.offload, now=ground.now),
+            isolation=Trial(folder=self._folder, offload=ground.offload),
+            no_network=no_network(trusts_user=ground.trusts_user, own_users=gives_users()),
+            log=log("tasks.lending"),
             name=lambda: ground.name_of(hub.me),
             profile=ground.profile,
             gpus=ground.gpus,

@@ -79,12 +79,12 @@ ROLES: Final[dict[str, Allowance]] = {
         libraries=None,
         protocol=frozenset({"protocol"}),
     ),
-    # Commands of other people, behind walls: their supervisors, files and output.
+    # Processes of strangers: what starts them, and stands by them without an agent.
     "execution": Allowance(
         own=frozenset({"model", "execution"}),
         agent=frozenset({"meshnode.kernel"}),
-        libraries=frozenset({"msgspec", "trio"}),
-        protocol=frozenset({"protocol"}),
+        libraries=frozenset({"trio"}),
+        protocol=frozenset({"protocol.placement"}),
     ),
     "service": Allowance(
         own=frozenset({"model", "core", "store", "gguf", "templates", "engine", "execution", "service"}),
@@ -101,17 +101,8 @@ ROLES: Final[dict[str, Allowance]] = {
     "setup": Allowance(
         own=frozenset(
             {
-                "model",
-                "core",
-                "store",
-                "gguf",
-                "templates",
-                "engine",
-                "execution",
-                "service",
-                "peers",
-                "routes",
-                "setup",
+                *{"model", "core", "store", "gguf", "templates", "engine", "execution"},
+                *{"service", "peers", "routes", "setup"},
             }
         ),
         agent=frozenset({"meshnode.kernel", "meshnode.settings", "meshnode.api"}),

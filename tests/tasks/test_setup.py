@@ -1,5 +1,7 @@
 """What setup adds: names that were nearly meant, and what the owner's settings come to."""
 
+from pathlib import Path
+
 import pytest
 
 from meshnode.kernel.errors import ErrorCode, MeshError
@@ -20,7 +22,7 @@ def test_a_mistyped_node_is_told_what_it_may_have_been() -> None:
 def test_without_walls_a_task_does_not_find_the_agents_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MESHNODE_TOKEN", "secret")
     monkeypatch.setenv("EDITOR", "ed")
-    terms = terms_of(TaskSettings(isolation="none", output_bytes_max=8192))
+    terms = terms_of(TaskSettings(isolation="none", output_bytes_max=8192), data_dir=Path("/data"), trusts_user=True)
     assert (terms.isolated, terms.head_bytes + terms.tail_bytes) == (False, 8192)
     assert terms.environment["EDITOR"] == "ed"
     assert "MESHNODE_TOKEN" not in terms.environment

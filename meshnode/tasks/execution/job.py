@@ -1,7 +1,8 @@
 """The folder of one attempt: what is to be run, who supervises it, how it ended. Files, since an agent may come and go.
 
     job          what to run, written before the supervisor starts
-    supervisor   its process id and the moment that this process began; only both together name a process
+    supervisor   its process id and the moment that this process began; only both together name a process. Whoever makes
+                 this file, a supervisor or an agent that wants none to begin any more, makes it once and for all
     status       how it ended; it appears whole, and durably, or not at all
     stdin        its standard input
     errors       what went wrong in the supervisor itself
@@ -12,10 +13,11 @@ Only the standard library: supervisors are forked from a process that holds noth
 
 import json
 import os
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
+
+from meshnode.tasks.execution.processes import began, boot
 
 JOB: Final = "job"
 SUPERVISOR: Final = "supervisor"
@@ -32,18 +34,22 @@ WORDS_CHARS_MAX: Final = 400
 class Job:
     """What a supervisor does. Times in seconds, sizes in bytes; 0: no limit.
 
-    `options`: bubblewrap's (empty: no walls), `argv`: the command, `environment`: the command's where it has no walls.
-    `uid`: run as this user; None: as the agent's. `limits`: resource limits by their names (RLIMIT_AS), soft and hard.
+    `program`: bubblewrap (empty: no walls), `options`: what it is told, `argv`: the command, `environment`: the
+    command's where it has no walls. `scratch`: what nobody needs when it has ended; `work`: where it begins.
+    `uid`: run as this user; None: as the agent's. `limits`: resource limits by their names (RLIMIT_DATA), both kinds.
+    `memory_bytes`: for all its processes together; `cgroup`: a control group that holds it, empty: the supervisor does.
     `bell`: the agent's socket in the folder above, rung when there is output or an end; empty: none.
     """
 
     argv: tuple[str, ...]
     work: str
+    scratch: str = ""
     program: str = ""
     options: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     uid: int | None = None
     limits: dict[str, int] = field(default_factory=dict)
+    memory_bytes: int = 0
     nice: int = 0
     cgroup: str = ""
     stdin: str = ""
@@ -95,7 +101,8 @@ def reserve_status(folder: Path) -> int:
 
 def write_status(folder: Path, file: int, status: Status) -> None:
     """Into the room reserved; durable afterwards. Raises OSError."""
-    body = json.dumps(asdict(status) | {"words": status.words[:WORDS_CHARS_MAX]}).encode()
+    said = asdict(status) | {"words": status.words[:WORDS_CHARS_MAX]}
+    body = json.dumps(said, ensure_ascii=False).encode(errors="replace")
     os.pwrite(file, body, 0)
     os.ftruncate(file, len(body))
     os.fsync(file)
@@ -121,43 +128,29 @@ def sync_folder(folder: Path) -> None:
         os.close(file)
 
 
-def began(pid: int) -> str:
-    """When a process began, by the kernel's count since its start; empty if there is no such process, or a dead one."""
-    if sys.platform != "linux":
-        try:
-            os.kill(pid, 0)
-        except OSError:
-            return ""
-        return "unknown"
+def claim(folder: Path, pid: int) -> bool:
+    """Be its supervisor, or with 0 see to it that there will be none. False: somebody else was first.
+
+    Raises OSError.
+    """
+    new = folder / f"{SUPERVISOR}.{os.getpid()}"
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in (b"Z", b"X") else fields[19].decode()
+        with open(new, "w", encoding="ascii") as file:
+            file.write(f"{pid} {began(pid) if pid else ''} {boot()}\n")
+        os.link(new, folder / SUPERVISOR)
+    except FileExistsError:
+        return False
+    finally:
+        new.unlink(missing_ok=True)
+    return True
 
 
-def boot() -> str:
-    """This start of the machine: process ids of another one mean nothing."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
-def write_supervisor(folder: Path, pid: int) -> None:
-    """Raises OSError."""
-    with open(folder / f"{SUPERVISOR}.new", "w", encoding="ascii") as file:
-        file.write(f"{pid} {began(pid)} {boot()}\n")
-    os.rename(folder / f"{SUPERVISOR}.new", folder / SUPERVISOR)
-
-
-def supervisor(folder: Path) -> int | None:
-    """The process id of the supervisor that is at work on it; None if there is none."""
+def supervisor(folder: Path) -> tuple[int, str] | None:
+    """The process id of the supervisor that is at work on it and when that began; None if there is none."""
     try:
         with open(folder / SUPERVISOR, encoding="ascii") as file:
-            pid, moment, start = (*file.read().split(), "", "", "")[:3]
-    except OSError:
+            pid, moment, start = (*file.read().split(" "), "", "", "")[:3]
+    except (OSError, ValueError):
         return None
-    return int(pid) if pid.isdigit() and moment and began(int(pid)) == moment and start == boot() else None
+    there = pid.isdigit() and moment and began(int(pid)) == moment and start.strip() == boot()
+    return (int(pid), moment) if there else None

@@ -16,9 +16,11 @@ Stream = Literal["stdout", "stderr"]
 STREAMS: Final[tuple[Stream, Stream]] = ("stdout", "stderr")
 
 TAIL_FILES: Final = 4  # a quarter of the tail goes at a time
+TAIL_FILE_BYTES_MIN: Final = 4096  # a file for each byte would be a way to keep a disk busy
 CHUNK_BYTES_MAX: Final = 1 << 20
 _HEAD: Final = struct.Struct("<QI")  # number, length
 _DIGITS: Final = 16
+_FAR: Final = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +34,21 @@ class Chunk:
 
 
 class StreamWriter:
-    """One stream. What the disk does not take is lost and counted in `unkept`: the task does not wait for it."""
+    """One stream. What the disk does not take is lost and counted in `unkept`: the task does not wait for it.
+
+    Limits are of files, so of bytes and what is written beside them; a chunk that fits whole is never divided.
+    """
 
     def __init__(self, folder: Path, stream: Stream, *, head_bytes: int, tail_bytes: int) -> None:
         self._folder, self._stream = folder, stream
         self._head_left = head_bytes
-        self._tail_file_bytes = max(1, tail_bytes // TAIL_FILES)
+        self._tail_file_bytes = max(TAIL_FILE_BYTES_MIN, tail_bytes // TAIL_FILES)
         self._tail: list[Path] = []
+        self._path = Path()
         self._file = -1
-        self._room = 0
+        self._size = 0  # of the open file
+        self._room = 0  # in it
+        self._in_head = False
         self.total = 0
         self.unkept = 0
         self.error = ""
@@ -49,17 +57,16 @@ class StreamWriter:
         """Keep these bytes, which are chunk `number` of both streams together."""
         rest = memoryview(data)
         while rest:
+            part = rest
             try:
-                if self._room <= 0:
+                if self._room <= _HEAD.size:
                     self._begin()
-                part = rest[: self._room]
+                part = rest[: self._room - _HEAD.size]
                 self._put(number, part)
-                self._room -= len(part)
             except OSError as error:
                 # A full disk may have room again later: then a new file begins, and the gap tells what is missing.
                 self.error = self.error or error.strerror or str(error)
                 self._close()
-                part = rest
                 self.unkept += len(part)
             self.total += len(part)
             rest = rest[len(part) :]
@@ -77,33 +84,39 @@ class StreamWriter:
     def _begin(self) -> None:
         """Raises OSError."""
         self._close()
-        path = _path(self._folder, self._stream, self.total)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        if self._head_left > 0:
-            self._room, self._head_left = self._head_left, 0
-            return
-        self._room = self._tail_file_bytes
-        self._tail.append(path)
-        if len(self._tail) > TAIL_FILES:
-            self._tail.pop(0).unlink(missing_ok=True)
+        self._in_head = self._head_left > _HEAD.size
+        self._path = _path(self._folder, self._stream, self.total)
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self._room = self._head_left if self._in_head else self._tail_file_bytes
 
     def _put(self, number: int, part: memoryview) -> None:
         """All of it or nothing. Raises OSError."""
-        at = os.lseek(self._file, 0, os.SEEK_CUR)
         whole: list[bytes | memoryview] = [_HEAD.pack(number, len(part)), part]
+        wanted = _HEAD.size + len(part)
         try:
-            wanted = _HEAD.size + len(part)
             done = os.writev(self._file, whole)
             while done < wanted:
                 done += os.write(self._file, b"".join(whole)[done:])
         except OSError:
-            os.ftruncate(self._file, at)
+            os.ftruncate(self._file, self._size)
             raise
+        if self._size == 0 and not self._in_head:
+            # Only now does an older one make room: a disk that takes nothing must not cost what is there.
+            self._tail.append(self._path)
+            if len(self._tail) > TAIL_FILES:
+                self._tail.pop(0).unlink(missing_ok=True)
+        self._size += wanted
+        self._room -= wanted
+        if self._in_head:
+            self._head_left -= wanted
 
     def _close(self) -> None:
         if self._file >= 0:
             os.close(self._file)
-        self._file, self._room = -1, 0
+            if self._size == 0:
+                with contextlib.suppress(OSError):
+                    self._path.unlink(missing_ok=True)
+        self._file, self._size, self._room = -1, 0, 0
 
 
 class StreamReader:
@@ -133,6 +146,11 @@ class StreamReader:
             if chunk.offset + len(chunk.data) > self._wanted:
                 return self._from_wanted(chunk)
 
+    @property
+    def reached(self) -> int:
+        """The offset behind what was looked at."""
+        return self._at
+
     def close(self) -> None:
         """Harmless when nothing is open."""
         if self._file >= 0:
@@ -160,17 +178,23 @@ class StreamReader:
             self._file = os.open(_path(self._folder, self._stream, begin), os.O_RDONLY | os.O_CLOEXEC)
 
     def _chunk(self) -> Chunk | None:
+        """The next chunk of the open file; without its bytes if it lies before what is wanted."""
         head = os.pread(self._file, _HEAD.size, self._place)
         if len(head) < _HEAD.size:
             return None
         number, length = _HEAD.unpack(head)
         if length > CHUNK_BYTES_MAX:
             return None
-        data = os.pread(self._file, length, self._place + _HEAD.size)
-        if len(data) < length:
-            return None  # still being written, or never finished
+        behind = self._place + _HEAD.size + length
+        data = b""
+        if self._at + length > self._wanted:
+            data = os.pread(self._file, length, self._place + _HEAD.size)
+            if len(data) < length:
+                return None  # still being written, or never finished
+        elif os.fstat(self._file).st_size < behind:
+            return None
         chunk = Chunk(number, self._at, data, 0)
-        self._place += _HEAD.size + length
+        self._place = behind
         self._at += length
         return chunk
 
@@ -186,6 +210,16 @@ def files(folder: Path, stream: Stream) -> list[tuple[int, int]]:
             except FileNotFoundError:
                 continue  # dropped meanwhile
     return sorted(found)
+
+
+def end(folder: Path, stream: Stream) -> int:
+    """The offset behind the last whole chunk that is there."""
+    reader = StreamReader(folder, stream, _FAR)
+    try:
+        reader.next()
+        return reader.reached
+    finally:
+        reader.close()
 
 
 def merged(folder: Path, stdout: int, stderr: int) -> "Merged":

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import zlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -18,9 +17,11 @@ from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.logs import Logger
 from meshnode.kernel.offload import Offload
 from meshnode.kernel.service import Policy
-from meshnode.tasks.execution import attempts
+from meshnode.tasks.execution import attempts, cgroups
 from meshnode.tasks.execution.output import Stream, merged
+from meshnode.tasks.execution.places import Place, shared_folder
 from meshnode.tasks.execution.terms import Terms
+from meshnode.tasks.execution.users import free_user, gives_users
 from meshnode.tasks.model import FoundAttempt, Outcome, Piece
 from protocol.placement.tasks import AttemptId, Order
 
@@ -29,10 +30,6 @@ LOOK_S: Final = 0.5
 
 START_S: Final = 10.0
 KEEPER_AGAIN_S: Final = 1.0
-UID_FIRST: Final = 1_900_000_000
-"""Behind all that distributions, containers and directories give out; see `_uids`."""
-
-UIDS: Final = 256
 
 
 class ProcessExecutions:
@@ -52,40 +49,57 @@ class ProcessExecutions:
         self._turn = trio.Lock()
         self._bells: dict[AttemptId, trio.Event] = {}
         self._uids: dict[AttemptId, int] = {}
+        self._cgroup: Path | None = None
+        self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Until cancelled; the attempts run on."""
-        await self._offload(_prepare, self._folder)
-        async with trio.open_nursery() as nursery:
-            bell = _bell(self._folder)
-            if bell is not None:
-                nursery.start_soon(self._listen, bell)
-            task_status.started()
-            while True:
-                await self._keep()
-                self._log.warning("the keeper of tasks ended and is started again")
-                await trio.sleep(KEEPER_AGAIN_S)
+        self._cgroup, why = await self._offload(_prepare, self._folder)
+        self._log.info("limits of tasks", control_groups=str(self._cgroup or why))
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                bell = _bell(self._folder)
+                if bell is not None:
+                    nursery.start_soon(self._listen, bell)
+                task_status.started()
+                while True:
+                    await self._keep()
+                    self._log.warning("the keeper of tasks ended and is started again")
+                    await trio.sleep(KEEPER_AGAIN_S)
+        finally:
+            self._nursery = None
 
     # ---- what the service asks for ----------------------------------------------------------------------------------
 
     async def find(self) -> Sequence[FoundAttempt]:
-        """All that is on the disk; for the start of the agent."""
+        """All that is on the disk; for the start of the agent. Cleans up behind what has ended meanwhile."""
+        await self._offload(_prepare_folder, self._folder)
         found = await self._offload(attempts.found, self._folder)
-        running = [one.attempt for one in found if one.state == "running"]
-        self._uids |= await self._offload(attempts.uids, self._folder, running)
+        self._uids |= await self._offload(attempts.uids, self._folder, [one.attempt for one in found])
+        for one in found:
+            if one.state == "gone":
+                await self._offload(attempts.end_strays, self._folder / one.attempt)
+            if one.state != "running":
+                await self._clear(one.attempt)
         return found
 
     async def start(self, order: Order, attempt: AttemptId, stdin: bytes, *, begun: Callable[[], None]) -> Outcome:
         """Start it and wait for its end; `begun` is called when its process runs. Whoever cancels this only stops
-        waiting. Once for an attempt id. Raises MeshError CONFLICT, UNAVAILABLE.
+        waiting. Once for an attempt id. Raises MeshError CONFLICT, NOT_FOUND.
         """
-        folder = self._folder / attempt
-        refusal = await self._offload(attempts.make, folder, order, stdin, self._terms(), self._uid(attempt))
+        if not attempts.is_attempt(attempt):
+            raise MeshError(ErrorCode.NOT_FOUND, f"{attempt!r} is no attempt's id.")
+        folder, terms = self._folder / attempt, self._terms()
+        try:
+            place = await self._place(attempt, terms)
+            refusal = await self._offload(attempts.make, folder, order, stdin, terms, place)
+        except OSError as error:
+            refusal = Outcome("refused", words=f"there is no room for it: {error.strerror or error}")
         if refusal is None:
-            words = await self._fork(folder)
-            refusal = Outcome("refused", words=words) if words else None
+            refusal = await self._begin(folder)
         if refusal is not None:
-            self._uids.pop(attempt, None)
+            await self._clear(attempt)
             return refusal
         begun()
         return await self.wait(attempt)
@@ -97,24 +111,35 @@ class ProcessExecutions:
             bell = self._bells.setdefault(attempt, trio.Event())
             outcome = await self._offload(attempts.outcome, folder)
             if outcome is not None:
-                await self._offload(attempts.clear_work, folder)
-                self._uids.pop(attempt, None)
-                self._ring(attempt)
-                return outcome
+                break
             with trio.move_on_after(LOOK_S):
                 await bell.wait()
+        self._ring(attempt)
+        if outcome.ending == "lost":
+            await self._offload(attempts.end_strays, folder)
+        # It may have left more files than anybody wants to wait for.
+        if self._nursery is not None:
+            self._nursery.start_soon(self._clear, attempt)
+        else:
+            await self._clear(attempt)
+        return outcome
 
     async def stop(self, attempt: AttemptId, why: str) -> None:
-        """End all its processes: SIGTERM, then SIGKILL. Does not wait for the end; repeated calls change nothing."""
-        folder = self._here(attempt)
-        await self._offload(attempts.stop, folder)
+        """End all its processes: SIGTERM, then SIGKILL. Does not wait for the end; repeated calls change nothing.
+
+        Raises MeshError NOT_FOUND.
+        """
+        await self._offload(attempts.stop, self._here(attempt))
 
     async def read(self, attempt: AttemptId, stream: Stream, offset: int, bytes_max: int) -> Piece:
         """What is kept from `offset` on, or from the next byte that is kept; a negative offset counts from the end.
 
         Raises MeshError NOT_FOUND.
         """
-        return await self._offload(attempts.read, self._here(attempt), stream, offset, bytes_max)
+        try:
+            return await self._offload(attempts.read, self._here(attempt), stream, offset, bytes_max)
+        except FileNotFoundError as error:
+            raise _gone(attempt) from error
 
     async def follow(self, attempt: AttemptId, stdout: int, stderr: int) -> AsyncGenerator[Piece, None]:
         """Both streams from these offsets on, in the order in which they were read from the processes, until both have
@@ -127,28 +152,59 @@ class ProcessExecutions:
                 bell = self._bells.setdefault(attempt, trio.Event())
                 # In this order: what was written before the end is there once the end is.
                 over = await self._offload(attempts.outcome, folder) is not None
-                while (found := await self._offload(reading.next)) is not None:
-                    yield attempts.piece(*found)
+                while found := await self._offload(attempts.batch, reading):
+                    for piece in found:
+                        yield piece
                 if over:
                     return
                 with trio.move_on_after(LOOK_S):
                     await bell.wait()
+        except FileNotFoundError as error:
+            raise _gone(attempt) from error
         finally:
             reading.close()
+            self._leave(attempt)
 
     async def remove(self, attempt: AttemptId) -> None:
         """Delete the output and all else of one that has ended. What is not there is no error."""
         if not attempts.is_attempt(attempt):
             return
-        self._bells.pop(attempt, None)
+        self._ring(attempt)
         await self._offload(attempts.remove, self._folder / attempt)
+        self._uids.pop(attempt, None)
+
+    # ---- where it runs ----------------------------------------------------------------------------------------------
+
+    async def _place(self, attempt: AttemptId, terms: Terms) -> Place:
+        """Raises OSError, MeshError CONFLICT."""
+        if not gives_users() or not terms.isolated:
+            return Place(cgroup=self._cgroup)
+        if attempt in self._uids:
+            raise MeshError(ErrorCode.CONFLICT, f"The attempt {attempt} was begun before.")
+        uid = free_user(self._folder, self._uids.values())
+        if uid is None:
+            raise OSError(0, "there are no more users for tasks on this machine")
+        self._uids[attempt] = uid
+        return Place(uid, await self._offload(shared_folder, self._folder), self._cgroup)
+
+    async def _begin(self, folder: Path) -> Outcome | None:
+        """Have a supervisor for it; else why there is none, and there will be none."""
+        # A keeper that has just ended may have begun it or not; whoever comes second does nothing.
+        words = await self._fork(folder) and await self._fork(folder)
+        # No answer does not say that none began: who asks too late, or of one who died, must make sure of it.
+        revoked = bool(words) and await self._offload(attempts.revoke, folder)
+        return Outcome("refused", words=words) if revoked else None
+
+    async def _clear(self, attempt: AttemptId) -> None:
+        await self._offload(attempts.clear, self._folder / attempt)
+        self._uids.pop(attempt, None)
 
     # ---- the keeper -------------------------------------------------------------------------------------------------
 
     async def _keep(self) -> None:
         """One keeper's life."""
         process = await trio.lowlevel.open_process(
-            [sys.executable, "-P", "-m", "meshnode.tasks.execution"],
+            [sys.executable, "-P", "-m", "meshnode.tasks.execution", os.fspath(self._folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -164,28 +220,40 @@ class ProcessExecutions:
         except (trio.TooSlowError, EOFError) as error:
             self._log.warning("the keeper of tasks does not start", why=str(error))
         finally:
-            self._keeper, self._ready = None, trio.Event()
+            self._is_gone(process)
             with trio.CancelScope(shield=True):
                 process.kill()
                 await process.wait()
+                for pipe in (process.stdin, process.stdout):
+                    if pipe is not None:
+                        await pipe.aclose()
 
     async def _fork(self, folder: Path) -> str:
-        """Have a supervisor for this folder; empty, or why there is none."""
+        """Have a supervisor for this folder; empty, or why none answered."""
         async with self._turn:
             with trio.move_on_after(START_S):
                 await self._ready.wait()
-                keeper = self._keeper
-                if keeper is None or keeper.stdin is None:
-                    return "the process that starts tasks has just ended; try again"
+            keeper = self._keeper
+            if keeper is None or keeper.stdin is None:
+                return f"the process that starts tasks did not come up within {START_S:g} s"
+            answer = "0 the process that starts tasks ended meanwhile; try again"
+            # The answer belongs to this question: whoever gives up in between ends the keeper.
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + START_S) as scope:
                 try:
-                    # The answer belongs to this question: whoever gives up in between ends the keeper.
-                    with trio.CancelScope(shield=True):
-                        await keeper.stdin.send_all(os.fsencode(folder) + b"\n")
-                        pid, _, words = (await _line(keeper)).partition(" ")
+                    await keeper.stdin.send_all(folder.name.encode("ascii") + b"\n")
+                    answer = await _line(keeper)
                 except (trio.BrokenResourceError, trio.ClosedResourceError, EOFError):
-                    return "the process that starts tasks ended meanwhile; try again"
-                return "" if pid != "0" else f"no process could be started: {words}"
-            return f"the process that starts tasks did not come up within {START_S:g} s"
+                    self._is_gone(keeper)
+            if scope.cancelled_caught:
+                keeper.kill()
+                self._is_gone(keeper)
+                answer = "0 the process that starts tasks hung"
+            pid, _, words = answer.partition(" ")
+            return "" if pid != "0" else f"no process could be started: {words}"
+
+    def _is_gone(self, keeper: trio.Process) -> None:
+        if self._keeper is keeper:
+            self._keeper, self._ready = None, trio.Event()
 
     # ---- the bell ---------------------------------------------------------------------------------------------------
 
@@ -199,27 +267,39 @@ class ProcessExecutions:
         if waiting is not None:
             waiting.set()
 
+    def _leave(self, attempt: AttemptId) -> None:
+        """Nobody listens for a bell any more, where nobody does."""
+        waiting = self._bells.get(attempt)
+        if waiting is not None and not waiting.statistics().tasks_waiting:
+            del self._bells[attempt]
+
     # ---- small things -----------------------------------------------------------------------------------------------
 
     def _here(self, attempt: AttemptId) -> Path:
         folder = self._folder / attempt
         if not attempts.is_attempt(attempt) or not folder.is_dir():
-            raise MeshError(ErrorCode.NOT_FOUND, f"This node has nothing of the attempt {attempt!r}.")
+            raise _gone(attempt)
         return folder
 
-    def _uid(self, attempt: AttemptId) -> int | None:
-        """A user of its own for each attempt where this agent may give one: root would not be held by limits."""
-        if os.geteuid() != 0 or not self._terms().isolated:
-            return None
-        first = UID_FIRST + zlib.crc32(os.fsencode(self._folder)) % 4096 * UIDS
-        taken = set(self._uids.values())
-        uid = next(uid for uid in range(first, first + UIDS + 1) if uid not in taken)
-        self._uids[attempt] = uid
-        return uid
+
+def _gone(attempt: AttemptId) -> MeshError:
+    return MeshError(ErrorCode.NOT_FOUND, f"This node has nothing of the attempt {attempt!r}.")
 
 
-def _prepare(folder: Path) -> None:
+def _prepare_folder(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _prepare(folder: Path) -> tuple[Path | None, str]:
+    """The folder, and where control groups go; or why there are none."""
+    _prepare_folder(folder)
+    group = cgroups.own()
+    if group is None:
+        return None, "there are no control groups of version 2"
+    usable, why = cgroups.prepare(group, os.getpid())
+    if usable is not None:
+        cgroups.sweep(usable)
+    return usable, why
 
 
 def _bell(folder: Path) -> trio.socket.SocketType | None:

@@ -2,14 +2,15 @@
 ended.
 
 It outlives the agent. SIGTERM to it means: end the attempt. It is forked from the keeper (keeper.py), which must start
-quickly and stay small, so there is nothing here but the standard library.
+quickly and stay small, so there is nothing here but the standard library. The child is becoming.py's business.
 """
 
 import contextlib
-import ctypes
+import errno
 import fcntl
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -20,23 +21,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from meshnode.tasks.execution.job import Job, Status, read_job, reserve_status, write_status, write_supervisor
+from meshnode.tasks.execution import cgroups
+from meshnode.tasks.execution.becoming import Ends, become, wall_files
+from meshnode.tasks.execution.job import Job, Status, claim, read_job, reserve_status, write_status
 from meshnode.tasks.execution.output import CHUNK_BYTES_MAX, STREAMS, StreamReader, StreamWriter, files
+from meshnode.tasks.execution.processes import CHILD_SUBREAPER, below, memory_of, parent_of, send, tell_kernel
 
 RING_PAUSE_S: Final = 0.005
 DRAIN_S: Final = 2.0  # for what lies in the pipes when all processes are gone
 KILL_AGAIN_S: Final = 0.05
-OOM_SCORE: Final = 900
+MEMORY_LOOK_S: Final = 1.0
+STATUS_AGAIN_S: Final = 5.0
+STATUS_TRIES: Final = 720
 
-_PR_SET_PDEATHSIG: Final = 1
-_PR_SET_CHILD_SUBREAPER: Final = 36
 _PIPE_BYTES: Final = 1 << 20
+_TOO_MUCH_MEMORY: Final = "it was killed: its processes took more memory than it may have"
+_NOT_EXECUTED: Final = re.compile(r"bwrap: execvp (.*): (.*)")
 
 
 class Supervisor:
     """One attempt, from its fork to its status."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises OSError, ValueError, TypeError."""
         self._folder = folder
         self._job: Job = read_job(folder)
         self._out = {
@@ -50,118 +57,96 @@ class Supervisor:
         self._above = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._rung_at = 0.0
         self._must_ring = False
-        self._pid = 0
+        self._pid = 0  # the child, until it is waited for
         self._walls = -1  # where bubblewrap tells of itself, and what it told so far
         self._told = b""
         self._first = 0  # the first process inside the walls, as this machine counts
-        self._executed = False  # the walls stand, and the command was found inside
+        self._executed = False  # the walls stand, and the command began inside
         self._exit: int | None = None
         self._ending = ""  # why it is being ended
+        self._code = 0
+        self._words = ""
         self._kill_at = 0.0
-        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._look_at = 0.0 if self._job.memory_bytes and not self._job.cgroup else float("inf")
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
 
     def run(self, ready: Callable[[], None]) -> None:
-        """All of it. `ready` is called once others can see that somebody is at work. Raises OSError before that."""
-        status = reserve_status(self._folder)
-        write_supervisor(self._folder, os.getpid())
-        ready()
+        """All of it. `ready` is called once whoever looks can see that somebody is at work; until then it raises
+        OSError.
+        """
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        tell_kernel(CHILD_SUBREAPER, 1)
+        status = reserve_status(self._folder)
+        if not claim(self._folder, os.getpid()):
+            raise OSError(errno.EEXIST, "it has or had a supervisor, or shall have none")
+        ready()
         started_ms, began = _now_ms(), time.monotonic()
-        words = ""
         try:
             self._start()
-        except OSError as error:
-            words = f"it could not be started: {error.strerror or error}"
-            self._ending = "refused"
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            self._ending, self._words = "refused", f"it could not be started: {why}"
+            self._code = _shell_code(getattr(error, "errno", None)) if not self._job.program else 0
         else:
             self._pump(began + self._job.timeout_s if self._job.timeout_s else float("inf"))
         self._end_all()
         self._drain()
         for writer in self._out.values():
             writer.finish()
-        write_status(self._folder, status, self._status(started_ms, words))
+        self._write(status, self._status(started_ms))
         self._ring(at_once=True)
+
+    def _write(self, file: int, status: Status) -> None:
+        """Until it is written: whoever looks meanwhile finds this process, and an attempt that has not ended yet."""
+        for left in range(STATUS_TRIES, 0, -1):
+            try:
+                write_status(self._folder, file, status)
+            except OSError:
+                if left == 1 or not self._folder.is_dir():
+                    raise
+                time.sleep(STATUS_AGAIN_S)
+            else:
+                return
 
     # ---- beginning --------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        """Raises OSError."""
+        """Raises OSError, ValueError."""
         job = self._job
+        options, calls = wall_files(job) if job.program else (-1, -1)
         stdin = os.open(job.stdin or os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        ends = []
+        out = []
         for stream in STREAMS:
-            read, write = os.pipe2(os.O_CLOEXEC)
+            read, write = os.pipe()
             # A larger pipe lets a quick writer go on while this process writes to the disk; a limit may forbid it.
             with contextlib.suppress(OSError, AttributeError):
                 fcntl.fcntl(read, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             os.set_blocking(read, False)
             self._pipes[read] = self._out[stream]
-            ends.append(write)
-        told_read, told_write = os.pipe2(os.O_CLOEXEC)  # why it could not be started; empty when it was
-        status_read, status_write = os.pipe2(os.O_CLOEXEC)
-        arguments = _memory("options", "\0".join(job.options).encode(errors="surrogateescape")) if job.options else -1
-        self._pid = os.fork()
-        if self._pid == 0:
-            self._become(stdin, ends, status_write, arguments, told_write)
-        for fd in (stdin, *ends, told_write, status_write, *([arguments] if arguments >= 0 else [])):
-            os.close(fd)
-        with open(told_read, "rb") as told:
-            why = told.read()
+            out.append(write)
+        told, tell = os.pipe()
+        self._walls, walls = os.pipe()
+        os.set_blocking(self._walls, False)
+        ends = Ends(stdin, tuple(out), tell, walls, options, calls)
+        parent = os.getpid()
+        try:
+            self._pid = os.fork()
+            if self._pid == 0:
+                become(job, ends, parent)
+        finally:
+            ends.close()
+        with open(told, "rb") as file:
+            why = file.read()
         if why:
             os.waitpid(self._pid, 0)
             self._pid = 0
-            os.close(status_read)
             raise OSError(int(why), os.strerror(int(why)))
         self._executed = not job.program
-        self._walls = status_read
-        os.set_blocking(status_read, False)
-
-    def _become(self, stdin: int, ends: list[int], status: int, arguments: int, told: int) -> None:
-        """Be the command, in the child. Never returns."""
-        job = self._job
-        try:
-            signal.set_wakeup_fd(-1)
-            for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP, signal.SIGPIPE, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL)
-            os.setsid()
-            for place, fd in enumerate((stdin, *ends)):
-                os.dup2(fd, place)
-            if job.cgroup:
-                with open(f"{job.cgroup}/cgroup.procs", "w") as file:
-                    file.write("0")
-            with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-                file.write(str(OOM_SCORE))
-            with contextlib.suppress(OSError):
-                os.nice(job.nice)
-            for name, value in job.limits.items():
-                kind = getattr(resource, name)
-                hard = resource.getrlimit(kind)[1]
-                most = value if hard == resource.RLIM_INFINITY else min(value, hard)
-                resource.setrlimit(kind, (most, most))
-            if job.uid is not None:
-                os.setgroups([])
-                os.setresgid(job.uid, job.uid, job.uid)
-                os.setresuid(job.uid, job.uid, job.uid)
-            # Whoever kills this supervisor ends the attempt: nobody would see its end. setuid takes the wish back.
-            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            os.umask(0o022)
-            if job.program:
-                kept = (arguments, status)
-                for fd in kept:
-                    os.set_inheritable(fd, True)
-                walls = [job.program, "--args", str(arguments), "--json-status-fd", str(status), "--", *job.argv]
-                os.execve(job.program, walls, {})
-            os.chdir(job.work)
-            os.execve(job.argv[0], list(job.argv), job.environment)
-        except OSError as error:
-            os.write(told, str(error.errno or 1).encode())
-        except BaseException:  # noqa: BLE001  # whatever it is, this process must not go on as a second supervisor
-            os.write(told, b"1")
-        os._exit(127)
 
     # ---- while it runs ----------------------------------------------------------------------------------------------
 
@@ -179,7 +164,9 @@ class Supervisor:
             if self._kill_at and now >= self._kill_at:
                 self._kill()
                 self._kill_at = now + KILL_AGAIN_S
-            until = min(deadline if not self._ending else float("inf"), self._kill_at or float("inf"))
+            if now >= self._look_at:
+                self._look(now)
+            until = min(deadline if not self._ending else float("inf"), self._kill_at or float("inf"), self._look_at)
             if self._must_ring:
                 until = min(until, self._rung_at + RING_PAUSE_S)
             wait_s = None if until == float("inf") else max(0.0, until - now)
@@ -205,7 +192,14 @@ class Supervisor:
             if pid == 0:
                 return
             if pid == self._pid:
-                self._exit = status
+                self._pid, self._exit = 0, status
+
+    def _look(self, now: float) -> None:
+        """At the memory that all have together: limits of the kernel are for each alone."""
+        self._look_at = now + MEMORY_LOOK_S
+        if memory_of(self._processes(), self._job.memory_bytes) > self._job.memory_bytes and not self._ending:
+            self._ending, self._code, self._words = "signalled", signal.SIGKILL, _TOO_MUCH_MEMORY
+            self._kill_at = now
 
     def _hear(self) -> bool:
         """What bubblewrap says of itself: JSON objects. False: nothing more comes."""
@@ -252,27 +246,28 @@ class Supervisor:
         """SIGTERM for all its processes; SIGKILL follows."""
         self._ending = ending
         self._kill_at = time.monotonic() + self._job.grace_s
-        for pid in self._processes():
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGTERM)
+        self._send(self._processes(), signal.SIGTERM)
 
     def _kill(self) -> None:
-        if self._job.cgroup:
-            with contextlib.suppress(OSError), open(f"{self._job.cgroup}/cgroup.kill", "w") as file:
-                file.write("1")
+        cgroups.kill(self._job.cgroup)
         # The first process behind the walls takes all others with it.
-        for pid in ([self._first] if self._first else []) + self._processes() + ([self._pid] if self._pid else []):
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+        if self._first and self._pid and parent_of(self._first) == self._pid:
+            send(self._first, signal.SIGKILL, (self._pid,))
+        self._send(below(os.getpid()), signal.SIGKILL)
+
+    def _send(self, pids: list[int], number: int) -> None:
+        # Of one whose parent has just ended this process is the parent, or the first one behind the walls.
+        parents = {*pids, os.getpid(), self._first, self._pid}
+        for pid in pids:
+            send(pid, number, parents)
 
     def _processes(self) -> list[int]:
         """All of this attempt's, the walls' own aside."""
-        if self._first:
-            return _descendants(self._first)
-        return _descendants(os.getpid())
+        return below(self._first or os.getpid())
 
     def _end_all(self) -> None:
         """Nothing that the command started goes on behind it."""
+        pause_s = 0.001
         while True:
             self._kill()
             try:
@@ -280,43 +275,57 @@ class Supervisor:
                     pass
             except ChildProcessError:
                 return
-            self._drain_once()
-            time.sleep(0.001)
-
-    def _drain_once(self) -> None:
-        for fd in list(self._pipes):
-            self._read(fd)
+            for fd in list(self._pipes):
+                self._read(fd)
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, KILL_AGAIN_S)  # one that waits for a dead disk may take its time
 
     def _drain(self) -> None:
         until = time.monotonic() + DRAIN_S
         while self._pipes and time.monotonic() < until:
-            for fd in select.select(list(self._pipes), [], [], until - time.monotonic())[0]:
+            poll = select.poll()
+            for fd in self._pipes:
+                poll.register(fd, select.POLLIN)
+            for fd, _ in poll.poll(max(0.0, until - time.monotonic()) * 1000):
                 self._read(fd)
 
-    def _status(self, started_ms: int, words: str) -> Status:
+    def _status(self, started_ms: int) -> Status:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        ending, code = self._ending, 0
-        while self._walls >= 0 and self._hear() and not self._executed:
-            pass  # its end is near: all who could write are gone
-        if self._exit is not None and not ending:
-            ending, code = _how(self._exit, shell=bool(self._job.program))
-            if not self._executed:
-                ending, words = "refused", f"bubblewrap could not build its walls: {self._last_words()}"
-        errors = [writer.error for writer in self._out.values() if writer.unkept]
+        while self._walls >= 0 and not self._executed and self._hear():
+            pass  # all who could write are gone: its end is near
+        self._judge()
+        words = self._words
+        errors = [writer.error for writer in self._out.values() if writer.error]
         if errors:
             lost = sum(writer.unkept for writer in self._out.values())
             words = f"{words} {lost} bytes of its output could not be kept: {errors[0]}".strip()
+        peak, held = cgroups.peak(self._job.cgroup)
+        if held and not words:
+            words = _TOO_MUCH_MEMORY
+        cgroups.remove(self._job.cgroup)
         return Status(
-            ending=ending or "lost",
-            code=code,
+            ending=self._ending or "lost",
+            code=self._code,
             words=words,
             started_ms=started_ms,
             ended_ms=_now_ms(),
             cpu_ms=int((usage.ru_utime + usage.ru_stime) * 1000),
-            memory_bytes=usage.ru_maxrss * (1024 if sys.platform == "linux" else 1),
+            memory_bytes=peak or usage.ru_maxrss * (1024 if sys.platform == "linux" else 1),
             stdout_bytes=self._out["stdout"].total,
             stderr_bytes=self._out["stderr"].total,
         )
+
+    def _judge(self) -> None:
+        """How it ended, where nobody ended it."""
+        if self._exit is None or self._ending:
+            return
+        self._ending, self._code = _how(self._exit, walls=bool(self._job.program))
+        if self._executed or self._ending != "exited":
+            return
+        self._ending, self._code, said = "refused", 0, self._last_words()
+        self._words = f"bubblewrap could not build its walls: {said}"
+        if (found := _NOT_EXECUTED.fullmatch(said)) is not None:
+            self._code, self._words = 127 if found[2] == os.strerror(errno.ENOENT) else 126, said
 
     def _last_words(self) -> str:
         said = b""
@@ -328,44 +337,19 @@ class Supervisor:
         return said.decode(errors="replace").strip()
 
 
-def _how(status: int, *, shell: bool) -> tuple[str, int]:
+def _how(status: int, *, walls: bool) -> tuple[str, int]:
     """Ending and code. Bubblewrap tells of a signal as shells do: 128 and its number."""
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         return "signalled", -code
-    if shell and 128 < code < 128 + signal.NSIG:
+    if walls and 128 < code < 128 + signal.NSIG:
         return "signalled", code - 128
     return "exited", code
 
 
-def _descendants(root: int) -> list[int]:
-    """All processes below one, which is not among them. They may fork meanwhile: whoever must have all asks again."""
-    children: dict[int, list[int]] = {}
-    for name in os.listdir("/proc") if sys.platform == "linux" else ():
-        if name.isdigit():
-            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
-                parent = int(file.read().rpartition(b")")[2].split()[1])
-                children.setdefault(parent, []).append(int(name))
-    found: list[int] = []
-    look = [root]
-    while look:
-        below = children.get(look.pop(), [])
-        found += below
-        look += below
-    return found
-
-
-def _memory(name: str, data: bytes) -> int:
-    """A descriptor to read these bytes from. Raises OSError."""
-    file = os.memfd_create(name, os.MFD_CLOEXEC)
-    os.write(file, data)
-    os.lseek(file, 0, os.SEEK_SET)
-    return file
-
-
-def _prctl(option: int, value: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+def _shell_code(error: int | None) -> int:
+    """What shells say of a command that cannot be executed."""
+    return 127 if error == errno.ENOENT else 126 if error in (errno.EACCES, errno.ENOEXEC) else 0
 
 
 def _now_ms() -> int:

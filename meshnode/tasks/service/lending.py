@@ -11,6 +11,7 @@ import psutil
 import trio
 
 from meshnode.kernel.errors import MeshError
+from meshnode.kernel.logs import Logger
 from meshnode.kernel.resources.gpu import GpuDevice
 from meshnode.kernel.resources.memory import ControlGroups, effective_memory
 from meshnode.kernel.resources.profile import Profile
@@ -81,17 +82,23 @@ class Lending:
         settings: Owner,
         folder: Path,
         isolation: Isolation,
+        no_network: str,
         name: Callable[[], str],
         profile: Callable[[], Profile | None],
         gpus: Callable[[], Sequence[GpuDevice]],
         taken: Callable[[], Taken],
         told: Callable[[Lent], None],
         wall: Callable[[], float],
+        log: Logger,
     ) -> None:
+        """`no_network`: why no task may have the network here, whatever the settings say."""
+        if settings.network and no_network:
+            log.warning("tasks.network is set in vain", why=no_network)
         self._hub = hub
         self._settings = settings
         self._folder = folder
         self._isolation = isolation
+        self._no_network = no_network
         self._name = name
         self._profile = profile
         self._gpus = gpus
@@ -139,7 +146,7 @@ class Lending:
             accepts=settings.accept,
             closed=lack[:512] or self._closed(),
             isolation=isolation,
-            network=settings.network,
+            network=settings.network and not self._no_network,
             busy_pm=self._busy_pm(),
         )
 
