@@ -297,7 +297,7 @@ class Scheduling:
                 task.shown[running.attempt] = (node, running.generation)
         if known.wish.generation > task.wish.generation:
             task.due, task.refusals = 0.0, 0
-        task.wish = known.wish
+        task.wish = max(task.wish, known.wish, key=lambda wish: (wish.generation, wish.deleted, wish.cancelled))
         task.records = {(executor, attempt.attempt): attempt for executor, attempt in known.attempts}
         for where in [where for where in task.heard if (record := task.records.get(where)) and record.ending]:
             del task.heard[where]

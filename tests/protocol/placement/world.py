@@ -11,7 +11,7 @@ from itertools import count
 from random import Random
 
 from protocol.election.events import CoordinatorChanged
-from protocol.membership.events import PeerDown, PeerUp
+from protocol.membership.events import PeerDown, PeerUp, RosterShrank
 from protocol.placement.executing_events import (
     ExecutionBegun,
     ExecutionEnded,
@@ -20,7 +20,7 @@ from protocol.placement.scheduling_events import (
     ElectorateTold,
     MembersUp,
 )
-from protocol.placement.tasks import Order, Wish
+from protocol.placement.tasks import NO_WISH, Order, Wish
 from tests.protocol.election.rosters import SetRoster, node_ids
 from tests.protocol.placement.world_node import Node
 
@@ -38,6 +38,7 @@ class World:
         self._events: list = []
         self.names = node_ids(size)
         self.roster = SetRoster(self.names)
+        self.voters = set(self.names)
         self.roster.role = lambda node: "admin" if node in self.roster else None
         self.nodes = {name: Node(self, name) for name in self.names}
         self.term = 0
@@ -134,7 +135,7 @@ class World:
                 self._views(here)
                 continue
             self.term += 1
-            quorate = 2 * len(here) > len(self.names)
+            quorate = 2 * sum(node.name in self.voters for node in here) > len(self.voters)
             event = CoordinatorChanged(self.term, best.name, quorate)
             for node in here:
                 self.leaders[node.name] = best.name
@@ -143,7 +144,7 @@ class World:
                 else:
                     self._tell_leader(node, event, node.boot)
             best.schedule(MembersUp(frozenset(node.name for node in here)))
-            best.schedule(ElectorateTold(frozenset(self.names), len(self.names) // 2 + 1))
+            best.schedule(self._electorate())
             self._views(here)
 
     def _tell_leader(self, node: Node, event: CoordinatorChanged, boot: int) -> None:
@@ -177,8 +178,27 @@ class World:
                     each.side = 0
         self.after(self.rng.uniform(0.2, 2.0), self.elect)
 
+    def evict(self, node: Node) -> None:
+        """It is switched off and never comes back; after a while it is no voter any more."""
+        node.kill(with_processes=True)
+        self.roster.merge(SetRoster((), [node.name]))
+        for other in self.nodes.values():
+            other.execute(RosterShrank((node.name,)))
+            other.schedule(RosterShrank((node.name,)))
+        self.after(3.0, self._strike, node.name)
+        self.after(1.0, self.elect)
+
+    def _strike(self, name: str) -> None:
+        self.voters.discard(name)
+        for node in self.nodes.values():
+            if node.is_up and node.scheduling.is_coordinator:
+                node.schedule(self._electorate())
+
+    def _electorate(self) -> ElectorateTold:
+        return ElectorateTold(frozenset(self.voters & set(self.roster.members())), len(self.voters) // 2 + 1)
+
     def revive(self, node: Node) -> None:
-        if not node.is_up:
+        if not node.is_up and node.name in self.roster:
             node.start()
             self.leaders.pop(node.name, None)
             self.after(self.rng.uniform(0.2, 2.0), self.elect)
@@ -187,6 +207,10 @@ class World:
         for node in self.nodes.values():
             node.side = 0
             self.revive(node)
+        for key in self.modes:
+            here = next(node for node in self.nodes.values() if node.is_up)
+            if key in here.orders and here.state(key).state == "lost" and self.rng.random() < 0.3:
+                self.wish(key, Wish(here.wishes.get(key, NO_WISH).generation + 1))
         self.after(1.0, self.elect)
 
     # ---- tasks -------------------------------------------------------------------------------------------------------
