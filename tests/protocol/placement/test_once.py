@@ -46,7 +46,7 @@ def test_the_notes_of_a_majority_come_before_the_first_start() -> None:
     assert world.stats().words.startswith("notes of at_most_once")
     assert not [each for each in world.of(SendNotes) if isinstance(each.message, HoldNotes)]
     world.notes(A)
-    assert [each.node for each in world.of(SendNotes) if isinstance(each.message, HoldNotes)] == [ME, A]
+    assert [each.node for each in world.of(SendNotes) if isinstance(each.message, HoldNotes)] == [A, ME]
     assert world.commands() == []
 
 
