@@ -187,8 +187,8 @@ class FairQueue:
             rank.passed += entry.cost / weight
             self.remove(entry.key)
             served += 1
-        for rank in self._classes:
-            rank.passed = max(rank.passed, self._served - LAG_MAX)
+        for priority, rank in enumerate(self._classes):
+            rank.passed = max(rank.passed, self._served - LAG_MAX / SHARE_FACTOR**priority)
             for lane in rank.lanes.values():
                 lane.passed = max(lane.passed, rank.served - LAG_MAX)
         return served

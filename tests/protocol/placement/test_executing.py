@@ -132,7 +132,7 @@ def test_older_terms_are_refused_and_newer_ones_durable_first() -> None:
 def test_an_attempt_id_starts_nothing_twice() -> None:
     node = Node(writes=False)
     node.start()
-    node.start()  # while it is being written
+    assert node.start() is None  # while it is being written
     node.tell(AttemptWritten(A1, True, 60))
     assert node.answered(1) == node.answered(2)
     assert node.start().attempt == node.written  # while it runs

@@ -79,13 +79,25 @@ def test_first_come_first_served_among_equals_and_again_goes_ahead() -> None:
 
 
 def test_what_finds_no_room_holds_nobody_up_and_catches_up_within_bounds() -> None:
+    for priorities in ((1, 1), (1, 2)):
+        queue = FairQueue()
+        for index in range(500):
+            queue.add(waiting("odd", index, priorities[0], cpus=1.01))
+            queue.add(waiting("even", index, priorities[1]))
+        assert {each.key[0] for each in serve(queue, 200, fits=lambda each: each.key[0] == "even")} == {"even"}
+        served = Counter(each.key[0] for each in serve(queue, 40))
+        assert served["odd"] >= 5
+        assert served["even"] >= 5
+
+
+def test_a_priority_that_nobody_asked_for_has_nothing_to_catch_up() -> None:
     queue = FairQueue()
     for index in range(500):
-        queue.add(waiting("large", index, cpus=64.0))
-        queue.add(waiting("small", index))
-    assert {each.key[0] for each in serve(queue, 200, fits=lambda each: each.key[0] == "small")} == {"small"}
-    served = serve(queue, 30)
-    assert any(each.key[0] == "small" for each in served)
+        queue.add(waiting("me", index, 1))
+    serve(queue, 300)
+    for index in range(50):
+        queue.add(waiting("other", index, 0))
+    assert Counter(each.priority for each in serve(queue, 20))[0] <= 5
 
 
 def test_a_shape_without_room_is_offered_once_a_pass() -> None:

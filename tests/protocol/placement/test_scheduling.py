@@ -9,6 +9,7 @@ from protocol.placement.commands import Capacity, Running, StartAttempt, StopAtt
 from protocol.placement.scheduling_events import (
     AnswerSubmit,
     CommandNode,
+    Known,
     ReadTask,
     ReadTasks,
     SubmitAsked,
@@ -128,6 +129,17 @@ def test_a_pause_that_other_clocks_began_is_no_longer_than_itself() -> None:
     world.learn("1")
     world.wait(1.1)
     assert len(world.commands()) == 1
+
+
+def test_a_pause_that_is_over_already_is_not_begun_again() -> None:
+    world = Coordinator()
+    order = world.orders["1"] = world.order("1", retries=20)
+    failed = {
+        (A, f"{n:016x}"): Attempt(f"{n:016x}", 0, n, 2, 1, world.wall - 400_000, "exited", 1) for n in range(1, 13)
+    }
+    world.records[order.task] = failed
+    world.learn("1")
+    assert world.start(order.task)[1].number == 13
 
 
 def test_a_wish_of_a_higher_generation_begins_anew() -> None:
@@ -291,6 +303,43 @@ def test_a_promise_counts_until_a_report_shows_the_attempt_or_its_absence() -> N
     world.answer(A, start.attempt, written=ended)
     world.wait(60.0)
     assert (len(world.commands()), len(world.commands(VoidAttempt))) == (2, 1)
+
+
+def test_a_report_that_was_made_before_the_command_was_handled_says_nothing_of_it() -> None:
+    world = Coordinator(A)
+    world.submit("1", needs=Needs(cpus=3.0))
+    _, start = world.start(world.orders["1"].task)
+    world.numbers[A] += 1
+    world.answer(A, start.attempt)
+    world.numbers[A] -= 1
+    world.report(A)  # overtaken by the answer
+    assert world.stats().promised == 1
+    world.report(A)
+    assert world.stats().promised == 0
+
+
+def test_what_has_ended_runs_no_more_whatever_comes_late() -> None:
+    world = Coordinator(A)
+    world.submit("1")
+    node, start = world.start(world.orders["1"].task)
+    begun = Attempt(start.attempt, 0, 1, 3, world.wall)
+    ended = structs.replace(begun, ended_ms=world.wall, ending="exited", code=1)
+    world.runs[A][start.attempt] = Running(C, world.orders["1"].task, start.attempt, 0, Capacity(1.0, slots=1), 1.0)
+    world.end("1", node, start.attempt, code=1)
+    world.answer(node, start.attempt, written=begun)
+    world.wait(10.0)
+    world.record(node, "1", ended)
+    world.wait(60.0)
+    assert world.position("1") is None
+    assert len(world.of(CommandNode)) == 1
+
+
+def test_many_are_placed_a_few_at_a_time_so_that_others_are_heard_between() -> None:
+    world = Coordinator(turns_max=4)
+    world.tell(TasksLearned(tuple(Known(world.order(f"{index}")) for index in range(12)), world.wall))
+    assert len(world.commands()) == 4
+    world.wait(0.0)
+    assert len(world.commands()) == 12
 
 
 def test_an_older_report_that_comes_last_is_not_believed() -> None:
