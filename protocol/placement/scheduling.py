@@ -20,6 +20,8 @@ from protocol.placement.commands import (
     STATS_SUBMITTERS_MAX,
     WORDS_CHARS_MAX,
     Position,
+    Positions,
+    PositionsWanted,
     SchedulerStats,
     Submitted,
 )
@@ -82,11 +84,11 @@ class Scheduling:
         """Whether it is still learning what there is, and places nothing."""
         return self._s.is_reading or now < self._s.gathering_until
 
-    def positions(self, keys: Iterable[TaskKey], now: float) -> tuple[Position, ...]:
+    def positions(self, wanted: PositionsWanted, now: float) -> Positions:
         """Why these wait; those that are not known, or ended, are left out."""
-        tasks = [task for key in keys if (task := self._s.tasks.get(key))]
+        tasks = [task for key in wanted.tasks if (task := self._s.tasks.get(key))]
         places = self._s.queue.positions(task.key for task in tasks)
-        return tuple(self._position(task, places.get(task.key), now) for task in tasks)
+        return Positions(tuple(self._position(task, places.get(task.key), now) for task in tasks))
 
     def _position(self, task: Tracked, place: int | None, now: float) -> Position:
         never = "" if place is None else self._s.books.never(self._s.waiting(task).shape)
@@ -297,7 +299,7 @@ class Scheduling:
                 task.shown[running.attempt] = (node, running.generation)
         if known.wish.generation > task.wish.generation:
             task.due, task.refusals = 0.0, 0
-        task.wish = known.wish
+        task.wish = max(task.wish, known.wish, key=lambda wish: (wish.generation, wish.deleted, wish.cancelled))
         task.records = {(executor, attempt.attempt): attempt for executor, attempt in known.attempts}
         for where in [where for where in task.heard if (record := task.records.get(where)) and record.ending]:
             del task.heard[where]

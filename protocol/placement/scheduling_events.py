@@ -50,9 +50,10 @@ class SubmitAsked:
 
 @dataclass(frozen=True, slots=True)
 class TasksLearned:
-    """Whatever the records say of these tasks: whenever one of their records changed, and in answer to ReadTasks and
-    ReadTask. `read`: the number of the ReadTasks that this ends, 0 for all others. Those that ended may be left out of
-    the answer to ReadTasks; their change to ended, and the answer to ReadTask, is always told.
+    """Whatever the records say of these tasks, as they are at this moment, and told in the order of those moments:
+    whenever one of their records changed, and in answer to ReadTasks and ReadTask. `read`: the number of the ReadTasks
+    that this ends, 0 for all others. Those that ended may be left out of the answer to ReadTasks; their change to
+    ended, and the answer to ReadTask, is always told.
     """
 
     tasks: tuple[Known, ...]

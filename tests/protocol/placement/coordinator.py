@@ -13,6 +13,7 @@ from protocol.placement.commands import (
     Lent,
     NodeReport,
     NotesAnswer,
+    PositionsWanted,
     Running,
     StartAttempt,
 )
@@ -115,8 +116,13 @@ class Coordinator:
         return [each.event for each in self.of(Publish) if isinstance(each.event, kind)]
 
     def words(self, task: str) -> str:
+        return self.position(task).words
+
+    def position(self, task: str):
+        """None: the coordinator does not know it, or it ended."""
         order = self.orders[task]
-        return next(iter(self.machine.positions([(order.submitter, order.task)], self.now))).words
+        wanted = PositionsWanted(((order.submitter, order.task),))
+        return next(iter(self.machine.positions(wanted, self.now).positions), None)
 
     def stats(self):
         return self.machine.stats(self.now)

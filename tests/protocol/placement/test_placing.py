@@ -55,7 +55,7 @@ def test_why_it_waits_is_said() -> None:
     assert world.words("2") == "it is the next"
     assert "about 1 are served before it" in world.words("3")
     assert "none of 4 nodes can ever run it; node comes closest: it lends 1000 B of RAM" in world.words("9")
-    assert world.machine.positions([(C, world.orders["9"].task)], world.now)[0].never
+    assert world.position("9").never
     stats = world.stats()
     assert (stats.queued, stats.by_priority, stats.by_submitter) == (3, (0, 3, 0, 0), ((C, 3),))
 

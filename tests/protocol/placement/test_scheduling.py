@@ -43,9 +43,9 @@ def test_a_task_is_placed_run_and_let_go_when_its_record_says_that_it_ended() ->
     assert (world.stats().promised, world.stats().running) == (0, 1)
     world.end("1", node, attempt)
     assert world.stats().running == 0
-    assert world.machine.positions([("c", world.orders["1"].task)], world.now) != ()
+    assert world.position("1") is not None
     world.record(node, "1", world.ended)
-    assert world.machine.positions([("c", world.orders["1"].task)], world.now) == ()
+    assert world.position("1") is None
     world.learn("1")
     assert len(world.commands()) == 1
 

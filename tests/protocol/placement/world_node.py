@@ -227,8 +227,7 @@ class Node:
 
                 world.call(self, to, ask, lambda answer: self.schedule(NotesAnswered(to, batch, answer)))
             case ReadTasks(number):
-                tasks = tuple(known for key in self.orders if (known := self.known(key)))
-                world.after(0.01, self.schedule, TasksLearned(tasks, world.wall(), number))
+                world.after(0.01, self._read, number, self.boot)
             case ReadTask(submitter, task):
                 self.tell_task((submitter, task))
             case DeclareLost(submitter, task, attempt):
@@ -237,6 +236,11 @@ class Node:
                 pass
             case _:
                 raise TypeError(effect)
+
+    def _read(self, number: int, boot: int) -> None:
+        if boot == self.boot:
+            tasks = tuple(known for key in self.orders if (known := self.known(key)))
+            self.schedule(TasksLearned(tasks, self.world.wall(), number))
 
     def _timer(self, key, at: float, back: Callable, boot: int) -> None:
         if self.is_up and boot == self.boot and self.timers.get(key) == at:
