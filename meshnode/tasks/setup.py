@@ -178,23 +178,7 @@ class _Assembly:
         self._outputs = Outputs(
             me=hub.me, calls=self._calls, executions=self._executions, is_starting=self._executing.is_starting
         )
-        self._desk = Desk(
-            hub=hub,
-            calls=self._calls,
-            records=self._records,
-            submits=Submits(
-                hub=hub,
-                calls=self._calls,
-                records=self._records,
-                find_node=self._find_node,
-                now=ground.now,
-                wall=ground.wall,
-                log=log("tasks.submit"),
-            ),
-            outputs=self._outputs,
-            name_of=ground.name_of,
-            node_count=lambda: len(hub.membership.view.up),
-        )
+        self._desk = self._build_desk()
         self._streaming = Streaming(
             hub=hub,
             records=self._records,
@@ -210,29 +194,7 @@ class _Assembly:
             queued=lambda: self._scheduling.stats().queued,
         )
         self._telling = Telling(records=self._records, desk=self._desk, publish=self._publish)
-        self._keeping = Keeping(
-            hub=hub,
-            records=self._records,
-            executions=self._executions,
-            keep_s=ground.settings.keep_s,
-            history_s=ground.settings.history_s,
-            wall=ground.wall,
-            log=log("tasks.keeping"),
-        )
-        self._lending = Lending(
-            hub=hub,
-            settings=ground.settings,
-            folder=ground.data_dir,
-            isolation=Trial(folder=self._folder, offload=ground.offload),
-            no_network=no_network(trusts_user=ground.trusts_user, own_users=gives_users()),
-            log=log("tasks.lending"),
-            name=lambda: ground.name_of(hub.me),
-            profile=ground.profile,
-            gpus=ground.gpus,
-            taken=self._taken,
-            told=self._executing.lend,
-            wall=ground.wall,
-        )
+        self._keeping, self._lending = self._build_keeping(), self._build_lending()
 
     def built(self) -> Tasks:
         """The parts that others see."""
@@ -267,6 +229,57 @@ class _Assembly:
             methods,
             Mount(routes.routes()),
             self._observe,
+        )
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+
+    def _build_desk(self) -> Desk:
+        ground, hub, log = self._ground, self._ground.hub, self._ground.log
+        return Desk(
+            hub=hub,
+            calls=self._calls,
+            records=self._records,
+            submits=Submits(
+                hub=hub,
+                calls=self._calls,
+                records=self._records,
+                find_node=self._find_node,
+                now=ground.now,
+                wall=ground.wall,
+                log=log("tasks.submit"),
+            ),
+            outputs=self._outputs,
+            name_of=ground.name_of,
+            node_count=lambda: len(hub.membership.view.up),
+        )
+
+    def _build_keeping(self) -> Keeping:
+        ground, hub, log = self._ground, self._ground.hub, self._ground.log
+        return Keeping(
+            hub=hub,
+            records=self._records,
+            executions=self._executions,
+            keep_s=ground.settings.keep_s,
+            history_s=ground.settings.history_s,
+            wall=ground.wall,
+            log=log("tasks.keeping"),
+        )
+
+    def _build_lending(self) -> Lending:
+        ground, hub = self._ground, self._ground.hub
+        return Lending(
+            hub=hub,
+            settings=ground.settings,
+            folder=ground.data_dir,
+            isolation=Trial(folder=self._folder, offload=ground.offload),
+            no_network=no_network(trusts_user=ground.trusts_user, own_users=gives_users()),
+            log=ground.log("tasks.lending"),
+            name=lambda: ground.name_of(hub.me),
+            profile=ground.profile,
+            gpus=ground.gpus,
+            taken=self._taken,
+            told=self._executing.lend,
+            wall=ground.wall,
         )
 
     # ---- what parts ask of each other -------------------------------------------------------------------------------

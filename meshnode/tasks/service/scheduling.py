@@ -154,7 +154,7 @@ class Scheduling:
 
     def positions(self, wanted: PositionsWanted) -> Positions:
         """`tasks.positions`; empty where this node does not coordinate."""
-        return Positions(self._machine.positions(wanted.tasks, self._now()))
+        return self._machine.positions(wanted, self._now())
 
     def stats(self) -> SchedulerStats:
         """`tasks.stats`; term 0 where this node does not coordinate."""

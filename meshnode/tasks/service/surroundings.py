@@ -1,15 +1,14 @@
 """What the service needs of others: the machines that decide, and what runs processes here. Protocols, no behaviour."""
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol
 
 from meshnode.tasks.model import FoundAttempt, Outcome, Piece, Stream
 from protocol.effects import TimerFired
-from protocol.ids import NodeId
-from protocol.placement.commands import Position, SchedulerStats
+from protocol.placement.commands import Positions, PositionsWanted, SchedulerStats
 from protocol.placement.executing_events import ExecutingInput
 from protocol.placement.scheduling_events import SchedulingInput
-from protocol.placement.tasks import AttemptId, Order, TaskId
+from protocol.placement.tasks import AttemptId, Order
 
 
 class Scheduler(Protocol):
@@ -18,7 +17,7 @@ class Scheduler(Protocol):
     @property
     def is_coordinator(self) -> bool: ...
     def handle(self, event: SchedulingInput | TimerFired, now: float) -> Sequence[object]: ...
-    def positions(self, keys: Iterable[tuple[NodeId, TaskId]], now: float) -> tuple[Position, ...]: ...
+    def positions(self, wanted: PositionsWanted, now: float) -> Positions: ...
     def stats(self, now: float) -> SchedulerStats: ...
 
 

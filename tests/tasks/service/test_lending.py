@@ -33,7 +33,9 @@ def test_hours(hours: str, moment: str, open_: bool) -> None:
 
 async def test_the_owners_words_bound_what_is_lent(tmp_path: Path) -> None:
     async with task_mesh(tmp_path, 1, settings=[TIGHT]) as mesh:
-        lent = mesh.members[0].tasks.lending.last
+        lending = mesh.members[0].tasks.lending
+        await mesh.until(lambda: lending.last is not None)
+        lent = lending.last
         assert lent is not None
         capacity = lent.capacity
         assert (capacity.cpus, capacity.slots, capacity.ram_bytes) == (0.5, 3, 128 * 2**20)

@@ -12,8 +12,8 @@ from meshnode.tasks.service.wire import END, PULSE, PieceReader, packed
 from tests.support.task_mesh import Member, task_mesh
 
 
-async def followed(member: Member, task: str, after: Place = Place()) -> list[Wrote | Stands]:  # noqa: B008 -- frozen
-    return [one async for one in member.tasks.streaming.follow(task, after)]
+async def followed(member: Member, task: str, after: Place | None = None) -> list[Wrote | Stands]:
+    return [one async for one in member.tasks.streaming.follow(task, after or Place())]
 
 
 def text(told: list[Wrote | Stands], stream: str = "stdout") -> bytes:
