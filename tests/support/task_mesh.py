@@ -182,7 +182,8 @@ class TaskMesh:
         events: list[object] = []
         tasks = build_tasks(
             TaskGround(
-                settings=settings, trusts_user=True, data_dir=folder, hub=hub, driver=driver, links=link.links, key_value=key_value,
+                settings=settings, trusts_user=True, data_dir=folder, hub=hub, driver=driver, links=link.links,
+                key_value=key_value,
                 fence=Fence(key_value.load_all(FENCE_MACHINE)),
                 offload=ThreadOffload(), name_of=self.names, find_node=self.find, profile=lambda: None,
                 gpus=tuple, publish=events.append, metrics=Metrics(TASK_METRICS),
