@@ -36,7 +36,8 @@ class Job:
 
     `program`: bubblewrap (empty: no walls), `options`: what it is told, `argv`: the command, `environment`: the
     command's where it has no walls. `scratch`: what nobody needs when it has ended; `work`: where it begins.
-    `uid`: run as this user; None: as the agent's. `limits`: resource limits by their names (RLIMIT_DATA), both kinds.
+    `unix` False: no Unix sockets but pairs. `uid`: run as this user; None: as the agent's. `limits`: resource limits by
+    their names (RLIMIT_DATA), both kinds.
     `memory_bytes`: for all its processes together; `cgroup`: a control group that holds it, empty: the supervisor does.
     `bell`: the agent's socket in the folder above, rung when there is output or an end; empty: none.
     """
@@ -47,6 +48,7 @@ class Job:
     program: str = ""
     options: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    unix: bool = True
     uid: int | None = None
     limits: dict[str, int] = field(default_factory=dict)
     memory_bytes: int = 0

@@ -81,7 +81,7 @@ class ProcessExecutions:
             if one.state == "gone":
                 await self._offload(attempts.end_strays, self._folder / one.attempt)
             if one.state != "running":
-                await self._clear(one.attempt)
+                await self._clear_soon(one.attempt)
         return found
 
     async def start(self, order: Order, attempt: AttemptId, stdin: bytes, *, begun: Callable[[], None]) -> Outcome:
@@ -117,11 +117,7 @@ class ProcessExecutions:
         self._ring(attempt)
         if outcome.ending == "lost":
             await self._offload(attempts.end_strays, folder)
-        # It may have left more files than anybody wants to wait for.
-        if self._nursery is not None:
-            self._nursery.start_soon(self._clear, attempt)
-        else:
-            await self._clear(attempt)
+        await self._clear_soon(attempt)
         return outcome
 
     async def stop(self, attempt: AttemptId, why: str) -> None:
@@ -194,6 +190,13 @@ class ProcessExecutions:
         # No answer does not say that none began: who asks too late, or of one who died, must make sure of it.
         revoked = bool(words) and await self._offload(attempts.revoke, folder)
         return Outcome("refused", words=words) if revoked else None
+
+    async def _clear_soon(self, attempt: AttemptId) -> None:
+        """It may have left more files than anybody wants to wait for."""
+        if self._nursery is not None:
+            self._nursery.start_soon(self._clear, attempt)
+        else:
+            await self._clear(attempt)
 
     async def _clear(self, attempt: AttemptId) -> None:
         await self._offload(attempts.clear, self._folder / attempt)

@@ -149,7 +149,7 @@ async def test_an_agent_that_is_gone_leaves_all_to_the_next(data_dir: Path, isol
         assert not jobs.claim(folder / never, os.getpid())
         # A user is not given out again while its attempt runs.
         uids = second.executions._uids
-        assert set(uids) <= {running}
+        await until(lambda: set(uids) <= {running})
         assert await second.says(running, b"on") == b"on\n"
         await second.executions.stop(running, "")
         assert (await second.executions.wait(running)).ending == "cancelled"
