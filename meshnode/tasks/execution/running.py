@@ -19,7 +19,7 @@ from meshnode.kernel.offload import Offload
 from meshnode.kernel.service import Policy
 from meshnode.tasks.execution import attempts, cgroups
 from meshnode.tasks.execution.output import Stream, merged
-from meshnode.tasks.execution.places import Place, shared_folder
+from meshnode.tasks.execution.places import Place, leave_shared, shared_folder
 from meshnode.tasks.execution.terms import Terms
 from meshnode.tasks.execution.users import free_user, gives_users
 from meshnode.tasks.service.surroundings import FoundAttempt, Outcome, Piece
@@ -69,6 +69,7 @@ class ProcessExecutions:
                     await trio.sleep(KEEPER_AGAIN_S)
         finally:
             self._nursery = None
+            leave_shared(self._folder)
 
     # ---- what the service asks for ----------------------------------------------------------------------------------
 
