@@ -30,11 +30,13 @@ from meshnode.tasks.execution.places import Place
 from meshnode.tasks.execution.removing import remove_tree
 from meshnode.tasks.execution.terms import Terms
 from meshnode.tasks.model import FoundAttempt, Outcome, Piece
-from protocol.placement.tasks import AttemptId, Ending, Order
+from protocol.placement.tasks import OUTPUT_BYTES_MAX, AttemptId, Ending, Order
 
 FILES_MAX: Final = 4096
 PROCESSES_MAX: Final = 1024
 GONE_TRIES: Final = 3
+STRAYS_TRIES: Final = 100
+STRAYS_PAUSE_S: Final = 0.01
 BELL: Final = "bell"
 BATCH_BYTES: Final = 1 << 20
 _VARIABLE: Final = "MESHNODE_ATTEMPT"
@@ -114,7 +116,7 @@ def _fill(
         hidden=(*terms.hidden, str(folder.parent)),
         environment=environment,
     )
-    kept = order.output_bytes_max or terms.head_bytes + terms.tail_bytes
+    half = order.output_bytes_max // 2 or OUTPUT_BYTES_MAX
     job = Job(
         argv=argv,
         work=str(scratch / "work"),
@@ -126,11 +128,13 @@ def _fill(
         limits=_limits(memory_bytes, place.uid),
         memory_bytes=memory_bytes,
         nice=terms.nice,
+        # Names of sockets that are no paths belong to the network: those of this user's desktop would take it in.
+        unix=not walls.network or place.uid is not None,
         stdin=str(folder / jobs.STDIN) if stdin else "",
         timeout_s=order.timeout_s,
         grace_s=terms.grace_s,
-        head_bytes=min(terms.head_bytes, kept - kept * 3 // 4),
-        tail_bytes=min(terms.tail_bytes, kept * 3 // 4),
+        head_bytes=min(terms.head_bytes, half),
+        tail_bytes=min(terms.tail_bytes, half),
         bell=BELL,
     )
     # First of all: whoever cleans up finds by it what was made.
@@ -170,7 +174,7 @@ def found(folder: Path) -> list[FoundAttempt]:
     for entry in os.scandir(folder):
         if entry.is_dir(follow_symlinks=False) and is_attempt(entry.name):
             path, attempt = Path(entry.path), AttemptId(entry.name)
-            if revoke(path):
+            if not (path / jobs.SUPERVISOR).exists() and revoke(path):
                 result.append(FoundAttempt(attempt, "gone"))
                 continue
             over = outcome(path)
@@ -287,17 +291,21 @@ def uids(folder: Path, attempts: Sequence[AttemptId]) -> dict[AttemptId, int]:
 
 
 def end_strays(folder: Path) -> None:
-    """Kill what one without a supervisor may have left running."""
+    """Kill what one without a supervisor may have left running. Waits for its end, but not for ever."""
     job = _job(folder)
     if job is None:
         return
     cgroups.kill(job.cgroup)
-    if job.uid is not None:
-        strays = processes.of_user(job.uid)
-    else:
-        strays = processes.with_variable(f"{_VARIABLE}={folder.name}".encode())
-    for pid in strays:
-        processes.send_to(pid, processes.began(pid), signal.SIGKILL)
+    for _ in range(STRAYS_TRIES):
+        if job.uid is not None:
+            strays = processes.of_user(job.uid)
+        else:
+            strays = processes.with_variable(f"{_VARIABLE}={folder.name}".encode())
+        for pid in strays:
+            processes.send_to(pid, processes.began(pid), signal.SIGKILL)
+        if not strays:
+            break
+        time.sleep(STRAYS_PAUSE_S)
     cgroups.remove(job.cgroup)
 
 

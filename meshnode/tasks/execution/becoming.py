@@ -42,7 +42,7 @@ def wall_files(job: Job) -> tuple[int, int]:
     if any("\0" in option for option in job.options):
         raise ValueError("an option with a NUL in it would be two")
     options = "\0".join(job.options).encode(errors="surrogateescape")
-    return _memory("options", options), _memory("calls", program())
+    return _memory("options", options), _memory("calls", program(unix=job.unix))
 
 
 def become(job: Job, ends: Ends, parent: int) -> None:

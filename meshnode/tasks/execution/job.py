@@ -36,7 +36,8 @@ class Job:
 
     `program`: bubblewrap (empty: no walls), `options`: what it is told, `argv`: the command, `environment`: the
     command's where it has no walls. `scratch`: what nobody needs when it has ended; `work`: where it begins.
-    `uid`: run as this user; None: as the agent's. `limits`: resource limits by their names (RLIMIT_DATA), both kinds.
+    `unix` False: no Unix sockets but pairs. `uid`: run as this user; None: as the agent's. `limits`: resource limits by
+    their names (RLIMIT_DATA), both kinds.
     `memory_bytes`: for all its processes together; `cgroup`: a control group that holds it, empty: the supervisor does.
     `bell`: the agent's socket in the folder above, rung when there is output or an end; empty: none.
     """
@@ -47,6 +48,7 @@ class Job:
     program: str = ""
     options: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    unix: bool = True
     uid: int | None = None
     limits: dict[str, int] = field(default_factory=dict)
     memory_bytes: int = 0
@@ -88,26 +90,39 @@ def read_job(folder: Path) -> Job:
     return Job(**{**read, "argv": tuple(read["argv"]), "options": tuple(read["options"])})
 
 
-def reserve_status(folder: Path) -> int:
-    """Room for the status on the disk. Raises OSError."""
-    file = os.open(folder / f"{STATUS}.new", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Room for a status on the disk, under a name that no other process uses."""
+
+    path: Path
+    file: int
+
+    def give_up(self) -> None:
+        """There will be no status. Raises OSError."""
+        os.close(self.file)
+        self.path.unlink(missing_ok=True)
+
+    def write(self, status: Status) -> None:
+        """Durable afterwards, and in its place. Raises OSError; may be tried again."""
+        said = asdict(status) | {"words": status.words[:WORDS_CHARS_MAX]}
+        body = json.dumps(said, ensure_ascii=False).encode(errors="replace")
+        os.pwrite(self.file, body, 0)
+        os.ftruncate(self.file, len(body))
+        os.fsync(self.file)
+        os.rename(self.path, self.path.with_name(STATUS))
+        sync_folder(self.path.parent)
+
+
+def reserve_status(folder: Path) -> Reserved:
+    """Raises OSError."""
+    path = folder / f"{STATUS}.{os.getpid()}"
+    reserved = Reserved(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
     try:
-        os.write(file, bytes(STATUS_BYTES))
+        os.write(reserved.file, bytes(STATUS_BYTES))
     except OSError:
-        os.close(file)
+        reserved.give_up()
         raise
-    return file
-
-
-def write_status(folder: Path, file: int, status: Status) -> None:
-    """Into the room reserved; durable afterwards. Raises OSError."""
-    said = asdict(status) | {"words": status.words[:WORDS_CHARS_MAX]}
-    body = json.dumps(said, ensure_ascii=False).encode(errors="replace")
-    os.pwrite(file, body, 0)
-    os.ftruncate(file, len(body))
-    os.fsync(file)
-    os.rename(folder / f"{STATUS}.new", folder / STATUS)
-    sync_folder(folder)
+    return reserved
 
 
 def read_status(folder: Path) -> Status | None:

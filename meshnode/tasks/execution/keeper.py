@@ -74,9 +74,10 @@ def _be_supervisor(folder: Path, told: int) -> None:
     waiting = [told]
 
     def answer(words: str) -> None:
-        """Once: the number may be another file's by then."""
+        """Once: the number may be another file's by then. A keeper that was killed hears nothing, and that is all."""
         while waiting:
-            os.write(told, words.encode(errors="replace"))
+            with contextlib.suppress(BrokenPipeError):
+                os.write(told, words.encode(errors="replace"))
             os.close(waiting.pop())
 
     try:
@@ -84,5 +85,6 @@ def _be_supervisor(folder: Path, told: int) -> None:
     except BaseException as error:  # noqa: BLE001  # nobody is above this process: what went wrong is left for its agent
         with contextlib.suppress(OSError):
             answer(f"0 {error}".replace("\n", " "))
-        with contextlib.suppress(OSError), open(folder / ERRORS, "w", errors="replace") as file:
-            traceback.print_exc(file=file)
+        if not isinstance(error, FileExistsError):  # then they are another's to write
+            with contextlib.suppress(OSError), open(folder / ERRORS, "w", errors="replace") as file:
+                traceback.print_exc(file=file)

@@ -50,6 +50,14 @@ def shared_folder(folder: Path, parent: Path = SHARED) -> Path:
     return made
 
 
+def leave_shared(folder: Path) -> None:
+    """Remove the one for attempts in `folder` if there are none."""
+    with contextlib.suppress(OSError):
+        known = Path((folder / _REMEMBERED).read_text())
+        if _is_ours(known):
+            known.rmdir()
+
+
 def _is_ours(path: Path) -> bool:
     try:
         found = path.lstat()

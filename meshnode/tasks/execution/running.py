@@ -19,7 +19,7 @@ from meshnode.kernel.offload import Offload
 from meshnode.kernel.service import Policy
 from meshnode.tasks.execution import attempts, cgroups
 from meshnode.tasks.execution.output import Stream, merged
-from meshnode.tasks.execution.places import Place, shared_folder
+from meshnode.tasks.execution.places import Place, leave_shared, shared_folder
 from meshnode.tasks.execution.terms import Terms
 from meshnode.tasks.execution.users import free_user, gives_users
 from meshnode.tasks.model import FoundAttempt, Outcome, Piece
@@ -69,6 +69,7 @@ class ProcessExecutions:
                     await trio.sleep(KEEPER_AGAIN_S)
         finally:
             self._nursery = None
+            leave_shared(self._folder)
 
     # ---- what the service asks for ----------------------------------------------------------------------------------
 
@@ -81,7 +82,7 @@ class ProcessExecutions:
             if one.state == "gone":
                 await self._offload(attempts.end_strays, self._folder / one.attempt)
             if one.state != "running":
-                await self._clear(one.attempt)
+                await self._clear_soon(one.attempt)
         return found
 
     async def start(self, order: Order, attempt: AttemptId, stdin: bytes, *, begun: Callable[[], None]) -> Outcome:
@@ -117,11 +118,7 @@ class ProcessExecutions:
         self._ring(attempt)
         if outcome.ending == "lost":
             await self._offload(attempts.end_strays, folder)
-        # It may have left more files than anybody wants to wait for.
-        if self._nursery is not None:
-            self._nursery.start_soon(self._clear, attempt)
-        else:
-            await self._clear(attempt)
+        await self._clear_soon(attempt)
         return outcome
 
     async def stop(self, attempt: AttemptId, why: str) -> None:
@@ -195,6 +192,13 @@ class ProcessExecutions:
         revoked = bool(words) and await self._offload(attempts.revoke, folder)
         return Outcome("refused", words=words) if revoked else None
 
+    async def _clear_soon(self, attempt: AttemptId) -> None:
+        """It may have left more files than anybody wants to wait for."""
+        if self._nursery is not None:
+            self._nursery.start_soon(self._clear, attempt)
+        else:
+            await self._clear(attempt)
+
     async def _clear(self, attempt: AttemptId) -> None:
         await self._offload(attempts.clear, self._folder / attempt)
         self._uids.pop(attempt, None)
@@ -258,9 +262,13 @@ class ProcessExecutions:
     # ---- the bell ---------------------------------------------------------------------------------------------------
 
     async def _listen(self, bell: trio.socket.SocketType) -> None:
-        with bell:
-            while True:
-                self._ring(AttemptId((await bell.recv(64)).decode(errors="replace")))
+        try:
+            with bell:
+                while True:
+                    self._ring(AttemptId((await bell.recv(64)).decode(errors="replace")))
+        finally:
+            # Whoever copies the folder of an agent that has stopped finds nothing that cannot be copied.
+            (self._folder / attempts.BELL).unlink(missing_ok=True)
 
     def _ring(self, attempt: AttemptId) -> None:
         waiting = self._bells.pop(attempt, None)

@@ -23,7 +23,7 @@ from typing import Final
 
 from meshnode.tasks.execution import cgroups
 from meshnode.tasks.execution.becoming import Ends, become, wall_files
-from meshnode.tasks.execution.job import Job, Status, claim, read_job, reserve_status, write_status
+from meshnode.tasks.execution.job import Job, Reserved, Status, claim, read_job, reserve_status
 from meshnode.tasks.execution.output import CHUNK_BYTES_MAX, STREAMS, StreamReader, StreamWriter, files
 from meshnode.tasks.execution.processes import CHILD_SUBREAPER, below, memory_of, parent_of, send, tell_kernel
 
@@ -83,6 +83,7 @@ class Supervisor:
         tell_kernel(CHILD_SUBREAPER, 1)
         status = reserve_status(self._folder)
         if not claim(self._folder, os.getpid()):
+            status.give_up()
             raise OSError(errno.EEXIST, "it has or had a supervisor, or shall have none")
         ready()
         started_ms, began = _now_ms(), time.monotonic()
@@ -101,11 +102,11 @@ class Supervisor:
         self._write(status, self._status(started_ms))
         self._ring(at_once=True)
 
-    def _write(self, file: int, status: Status) -> None:
+    def _write(self, reserved: Reserved, status: Status) -> None:
         """Until it is written: whoever looks meanwhile finds this process, and an attempt that has not ended yet."""
         for left in range(STATUS_TRIES, 0, -1):
             try:
-                write_status(self._folder, file, status)
+                reserved.write(status)
             except OSError:
                 if left == 1 or not self._folder.is_dir():
                     raise

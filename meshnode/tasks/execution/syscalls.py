@@ -66,8 +66,11 @@ _ABSENT: Final = frozenset({"clone3", "io_uring_setup", "io_uring_enter", "io_ur
 sees them."""
 
 
-def program() -> bytes:
-    """The filter, as bubblewrap's --seccomp reads it. Raises OSError on a machine whose calls nobody has listed."""
+def program(*, unix: bool = True) -> bytes:
+    """The filter, as bubblewrap's --seccomp reads it; with Unix sockets, or with pairs of them only.
+
+    Raises OSError on a machine whose calls nobody has listed.
+    """
     machine = _MACHINES.get(platform.machine())
     if machine is None:
         raise OSError(errno.ENOSYS, f"nobody has listed the system calls of {platform.machine()}")
@@ -86,6 +89,8 @@ def program() -> bytes:
                 rule = _unless(1, _EQUAL, (_TIOCSTI, _TIOCLINUX), errno.EPERM)
             case "clone" | "unshare":
                 rule = _unless(0, _ANY_BIT, (_CLONE_NEWUSER,), errno.EPERM)
+            case "socket" if not unix:
+                rule = _only(0, _FAMILIES[1:], errno.EAFNOSUPPORT)
             case "socket" | "socketpair":
                 rule = _only(0, _FAMILIES, errno.EAFNOSUPPORT)
             case _:

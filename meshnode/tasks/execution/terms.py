@@ -19,8 +19,8 @@ class Terms:
     folders: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     memory_bytes: int = 0
-    head_bytes: int = 4 << 20
-    tail_bytes: int = 12 << 20
+    head_bytes: int = 8 << 20
+    tail_bytes: int = 8 << 20
     grace_s: float = 10.0
     nice: int = 5
     environment: Mapping[str, str] = field(default_factory=dict)

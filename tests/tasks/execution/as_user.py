@@ -1,6 +1,7 @@
 """Runs attempts in an agent of its own, as any user: root's tasks have users of their own, others' do not."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,13 +13,17 @@ import msgspec
 import pytest
 import trio
 
+from meshnode.tasks.execution.isolation import SEARCH_PATH
 from meshnode.tasks.model import Outcome
 from protocol.placement.tasks import Order
 from tests.house.source import ROOT
-from tests.tasks.execution.world import one_agent
+from tests.tasks.execution.world import one_agent, order
 
 ORDINARY = 4321
 """Nobody's id; only root can become it."""
+
+PYTHON = shutil.which("python3", path=SEARCH_PATH) or ""
+needs_python = pytest.mark.skipif(not PYTHON, reason="no system Python that tasks can see")
 
 
 class Result(msgspec.Struct):
@@ -37,6 +42,11 @@ class _Work(msgspec.Struct):
     folder: str
     orders: list[Order]
     terms: dict[str, Any]
+
+
+def script(text: str, *args: str, **more: Any) -> Order:
+    """A task in Python."""
+    return order(PYTHON, "-I", "-c", text, *args, **more)
 
 
 def users() -> list[Any]:
@@ -102,8 +112,8 @@ async def _work(work: _Work) -> list[Result]:
         if key in work.terms:
             work.terms[key] = tuple(work.terms[key])
     async with one_agent(Path(work.folder), **work.terms) as world:
-        for order in work.orders:
-            outcome: Outcome = await world.execute(order)
+        for wanted in work.orders:
+            outcome: Outcome = await world.execute(wanted)
             attempt = world.folder / world.attempts[-1]
             there = attempt.is_dir()
             results.append(
@@ -121,5 +131,5 @@ async def _work(work: _Work) -> list[Result]:
 
 
 if __name__ == "__main__":
-    wanted = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=_Work)
-    sys.stdout.buffer.write(msgspec.msgpack.encode(trio.run(_work, wanted)))
+    given = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=_Work)
+    sys.stdout.buffer.write(msgspec.msgpack.encode(trio.run(_work, given)))

@@ -17,7 +17,6 @@ from meshnode.tasks.execution.job import (
     read_status,
     reserve_status,
     write_job,
-    write_status,
 )
 from meshnode.tasks.execution.processes import began, boot
 
@@ -32,21 +31,35 @@ def test_a_job_survives_its_file(data_dir: Path) -> None:
 
 def test_a_status_appears_whole_or_not_at_all(data_dir: Path) -> None:
     assert read_status(data_dir) is None
-    file = reserve_status(data_dir)
+    reserved = reserve_status(data_dir)
     assert read_status(data_dir) is None
-    write_status(data_dir, file, DONE)
+    reserved.write(DONE)
     assert read_status(data_dir) == DONE
-    os.close(file)
+    os.close(reserved.file)
+
+
+def test_a_second_supervisor_cannot_spoil_the_first_ones_status(data_dir: Path) -> None:
+    reserved = reserve_status(data_dir)
+    assert claim(data_dir, os.getpid())
+    code = "import sys; from pathlib import Path; from meshnode.tasks.execution.supervisor import Supervisor\n"
+    code += "Supervisor(Path(sys.argv[1])).run(lambda: None)"
+    write_job(data_dir, Job(argv=("true",), work="/"))
+    second = subprocess.run([sys.executable, "-c", code, str(data_dir)], capture_output=True, check=False)
+    assert b"shall have none" in second.stderr
+    assert sorted(os.listdir(data_dir)) == ["job", f"status.{os.getpid()}", "supervisor"]
+    reserved.write(DONE)
+    assert read_status(data_dir) == DONE
+    os.close(reserved.file)
 
 
 def test_no_words_are_too_long_for_the_room(data_dir: Path) -> None:
-    file = reserve_status(data_dir)
-    write_status(data_dir, file, Status(ending="refused", words="\U0001f40d\0\udcff\n" * 10_000))
+    reserved = reserve_status(data_dir)
+    reserved.write(Status(ending="refused", words="\U0001f40d\0\udcff\n" * 10_000))
     assert (data_dir / job.STATUS).stat().st_size <= job.STATUS_BYTES
     found = read_status(data_dir)
     assert found is not None
     assert found.words.startswith("\U0001f40d")
-    os.close(file)
+    os.close(reserved.file)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"ending": 1, "x": 2}', "\0" * 100])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from meshnode.tasks.execution.places import Place, shared_folder
+from meshnode.tasks.execution.places import Place, leave_shared, shared_folder
 
 
 @pytest.fixture
@@ -22,6 +22,17 @@ def test_it_is_remembered(data_dir: Path, parent: Path) -> None:
     assert made.stat().st_mode & 0o777 == 0o711
     assert shared_folder(data_dir, parent) == made
     assert len(list(parent.iterdir())) == 1
+
+
+def test_an_empty_one_is_left_behind_by_nobody(data_dir: Path, parent: Path) -> None:
+    made = shared_folder(data_dir, parent)
+    (made / "x").mkdir()
+    leave_shared(data_dir)
+    assert made.is_dir()
+    (made / "x").rmdir()
+    leave_shared(data_dir)
+    assert not list(parent.iterdir())
+    leave_shared(data_dir)
 
 
 def test_it_comes_anew_where_it_was_removed(data_dir: Path, parent: Path) -> None:

@@ -3,8 +3,9 @@
 import os
 import signal
 import socket
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
+from random import Random
 
 import pytest
 import trio
@@ -12,7 +13,7 @@ import trio
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.tasks.execution import attempts
 from meshnode.tasks.execution import job as jobs
-from meshnode.tasks.execution.processes import below
+from meshnode.tasks.execution.processes import below, parent_of
 from meshnode.tasks.execution.terms import Terms
 from tests.tasks.execution.world import (
     BOTH,
@@ -32,12 +33,13 @@ both_ways = pytest.mark.parametrize("isolated", BOTH)
 
 
 def keepers() -> list[int]:
-    """Of this process."""
+    """Of this process; what they fork belongs to them until it is a supervisor."""
     found = []
     for pid in below(os.getpid()):
-        line = Path(f"/proc/{pid}/cmdline")
-        if line.exists() and b"meshnode.tasks.execution" in line.read_bytes():
-            found.append(pid)
+        with suppress(OSError):
+            line = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"meshnode.tasks.execution" in line and parent_of(pid) == os.getpid():
+                found.append(pid)
     return found
 
 
@@ -149,7 +151,7 @@ async def test_an_agent_that_is_gone_leaves_all_to_the_next(data_dir: Path, isol
         assert not jobs.claim(folder / never, os.getpid())
         # A user is not given out again while its attempt runs.
         uids = second.executions._uids
-        assert set(uids) <= {running}
+        await until(lambda: set(uids) <= {running})
         assert await second.says(running, b"on") == b"on\n"
         await second.executions.stop(running, "")
         assert (await second.executions.wait(running)).ending == "cancelled"
@@ -264,3 +266,39 @@ async def test_somebody_who_rings_wrongly_hurts_nobody(data_dir: Path) -> None:
             for message in (b"", b"\xff" * 1000, b"../..", b"0" * 16):
                 bell.sendto(message, str(world.folder / "bell"))
         assert (await world.run("true")).code == 0
+
+
+@both_ways
+async def test_keepers_killed_at_any_moment_neither_double_nor_deny_a_start(
+    data_dir: Path, isolated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was refused never ran, and what was not refused ran once."""
+    monkeypatch.setattr("meshnode.tasks.execution.running.KEEPER_AGAIN_S", 0.01)
+    outcomes: dict[str, str] = {}
+    async with one_agent(data_dir, isolated=isolated) as world:
+
+        async def some(count: int) -> None:
+            for _ in range(count):
+                attempt = attempt_id()
+                world.attempts.append(attempt)
+                outcome = await world.executions.start(order("echo", "ran"), attempt, b"", begun=lambda: None)
+                outcomes[attempt] = outcome.ending
+
+        async with trio.open_nursery() as killing:
+
+            async def kill() -> None:
+                rng = Random(7)
+                while True:
+                    await trio.sleep(rng.uniform(0.0, 0.15))
+                    for keeper in keepers():
+                        with suppress(ProcessLookupError):
+                            os.kill(keeper, signal.SIGKILL)
+
+            killing.start_soon(kill)
+            async with trio.open_nursery() as starting:
+                for _ in range(4):
+                    starting.start_soon(some, 20)
+            killing.cancel_scope.cancel()
+        assert set(outcomes.values()) <= {"exited", "refused"}
+        for attempt, ending in outcomes.items():
+            assert await world.output(attempt) == (b"ran\n" if ending == "exited" else b""), attempt

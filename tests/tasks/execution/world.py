@@ -1,7 +1,6 @@
 """Attempts under test: real processes in a real folder, as root or as an ordinary user, with walls or without."""
 
 import os
-import shutil
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -162,9 +161,6 @@ async def leave_nothing(world: World) -> None:
                 os.kill(known[0], 15)
             await until(partial(_has_ended, *known))
         await world.executions.remove(attempt)
-    with suppress(OSError):
-        shared = Path((world.folder / "place").read_text())
-        shutil.rmtree(shared)
 
 
 def _has_ended(pid: int, moment: str) -> bool:
