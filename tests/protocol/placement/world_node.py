@@ -200,7 +200,8 @@ class Node:
                     self.disk[machine].pop(key, None)
                 else:
                     self.disk[machine][key] = value
-                self.fence.persisted([effect])
+                if machine == FENCE_MACHINE:
+                    self.fence.persisted([effect])
             case PutAttempt(submitter, task, attempt):
                 world.after(world.rng.uniform(0.001, 0.01), self._written, (submitter, task), attempt, self.boot)
             case StartExecution(order, attempt):
