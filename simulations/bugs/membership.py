@@ -8,6 +8,7 @@ from protocol.membership.broadcasts import Broadcasts
 from protocol.membership.contact import Contacts
 from protocol.membership.healing import Healing
 from protocol.membership.machine import Membership
+from protocol.membership.own import Own
 from protocol.membership.probing import Probing
 from protocol.membership.state import State
 from protocol.membership.suspicion import Suspicions
@@ -30,7 +31,7 @@ def _accused_counts_itself(patches: Patches) -> None:
 
 
 def _never_refutes(patches: Patches) -> None:
-    patches.set(Membership, "_refute", lambda self: None)
+    patches.set(Own, "refute", lambda self: None)
 
 
 def _suspicion_survives_refutation(patches: Patches) -> None:
