@@ -150,9 +150,9 @@ def membership_bugs() -> tuple[Bug, ...]:
             "who comes up in the middle of a round of probes is probed in the next one",
             _newcomers_wait_a_round,
             "membership",
-            150,
-            pattern="dense,settled",
-            duration_s=60,
+            300,
+            pattern="dense,late",
+            duration_s=7,
         ),
         Bug("probes-only-two", "only the first two peers of the list are ever probed", _probes_only_the_first),
     )
