@@ -6,7 +6,7 @@ What it leaves to others: who is a member at all (trust), resources (heartbeats)
 from collections.abc import Mapping
 
 from protocol.effects import Effect, LinkLost, LinkOpened, LinkReceived, Packet, Persist, Rng, TimerFired
-from protocol.ids import Address, NodeId, pack_address
+from protocol.ids import Address, NodeId
 from protocol.membership.broadcasts import gossip_bytes
 from protocol.membership.contact import Contacts
 from protocol.membership.events import (
@@ -22,6 +22,7 @@ from protocol.membership.events import (
 )
 from protocol.membership.healing import Healing, peer_up
 from protocol.membership.intake import INTAKE_PAUSE_S, Intake
+from protocol.membership.own import ALIVE_LIFETIME_S, Own
 from protocol.membership.parameters import LAN, Parameters
 from protocol.membership.silence import Silence
 from protocol.membership.state import MACHINE, TUNNEL, State
@@ -29,12 +30,10 @@ from protocol.membership.suspicion import Suspicions
 from protocol.membership.twins import Twin
 from protocol.membership.view import View, alive_of
 from protocol.trust.view import RosterView
-from protocol.wire import limits
 from protocol.wire.messages import (
     Accusation,
     Ack,
     Alive,
-    Gossip,
     Leaving,
     Ping,
     PingRequest,
@@ -45,7 +44,6 @@ from protocol.wire.messages import (
 )
 from protocol.wire.statements import Stated, StatementCodec
 
-ALIVE_LIFETIME_S = 20.0
 LEAVING_LIFETIME_S = 5.0
 
 
@@ -72,10 +70,8 @@ class Membership:
         self._silence = Silence(self._s, self._suspicions)
         self._contacts = Contacts(self._s, self._healing)
         self._twin = Twin(self._s, self._contacts.introduce)
-        self._addresses = addresses[: limits.ADDRESSES_PER_NODE_MAX]
+        self._own = Own(self._s, addresses)
         self._last_event = 0.0
-        self._greetings_left = params.leave_sends_max
-        self._departed = False
         self._intake = Intake()
         self._arriving = False  # this node knew nobody before the statements that it is taking in
         self._s.contacts.update(contacts or {})
@@ -136,7 +132,7 @@ class Membership:
         """Declare this node alive and look for the mesh through the addresses remembered."""
         s = self._begin(now)
         self._last_event = s.last_heard = s.born_at = now
-        self._announce_self(first=True)
+        self._own.begin()
         s.timer(now + s.rng.uniform(0.0, s.params.probe_interval_s), "probe")
         s.timer(now + s.rng.uniform(0.5, 1.0) * s.params.announce_interval_s, "announce")
         if not self._shut_out():
@@ -169,9 +165,7 @@ class Membership:
                 self._intake.forget(peer)
                 self._twin.lost(code)
             case AddressesChanged(addresses):
-                if addresses[: limits.ADDRESSES_PER_NODE_MAX] != self._addresses:
-                    self._addresses = addresses[: limits.ADDRESSES_PER_NODE_MAX]
-                    self._refute()
+                self._own.moved(addresses)
             case RosterShrank(evicted):
                 for peer in evicted:
                     # A node that learns of its own eviction stays in its own view: everything here counts on that.
@@ -183,7 +177,7 @@ class Membership:
             case ContactFound(peer, address):
                 self._contacts.found(peer, address)
             case Depart():
-                self._depart()
+                self._own.depart()
         return self._end()
 
     def _begin(self, now: float) -> State:
@@ -204,30 +198,7 @@ class Membership:
         s.suffer()
         s.publish(Stalled(gap))
 
-    # ---- this node ---------------------------------------------------------------------------------------------
-
-    def _announce_self(self, *, first: bool = False) -> None:
-        s = self._s
-        packed = [pack_address(address) for address in self._addresses]
-        body = Alive(
-            s.roster.short(s.me), s.boot, s.incarnation, limits.PROTOCOL_VERSION_MIN, limits.PROTOCOL_VERSION, packed
-        )
-        stated = s.state(body)
-        s.view.set_up(stated, s.now)
-        if not first:
-            s.gossip(("alive", s.me), stated, ALIVE_LIFETIME_S)
-
-    def _refute(self) -> None:
-        """A higher incarnation overrules whatever was said about the present one, this node's own farewell included."""
-        if self._departed:
-            return
-        self._s.incarnation += 1
-        self._announce_self()
-
-    def _depart(self) -> None:
-        s = self._s
-        self._departed = True
-        s.tell_many(s.state(Leaving(s.roster.short(s.me), s.boot, s.incarnation)))
+    # ---- members -----------------------------------------------------------------------------------------------
 
     def _forget(self, peer: NodeId) -> None:
         s = self._s
@@ -268,14 +239,14 @@ class Membership:
             case ("twin",):
                 self._twin.due()
             case ("contact",):
-                if not s.view.peers and not (self._departed or self._shut_out()):
+                if not s.view.peers and not (self._own.departed or self._shut_out()):
                     self._contacts.seek()
                 else:
                     self._contacts.rest()
 
     def _probe_tick(self) -> None:
         s = self._s
-        if not self._departed:
+        if not self._own.departed:
             s.timer(s.now + s.probe_interval_s(), "probe")
         if self._shut_out():
             return
@@ -294,7 +265,7 @@ class Membership:
         s = self._s
         s.timer(s.now + s.params.announce_interval_s * s.rng.uniform(0.8, 1.2), "announce")
         gone = [peer for peer in s.view.absent(s.contacts) if peer not in s.view.left]
-        if not gone or self._departed or self._shut_out():
+        if not gone or self._own.departed or self._shut_out():
             return
         peer = s.rng.choice(gone)
         # One remembered from before a restart cannot find this node: it seals its datagrams for the former boot.
@@ -365,10 +336,7 @@ class Membership:
         if self._intake:
             s.timer(s.now + INTAKE_PAUSE_S, "intake")
         elif self._arriving and s.view.peers:
-            # Just arrived: tell as many as is fair at once, instead of waiting for gossip's tail.
-            own = s.view.known[s.me]
-            s.tell_many(own)
-            s.gossip(("alive", s.me), own, ALIVE_LIFETIME_S)
+            self._own.arrived()
             self._arriving = False
 
     # ---- statements --------------------------------------------------------------------------------------------
@@ -386,8 +354,8 @@ class Membership:
             case ViewReport() as report:
                 if self._healing.reported(stated, report, via):
                     s.suffer()
-                    self._refute()
-                    s.send(via, Gossip([s.view.known[s.me].blob]))
+                    self._own.refute()
+                    self._own.tell(via)
 
     def _alive(self, stated: Stated, alive: Alive, *, relay: bool) -> None:
         s = self._s
@@ -418,11 +386,8 @@ class Membership:
             s.publish(PeerCleared(peer))
         if relay:
             s.gossip(("alive", peer), stated, ALIVE_LIFETIME_S)
-            if was_down and s.young() and self._greetings_left:
-                # Two that arrive together each copied a view without the other, and gossip went round before: the
-                # newcomer answers the newcomer.
-                self._greetings_left -= 1
-                s.send(peer, Gossip([s.view.known[s.me].blob]))
+            if was_down:
+                self._own.greet(peer)
 
     def _accusation(self, stated: Stated, accusation: Accusation, via: NodeId) -> None:
         s = self._s
@@ -430,9 +395,9 @@ class Membership:
         if target == s.me:
             if (accusation.target_boot, accusation.target_incarnation) == (s.boot, s.incarnation):
                 s.suffer()
-                self._refute()
+                self._own.refute()
             # Whoever told us believes it: put that right at once, also when the accusation was of yesterday.
-            s.send(via, Gossip([s.view.known[s.me].blob]))
+            self._own.tell(via)
         else:
             self._suspicions.heard(stated, accusation)
 

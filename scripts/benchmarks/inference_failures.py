@@ -18,11 +18,16 @@ BEYOND_PREFILL_S: Final = 3.0
 HUNG_NOTICED_S: Final = 5.0
 PROMPT_TOKENS: Final = 128
 
-Harm = Callable[[LocalAgent], None]
+Harm = Callable[[LocalAgent], object]
 
 
 def failures(shape: Shape, *, tokens: int, threads: int) -> list[Figure]:
-    """Goals 6 and 7: four agents for three stages, and one that only contributes the file. The entry is not harmed."""
+    """Goals 6 and 7. The entry is not harmed."""
+    return [*_middles(shape, tokens, threads), _coordinator(shape, tokens, threads)]
+
+
+def _middles(shape: Shape, tokens: int, threads: int) -> list[Figure]:
+    """Four agents for three stages, and one, the coordinator, that only contributes the file."""
     made = []
     stopped: list[int] = []
 
@@ -60,6 +65,25 @@ def failures(shape: Shape, *, tokens: int, threads: int) -> list[Figure]:
     return made
 
 
+def _coordinator(shape: Shape, tokens: int, threads: int) -> Figure:
+    """Three agents for three stages, of which one coordinates, and one that only asks."""
+
+    def each(_: LocalMesh, number: int) -> list[str]:
+        return ["llm.lend=false"] if number == STAGES else []
+
+    with serving_mesh(STAGES + 1, options=common(STAGES - 1, threads, context=1_024), each=each) as mesh:
+        entry = mesh.agents[STAGES]
+        model, _ = pull(entry, str(random_models.model(shape)))
+        load(entry, model, STAGES)
+        leader = entry.ask("GET", "/api/status")["coordinator"]["id"]
+        holds = {stage["node_id"] for stage in placed(entry, model, shape, STAGES)}
+        if leader not in holds:
+            raise BenchmarkError("the coordinator holds no stage")
+        victim = next(agent for agent in mesh.agents if agent.node_id == leader)
+        name = "6: SIGKILL of a coordinator that holds a stage"
+        return _harmed(entry, victim, model, shape, tokens, 3, name, LocalAgent.kill, BEYOND_PREFILL_S)
+
+
 def _signal(agent: LocalAgent, number: signal.Signals) -> list[int]:
     pids = engine_pids(agent)
     if not pids:
@@ -72,11 +96,26 @@ def _signal(agent: LocalAgent, number: signal.Signals) -> list[int]:
 def _one(
     mesh: LocalMesh, model: str, shape: Shape, tokens: int, number: int, name: str, harm: Harm, beyond: float
 ) -> Figure:
-    """The same prompt undisturbed and harmed half-way. The entry holds the first stage."""
+    """The entry holds the first stage; the middle one is harmed."""
     stages = placed(mesh.agents[0], model, shape, STAGES)
     agents = {agent.node_id: agent for agent in mesh.agents}
     first, middle = agents[stages[0]["node_id"]], agents[stages[1]["node_id"]]
-    caller = Caller(first)
+    return _harmed(first, middle, model, shape, tokens, number, name, harm, beyond)
+
+
+def _harmed(
+    entry: LocalAgent,
+    victim: LocalAgent,
+    model: str,
+    shape: Shape,
+    tokens: int,
+    number: int,
+    name: str,
+    harm: Harm,
+    beyond: float,
+) -> Figure:
+    """The same prompt undisturbed and harmed half-way."""
+    caller = Caller(entry)
     prompt = prompt_of(shape, 10 + number, PROMPT_TOKENS)
     whole = caller.complete(model, prompt, tokens)
     prefill = caller.complete(model, prompt_of(shape, 30 + number, PROMPT_TOKENS + tokens // 2), 2).first_s
@@ -85,7 +124,7 @@ def _one(
     def heard(answer: Answer) -> None:
         if not harmed and len(answer.times) >= tokens // 3:
             harmed.append(1)
-            harm(middle)
+            harm(victim)
 
     answer = caller.complete(model, prompt, tokens, heard=heard)
     caller.close()

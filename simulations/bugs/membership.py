@@ -8,6 +8,7 @@ from protocol.membership.broadcasts import Broadcasts
 from protocol.membership.contact import Contacts
 from protocol.membership.healing import Healing
 from protocol.membership.machine import Membership
+from protocol.membership.own import Own
 from protocol.membership.probing import Probing
 from protocol.membership.state import State
 from protocol.membership.suspicion import Suspicions
@@ -30,7 +31,7 @@ def _accused_counts_itself(patches: Patches) -> None:
 
 
 def _never_refutes(patches: Patches) -> None:
-    patches.set(Membership, "_refute", lambda self: None)
+    patches.set(Own, "refute", lambda self: None)
 
 
 def _suspicion_survives_refutation(patches: Patches) -> None:
@@ -149,9 +150,9 @@ def membership_bugs() -> tuple[Bug, ...]:
             "who comes up in the middle of a round of probes is probed in the next one",
             _newcomers_wait_a_round,
             "membership",
-            150,
-            pattern="dense,settled",
-            duration_s=60,
+            300,
+            pattern="dense,late",
+            duration_s=7,
         ),
         Bug("probes-only-two", "only the first two peers of the list are ever probed", _probes_only_the_first),
     )

@@ -2,7 +2,8 @@
 
 `--pattern dense` kills a node every half second, so that 8% of a mesh of 1,000 are down at any moment: the way to see a
 thousand kills there within an hour of computing. `--pattern settled` begins with full views (simulations.settled),
-which thousands of nodes would take hours to come to; `dense,settled` is both.
+which thousands of nodes would take hours to come to; `dense,settled` is both. `--pattern late` starts a twentieth of
+the nodes while the others are in the middle of their rounds of probes, and kills only them.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ STEADY_S = 30.0
 WRONG_AFTER_S = 40.0
 STAY_DOWN_S = 42.0
 DENSE_GAP_S = 0.5
+LATE_AGE_S = 7.0  # then newcomers are none any more
 
 
 class Membership:
@@ -34,18 +36,22 @@ class Membership:
         made = mesh(options, is_settled="settled" in patterns)
         faults.append(Faults(made.world))
         made.world.watch(Untouched(faults[0]))
+        late = max(1, options.nodes // 20) if "late" in patterns else 0
         if "settled" in patterns:
-            made.start_settled(options.nodes)
+            made.start_settled(options.nodes - late)
         else:
-            made.world.spawn(options.nodes)
+            made.world.spawn(options.nodes - late)
         made.world.run(1.0)
         samples.add("start_s", made.settle())
         made.world.run(10.0)
         self._steady(made, samples)
+        victims = made.world.spawn(late) if late else made.world.computers
+        if late:
+            made.world.run(LATE_AGE_S)
         gap_s = DENSE_GAP_S if "dense" in patterns else 3.0 if options.is_large else 12.0
         duration_s = options.duration_s or (60.0 if options.is_large else 240.0)
         for number in range(max(1, int(duration_s / gap_s))):
-            victim = made.world.rng.choice([computer for computer in made.world.up()])
+            victim = made.world.rng.choice([computer for computer in victims if computer.state != DOWN])
             faults[0].touched.add(victim.index)
             self._kill(made, victim, power=number % 2 == 1, samples=samples)
             made.world.run(gap_s * made.world.rng.uniform(0.8, 1.2))

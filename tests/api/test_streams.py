@@ -205,6 +205,28 @@ async def test_a_source_is_closed_when_its_reader_leaves(begun: bool) -> None:
         await until(lambda: running.api.streams.count == 0)
 
 
+async def test_a_source_that_waits_for_its_reader_is_closed_when_that_one_leaves() -> None:
+    """It stands at its yield then, where nothing that ends the request reaches it but its being closed."""
+    begun, closed = trio.Event(), trio.Event()
+
+    async def source() -> AsyncGenerator[bytes, None]:
+        try:
+            begun.set()
+            for _ in range(1000):
+                yield frame("piece", {"text": "x" * 1_000_000})
+        finally:
+            closed.set()
+
+    kept = source()  # nor is it closed for being forgotten
+    async with running_api(mounts=[_stream_route(kept)]) as running:
+        async with ApiClient(running.port) as client:
+            await client.send("GET", "/api/trial")
+            await begun.wait()
+            assert not closed.is_set()
+        with trio.fail_after(2):
+            await closed.wait()
+
+
 async def test_too_many_streams_are_refused() -> None:
     async with running_api(limits=ApiLimits(streams_max=1)) as running, ApiClient(running.port) as client:
         await client.send("GET", "/api/events")

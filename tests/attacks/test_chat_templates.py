@@ -105,15 +105,25 @@ async def test_case_36_a_template_that_broke_a_limit_costs_its_time_once(worker)
     assert spent_s() == begun
 
 
+TOO_MUCH = {
+    "BLAMED_MESSAGES_MAX": ("messages", HI * 400),
+    "BLAMED_BYTES_MAX": ("messages[0].content", [Message(role="user", content="x" * (client.BLAMED_BYTES_MAX + 1))]),
+}
+
+
 @pytest.mark.parametrize("defended", [True, False])
-async def test_case_36_a_conversation_that_is_too_much_takes_the_model_from_nobody(worker, monkeypatch, defended):
-    """Whoever sends it is refused; the template is a good one, and others go on using it."""
+@pytest.mark.parametrize("bound", TOO_MUCH)
+async def test_case_36_a_conversation_that_is_too_much_takes_the_model_from_nobody(
+    worker, monkeypatch, bound, defended
+):
+    """Whoever sends it is refused; the template is a good one, and others go on using it. Each bound holds alone."""
     if not defended:
-        monkeypatch.setattr(client, "BLAMED_BYTES_MAX", 1 << 40)
-        monkeypatch.setattr(client, "BLAMED_MESSAGES_MAX", 1 << 40)
-    slow = TemplateSource(template="{% for a in messages %}{% for b in messages %}{{ a.role }}{% endfor %}{% endfor %}")
+        monkeypatch.setattr(client, bound, 1 << 40)
+    what, conversation = TOO_MUCH[bound]
+    loops = "".join(f"{{% for {name} in {what} %}}" for name in "abcd")
+    slow = TemplateSource(template=f"{loops}{'{% endfor %}' * 4}user")
     with pytest.raises(MeshError, match=r"longer than|without end"):
-        await worker.render(slow, HI * 4000)
+        await worker.render(slow, conversation)
     if defended:
         assert (await worker.render(slow, HI)).text == "user"
     else:

@@ -75,6 +75,21 @@ async def test_five_wrong_proofs_burn_it(store: Invitations) -> None:
     assert "wrong secret" in store.refusal(token).message
 
 
+async def test_wrong_proofs_of_an_earlier_run_count(
+    database: Database, store: Invitations, clock: SteppedClock
+) -> None:
+    token = await create(store)
+    for _ in range(WRONG_PROOFS_MAX - 1):
+        await store.count_wrong_proof(token)
+    again = Invitations(InvitationStore(database), clock, run="run 2")
+    again.refuse_burnt(token)
+    await again.count_wrong_proof(token)
+    for one in (again, Invitations(InvitationStore(database), clock, run="run 3")):
+        with pytest.raises(MeshError) as burnt:
+            one.refuse_burnt(token)
+        assert burnt.value.code is ErrorCode.TOKEN_INVALID
+
+
 async def test_a_revoked_one_counts_no_more(store: Invitations) -> None:
     token = await create(store)
     assert await store.revoke(token)

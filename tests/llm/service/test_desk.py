@@ -149,6 +149,8 @@ async def test_what_a_peer_asks_goes_to_this_nodes_servers_alone():
     parts = desk(served=SimpleNamespace(by_model=lambda: {"s/m": OTHER}, cards=lambda name_of: []))
     request = GenerationRequest(model="s/m", messages=())
     assert [event async for event in parts.generate_here(request)] == [TextDelta(text="own upstream"), DONE]
+    vectors = (await parts.embed_here(EmbeddingRequest(model="s/m", inputs=("x",)))).vectors
+    assert vectors == ((float(len("own upstream")),),)
 
 
 async def test_closing_an_answer_closes_it_at_the_engine():
@@ -237,6 +239,16 @@ async def test_a_model_of_the_catalogue_is_planned_before_it_is_pulled_and_anoth
     assert unknown.value.code is ErrorCode.NOT_FOUND
 
 
+async def test_a_name_that_is_refused_for_another_reason_is_not_looked_up_in_the_catalogue():
+    def refuse(name):
+        raise MeshError(ErrorCode.BAD_REQUEST, f"{name} is two models.")
+
+    parts = desk(models=SimpleNamespace(find=refuse), expected=lambda name: shape(digest="", name=name))
+    with pytest.raises(MeshError) as refused:
+        await parts.plan("listed")
+    assert refused.value.code is ErrorCode.BAD_REQUEST
+
+
 def active(**changes):
     given = {
         "id": "s1", "model": "m", "phase": "running", "started_at": 990.0, "pipeline": SPLIT, "prompt_tokens": 3,
@@ -272,6 +284,19 @@ async def test_a_session_that_has_no_token_yet_has_no_speed_and_says_what_was_me
     (report,) = await desk(generations=SimpleNamespace(active={"s1": one})).own_sessions()
     assert (report.tokens_per_s, report.first_token_s, report.stages) == (None, None, ())
     assert report.error == "barn took over"
+
+
+@pytest.mark.parametrize(("tokens", "first_token_at"), [(1, 995.0), (5, 1000.0)], ids=["one token", "no time"])
+async def test_no_speed_is_told_of_a_single_token_or_of_no_time(tokens, first_token_at):
+    one = active(pipeline=None, tokens=tokens, first_token_at=first_token_at)
+    (report,) = await desk(generations=SimpleNamespace(active={"s1": one})).own_sessions()
+    assert report.tokens_per_s is None
+
+
+async def test_what_a_session_failed_of_goes_before_what_was_mended():
+    one = active(pipeline=None, error="no memory", recoveries=["attic was lost"])
+    (report,) = await desk(generations=SimpleNamespace(active={"s1": one})).own_sessions()
+    assert report.error == "no memory"
 
 
 async def test_sessions_of_all_entries_are_told_the_newest_first_and_who_did_not_answer():

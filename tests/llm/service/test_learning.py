@@ -28,9 +28,10 @@ from tests.support.recording_log import RecordingLog
 
 MODEL = shape()
 SPEED = Speed(layer_bytes=1 << 30, token_s=0.01, row_s=0.001)
-ME, OTHER = "a" * 32, "b" * 32
+ME, OTHER, THIRD = "a" * 32, "b" * 32, "c" * 32
 WHOLE = Pipeline(b"p" * 8, MODEL.digest, 512, 1, (Span(ME, 0, 8),))
 SPLIT = Pipeline(b"q" * 8, MODEL.digest, 512, 1, (Span(ME, 0, 4), Span(OTHER, 4, 8)))
+THREE = Pipeline(b"r" * 8, MODEL.digest, 512, 1, (Span(ME, 0, 4), Span(OTHER, 4, 6), Span(THIRD, 6, 8)))
 PREDICTED_S = SPEED.seconds(Fitting(MODEL, Wish()).between(0, 8), 1)
 HALF_S = SPEED.seconds(Fitting(MODEL, Wish()).between(0, 4), 1)
 WIRE_S = UNMEASURED.rtt_s + (4 * MODEL.n_embd + HEADER_BYTES) / UNMEASURED.bytes_per_s  # there and back
@@ -44,15 +45,20 @@ class Known(Shapes):
 
 
 class Peer:
-    """The links to a node whose stage says `row_s`, or that cannot be reached."""
+    """The links to nodes whose stages say `row_s`, once `together` of them were asked; None: that cannot be reached."""
 
-    def __init__(self, row_s: float | None) -> None:
+    def __init__(self, row_s: float | None, together: int = 1) -> None:
         self.row_s = row_s
+        self.together = together
+        self.all_asked = trio.Event()
         self.asked: list[tuple[NodeId, str, Any]] = []
 
     async def call(self, node: NodeId, method: str, params: Any, returns: type[Any], *, timeout_s: float) -> Any:
         await trio.lowlevel.checkpoint()
         self.asked.append((node, method, params))
+        if len(self.asked) == self.together:
+            self.all_asked.set()
+        await self.all_asked.wait()
         if self.row_s is None:
             raise MeshError(ErrorCode.UNREACHABLE, "gone", retryable=True)
         return StageReport(node_id=node, node_name="peer", first=4, last=8, row_s=self.row_s)
@@ -171,6 +177,16 @@ async def test_the_first_stage_learns_what_a_hop_costs_beside_computing_and_wire
         await world.until(lambda: bool(world.remembered))
         assert world.remembered[0].hop_overhead_s == pytest.approx(0.0005)
         assert peer.asked == [(OTHER, "llm.stats", StatsRequest(SPLIT.id))]
+
+
+async def test_all_later_stages_are_asked_at_once(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, those that hang would keep all models from being learnt of for as long together."""
+    peer = Peer(0.007, together=2)
+    async with learner(data_dir, monkeypatch, peer=peer) as world:
+        world.learning.hear(THREE, THREE.stages[0], stats(HALF_S, 1.0))
+        await world.until(lambda: bool(world.remembered))
+        assert world.remembered[0].hop_overhead_s is not None
+        assert {node for node, _, _ in peer.asked} == {OTHER, THIRD}
 
 
 async def test_a_later_stage_asks_nobody(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from meshnode.llm.model import ReasoningDelta, TextDelta, ToolCallDelta
 from meshnode.llm.templates.answer import AnswerParser
+from meshnode.llm.templates.deepseek import HEADER_CHARS_MAX
 from tests.support.deepseek_marks import deepseek
 
 TOOLS = frozenset({"add", "get_weather"})
@@ -59,6 +60,8 @@ CASES = {
         '<tool_call>{"name": "rm", "arguments": {}}</tool_call>', "", []),
         ("a < b <tool> c", "a < b <tool> c", "", []),
         ("a <tool_call>no", "a <tool_call>no", "", []),
+        ('a <tool_call>no <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>', "a <tool_call>no", "", [ADD]),
+        ("<|START_TEXT|>a<|END_TEXT|>", "<|START_TEXT|>a<|END_TEXT|>", "", []),
         ("a <tool_call>", "a <tool_call>", "", []),
         ('<tool_call>{"name": "add", "arguments": {"a": 1}', "", "", [ADD]),
         ('<tool_call>{"nam', '<tool_call>{"nam', "", []),
@@ -105,6 +108,10 @@ CASES = {
         ('<|tool_call_begin|>function<|tool_sep|>rm\n```json\n{}\n```<|tool_call_end|>',
         '<|tool_call_begin|>function<|tool_sep|>rm\n```json\n{}\n```<|tool_call_end|>', "", []),
         ("a <|tool_calls_begin|> b", "a <|tool_calls_begin|> b", "", []),
+        ('<|tool_calls_begin|> b <|tool_call_begin|>function<|tool_sep|>add\n```json\n{"a": 1}\n```<|tool_call_end|>',
+        "<|tool_calls_begin|> b", "", [ADD]),
+        ("<|tool_calls_begin|>```<|tool_calls_end|>", "<|tool_calls_begin|>```<|tool_calls_end|>", "", []),
+        ("<|tool_calls_begin|><|tool_call_end|> b", "<|tool_calls_begin|><|tool_call_end|> b", "", []),
         ("<|tool_calls_begin|><|tool_call_begin|>fun", "<|tool_calls_begin|><|tool_call_begin|>fun", "", []),
         ("a <｜tool▁c", "a <｜tool▁c", "", []),
     ],
@@ -130,6 +137,8 @@ CASES = {
         ('<|START_ACTION|>[{"name": "add", "parameters": {}}]', '<|START_ACTION|>[{"name": "add", "parameters": {}}]',
         "", []),
         ("a <|START_ACTION|> b", "a <|START_ACTION|> b", "", []),
+        ('a<|END_<|START_ACTION|>[{"tool_name": "add", "parameters": {"a": 1}}]<|END_ACTION|>TEXT|>b',
+        "a<|END_TEXT|>b", "", [ADD]),
         ("<|START_<|START_TEXT|>TEXT|>a<|END_TE", "<|START_TEXT|>a<|END_TE", "", []),
     ],
     "harmony": [
@@ -194,6 +203,20 @@ def test_text_is_not_held_longer_than_it_must():
         [],
         [" <toolbox>"],
     ]
+
+
+def test_text_behind_a_list_that_nobody_closes_is_told_at_once():
+    parser = AnswerParser("cohere", TOOLS, lambda: "x", thinking=False)
+    *_, last = parser.feed('<|START_ACTION|>[{"tool_name": "add", "parameters": {"a": 1}}] So')
+    assert last == TextDelta(text="So", count=0)
+
+
+@pytest.mark.parametrize("begun", ["", "function<|tool_sep|>" + " " * HEADER_CHARS_MAX + "add\n{"])
+def test_a_header_that_goes_on_and_on_is_text_at_once(begun):
+    said = deepseek("<|tool_call_begin|>" + begun).ljust(2 * HEADER_CHARS_MAX, "x")
+    for pieces in ([said], list(said)):
+        parser = AnswerParser("deepseek", TOOLS, lambda: "x", thinking=False)
+        assert "".join(delta.text for piece in pieces for delta in parser.feed(piece)) == said
 
 
 def test_without_tools_nothing_is_a_call():

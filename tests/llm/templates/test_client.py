@@ -47,8 +47,12 @@ async def test_many_callers_take_turns(worker):
     assert made == {number: str(number) for number in range(20)}
 
 
-async def test_a_process_that_others_kept_from_running_is_waited_for(worker):
-    """By the clock its template would be hostile, and the model refused to everybody for a minute."""
+async def test_a_process_that_others_kept_from_running_is_waited_for(worker, monkeypatch):
+    """By the clock its template would be hostile, and the model refused to everybody for a minute.
+
+    Nor is it to blame for what the process had of a processor for the templates before it.
+    """
+    monkeypatch.setattr(worker, "_cpu_s", lambda pid: 100.0 + process_cpu_s(pid))
     await worker.render(SOURCE, HI)
     pid = worker._process.pid
     os.kill(pid, signal.SIGSTOP)
@@ -78,6 +82,13 @@ async def test_a_killed_process_is_replaced(worker):
     os.kill(worker._process.pid, signal.SIGKILL)
     await worker._process.wait()
     assert (await worker.render(SOURCE, HI)).text == "Hi \u00e9"
+
+
+async def test_a_template_that_refuses_one_conversation_is_there_for_the_next(worker):
+    picky = TemplateSource(template="{% if messages[0].content == 'x' %}{{ raise_exception('no') }}{% endif %}ok")
+    with pytest.raises(MeshError, match="refuses this conversation: no"):
+        await worker.render(picky, [Message(role="user", content="x")])
+    assert (await worker.render(picky, HI)).text == "ok"
 
 
 async def test_a_caller_who_leaves_spoils_nothing(worker):

@@ -145,6 +145,10 @@ def test_deepseeks_template_tells_nothing_of_tools_so_they_are_explained_in_its_
     )
     written = f"<|tool_calls_begin|><|tool_call_begin|>{call}<|tool_call_end|><|tool_calls_end|>"
     assert f"[assistant] {deepseek(written)}" in made.text
+    bare = Message(role="assistant", tool_calls=(*CALLED.tool_calls, ToolCall(id="call_2", name="ping", arguments="")))
+    one, another = f"<|tool_call_begin|>{call}<|tool_call_end|>", call.replace("add", "ping").replace('{"a": 1}', "{}")
+    written = f"<|tool_calls_begin|>{one}\n<|tool_call_begin|>{another}<|tool_call_end|><|tool_calls_end|>"
+    assert f"[assistant] {deepseek(written)}" in text_of(template, [USER, bare], [ADD])
 
 
 @pytest.mark.parametrize(("ending", "thinking"), [("<|START_THINKING|>", True), ("", False)])
@@ -160,8 +164,10 @@ def test_cohere_is_known_by_its_action_mark_and_may_be_led_into_a_thought(ending
     assert '<|START_ACTION|>add {"a": 1}<|END_ACTION|>' in made.text
 
 
-def test_a_template_without_tools_has_them_explained():
-    made = compose(PLAIN, [USER, CALLED, RESULT], [ADD])
+@pytest.mark.parametrize("mark", ["", "[TOOL_CALLS]", "<|START_ACTION|>", "<|python_tag|>"])
+def test_a_template_without_tools_has_them_explained(mark):
+    """In the format that is read of its model then, whatever marks the template has for calls that it cannot write."""
+    made = compose(PLAIN + f"{{% if false %}}{mark}{{% endif %}}", [USER, CALLED, RESULT], [ADD])
     assert made.family == "hermes"
     assert made.text.startswith("[system] # Tools")
     assert '"name": "add"' in made.text

@@ -7,6 +7,7 @@ import pytest
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.llm.model import AnswerFormat, Tool, ToolCallDelta, ToolChoice
 from meshnode.llm.templates.answer import AnswerParser
+from meshnode.llm.templates.families import HARMONY_FINAL
 from meshnode.llm.templates.forcing import grammar_for
 from meshnode.llm.templates.model import TOOLS_MAX
 from tests.support.deepseek_marks import deepseek
@@ -119,7 +120,18 @@ def test_cohere_thinks_and_answers_between_marks():
     assert not grammar.accepts(f"<|START_RESPONSE|>{ONE['cohere']}")
     begun = Grammar(grammar_for("cohere", [ADD], REQUIRED, TEXT, thinking=True))
     assert begun.accepts(thought.removeprefix("<|START_THINKING|>") + ONE["cohere"])
+    assert begun.accepts(thought.removeprefix("<|START_THINKING|>") + ONE["cohere"].replace('"0"', '"10"'))
+    assert not begun.accepts(thought.removeprefix("<|START_THINKING|>") + ONE["cohere"].replace('"0"', '""'))
     assert not begun.accepts(ONE["cohere"])
+
+
+@pytest.mark.parametrize(("family", "head"), [("cohere", "<|START_RESPONSE|>"), ("harmony", HARMONY_FINAL)])
+def test_a_mark_stands_before_each_answer_that_a_schema_allows(family, head):
+    either = AnswerFormat(kind="json_schema", schema={"enum": ["yes", "no"]})
+    grammar = Grammar(grammar_for(family, [], ToolChoice(), either))
+    assert grammar.accepts(f'{head}"yes"')
+    assert grammar.accepts(f'{head}"no"')
+    assert grammar.accepts('"no"') == (family == "cohere"), "there the mark may be left out"
 
 
 def test_a_grammar_of_ones_own_goes_through():

@@ -10,6 +10,7 @@ from protocol.membership.events import ForgeryCut
 from protocol.membership.healing import REPLY_STATEMENTS_MAX, STATEMENTS_PER_REPLY
 from protocol.membership.intake import (
     INTAKE_BURST,
+    INTAKE_LOOKED_MAX,
     INTAKE_PAUSE_S,
     INTAKE_PER_PEER_MAX,
     INTAKE_PER_S,
@@ -161,6 +162,24 @@ def test_what_hundreds_bring_alike_is_verified_once() -> None:
         rounds += 1
     assert held == set(told)
     assert rounds < 100
+
+
+def test_what_is_no_news_is_passed_over_a_part_at_a_time() -> None:
+    """It costs a look each: hundreds of peers with 4,000 each would else hold this node up."""
+    mesh, intake, looked = Mesh(5), Intake(), 0
+
+    def is_held(_: bytes) -> bool:
+        nonlocal looked
+        looked += 1
+        return True
+
+    for peer in range(1, 5):
+        intake.put(mesh.id(peer), [bytes(8)] * INTAKE_PER_PEER_MAX)
+    assert intake.take(is_held, 0.0) == []
+    assert INTAKE_LOOKED_MAX <= looked < INTAKE_LOOKED_MAX + INTAKE_SLICE
+    assert intake.take(is_held, 0.0) == []
+    assert looked == 4 * INTAKE_PER_PEER_MAX
+    assert not intake
 
 
 def test_a_member_that_floods_is_heard_at_a_pace_and_delays_nobody() -> None:

@@ -97,6 +97,16 @@ def test_a_change_of_who_is_up_is_dated_and_nothing_else_is() -> None:
     assert view.changed_at == 6.0
 
 
+def test_who_came_up_is_told_once_each_time() -> None:
+    view = View(MESH.id(0), MESH.roster)
+    view.set_up(ALIVES[1, 0], 5.0)
+    assert view.arrivals() == [MESH.id(1)]
+    assert view.arrivals() == []
+    view.set_down(MESH.id(1), (), 6.0)
+    view.set_up(ALIVES[1, 0], 7.0)
+    assert view.arrivals() == [MESH.id(1)]
+
+
 def test_addresses_that_are_no_addresses_are_left_out() -> None:
     good = MESH.alive(1, addresses=(address_of(1), address_of(2)))
     alive = alive_of(good)

@@ -1,16 +1,15 @@
 """Anti-entropy: what it costs, that it streams in bounded frames, and what lying peers get for it."""
 
-from random import Random
 from typing import Any
 
 import msgspec
 import pytest
 
-from protocol.effects import Effect, LinkLost, LinkReceived, Persist, SendLink, SetTimer, TimerFired
+from protocol.effects import Effect, LinkLost, LinkReceived, Persist, SendLink, TimerFired
 from protocol.membership.events import PeerDown, PeerUp, Stalled
 from protocol.records.collection import Collection
 from protocol.records.events import PeerMuted, RecordsParams, RepairCompleted
-from protocol.records.machine import REPAIR, Records
+from protocol.records.machine import REPAIR
 from protocol.records.messages import (
     RecordBuckets,
     RecordBusy,
@@ -29,7 +28,7 @@ from protocol.records.repair import STEP
 from protocol.records.store import MACHINE, MemoryStore, RowId, row_key
 from protocol.wire.limits import FRAME_BYTES_MAX
 from tests.protocol.records.test_judge import NOW_HLC, record
-from tests.protocol.records.world import MESH, WALL, Identity, Machine, World, roster_of
+from tests.protocol.records.world import MESH, Identity, Machine, World
 
 KEY_HASH = key_hasher(MESH)
 AUTHOR = Identity(1)
@@ -230,6 +229,10 @@ def test_an_answer_to_nothing_is_stray() -> None:
     third = LinkReceived(world[2].id, RecordTops(root.session, {}, []))
     world[0].records.handle(third, 0.0, world.wall(world[0]))
     assert world[0].records.counters["stray_answers"] == 5
+    # Nor is an answer wanted of one that said it is busy, before it is asked again.
+    answer(world, RecordBusy(root.session, 5_000))
+    answer(world, RecordTops(root.session, {}, []))
+    assert world[0].records.counters["stray_answers"] == 6
     assert world[0].records._repair.fresh == {}
 
 
@@ -357,62 +360,3 @@ def test_a_burst_of_writes_is_pushed_up_to_the_bound_and_repaired_beyond_it() ->
         world.put(world[0], b"%d" % n, b"v" * 1000)
     assert world[0].records.counters["pushes_dropped"] > 100
     assert world.run(20, world.agree)
-
-
-# ---- who comes up ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("others", "least", "most"), [(8, 400, 400), (200, 4, 40)])
-def test_about_eight_of_a_mesh_hurry_to_one_that_came_up(others: int, least: int, most: int) -> None:
-    identities = [Identity(number) for number in range(1, others + 2)]
-    me, *peers = identities
-    machine = Records(
-        me=me.node_id,
-        mesh_id=MESH,
-        roster=roster_of(identities),
-        collections=[Collection("things")],
-        store=MemoryStore(),
-        rng=Random(1),
-        suite=me.suite,
-    )
-    machine.start(0.0, WALL)
-    for peer in peers:
-        machine.handle(PeerUp(peer.node_id, 1, (), 1, 1), 0.0, WALL)
-    hurried = 0
-    for _ in range(400):
-        machine.handle(PeerDown(peers[0].node_id, ()), 0.0, WALL)
-        for waiting in list(machine._eager):
-            del machine._eager[waiting]
-        timers = [
-            e for e in machine.handle(PeerUp(peers[0].node_id, 2, (), 1, 1), 0.0, WALL) if isinstance(e, SetTimer)
-        ]
-        hurried += len(timers)
-        assert all(timer.key == REPAIR for timer in timers)
-    assert least <= hurried <= most
-
-
-def compared(world: World, seconds: int, each_second: Any) -> set[int]:
-    """With whom the first machine compared everything in this time."""
-    begun = world.now
-    for _ in range(seconds):
-        each_second()
-        world.run(1.0)
-    fresh = world[0].records._repair.fresh
-    return {n for n, machine in enumerate(world.machines.values()) if fresh.get(machine.id, -1.0) > begun}
-
-
-def test_who_comes_up_again_and_again_takes_nobodys_turn() -> None:
-    """It need not even go down: an address that changes is told as coming up, and a member signs what it likes."""
-    world = World([Collection("things")], count=4)
-    world.start()
-    world.run(30)
-    assert compared(world, 60, lambda: world.feed(world[0], PeerUp(world[3].id, 2, (), 1, 1))) == {1, 2, 3}
-
-
-def test_who_always_says_that_it_is_busy_keeps_nobody_from_others() -> None:
-    world = World([Collection("things")], count=4)
-    world.start()
-    world.run(30)
-    world.lies[world[3].id] = lambda said: RecordBusy(said.session, 5_000) if isinstance(said, RecordTops) else said
-    for _ in range(5):
-        assert compared(world, 120, lambda: None) == {1, 2}

@@ -1,4 +1,4 @@
-"""The coordinator's side: one load that all join, nodes lost on the way, probes, complaints, memory made."""
+"""The coordinator's side: one load that all join, nodes lost on the way, probes, complaints."""
 
 from protocol.election.events import CoordinatorChanged
 from protocol.membership.events import PeerDown, PeerLeft
@@ -232,52 +232,6 @@ def test_a_longer_context_is_another_pipeline() -> None:
     assert it.of(PlanWanted)[-1].context == 200
 
 
-def test_memory_is_made_by_the_longest_idle_that_nobody_pinned_or_uses() -> None:
-    it = Coordinator()
-    pipelines = {}
-    for model in ("pinned", "busy", "older", "newer"):
-        pipelines[model] = it.ready(f"node-{model}", model=model)
-        it.wait(1.0)
-    it.pin("pinned")
-    it.stage("node-busy", pipelines["busy"], "ready", share=1.0, active=1)
-    it.ask("m")
-    it.no_plan()
-    assert it.of(PlanWanted)[-1].freed == {"node-older": (10, 0)}
-    it.plan("node-older", "c")
-    assert it.orders(UnloadStage) == [("node-older", UnloadStage(pipelines["older"].id))]
-    loads = len(it.orders(LoadStage))
-    it.stage("node-older", pipelines["older"], "unloading")
-    assert len(it.orders(LoadStage)) == loads, "its memory is not free yet"
-    it.gone("node-older", pipelines["older"])
-    assert len(it.orders(LoadStage)) == loads + 2
-    assert {held.pipeline.model for held in it.machine.pipelines} == {"pinned", "busy", "newer", "m"}
-
-
-def test_only_what_lies_in_the_way_is_evicted() -> None:
-    it = Coordinator()
-    it.ready("a", model="one")
-    it.wait(1.0)
-    it.ready("b", model="two")
-    it.ask("m")
-    it.no_plan()
-    it.no_plan()
-    assert it.of(PlanWanted)[-1].freed == {"a": (10, 0), "b": (10, 0)}
-    it.plan("b", "c")
-    assert [node for node, _ in it.orders(UnloadStage)] == ["b"]
-    it.no_plan()
-    assert it.answer(it.asks) is None
-
-
-def test_when_nothing_more_can_be_evicted_it_is_refused() -> None:
-    it = Coordinator()
-    it.ready("a", model="one")
-    ask = it.ask("m")
-    it.no_plan()
-    it.no_plan()
-    assert isinstance(it.answer(ask), Refused)
-    assert it.orders(UnloadStage) == []
-
-
 def test_a_pin_counts_as_long_as_it_is_renewed_and_for_one_coordinator() -> None:
     it = Coordinator(keep_alive_s=60.0, pin_s=30.0)
     pipeline = it.ready("a", model="pinned")
@@ -293,16 +247,6 @@ def test_a_pin_counts_as_long_as_it_is_renewed_and_for_one_coordinator() -> None
     assert it.machine.pinned == {"pinned"}
     it.tell(CoordinatorChanged(9, "b", True))
     assert it.machine.pinned == frozenset()
-
-
-def test_a_node_short_of_memory_is_relieved_of_what_is_idle() -> None:
-    it = Coordinator()
-    pipeline = it.ready("a", "b")
-    it.report("b", pressed=True)
-    it.wait(0.3, reporting=False)
-    assert {node for node, _ in it.orders(UnloadStage)} == {"a", "b"}
-    assert "memory runs short" in it.published(PipelineLost)[0].words
-    assert pipeline.id == it.published(PipelineLost)[0].id
 
 
 def test_keep_alive_counts_from_the_last_session_and_spares_the_pinned() -> None:
