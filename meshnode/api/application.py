@@ -45,7 +45,7 @@ from meshnode.api.routing import (
     Work,
 )
 from meshnode.api.sse import EventStream, OpenStreams, StreamPump
-from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.errors import ErrorCode, MeshError, only
 from meshnode.kernel.logs import LOG_CONTEXT, Logger
 from meshnode.kernel.metrics import Metrics
 
@@ -123,7 +123,7 @@ class ApiApplication:
         try:
             await self._answer(exchange, receive)
         except Exception as error:  # noqa: BLE001 -- the HTTP boundary
-            cause = _alone(error)
+            cause = only(error)
             if isinstance(cause, ClientGoneError | _TooSlowReaderError):
                 # Nobody is there to be told.
                 exchange.status = exchange.status or _CLIENT_GONE_STATUS
@@ -385,13 +385,6 @@ class ApiApplication:
             uid=exchange.asked.peer.uid,
             took_ms=round(took_s * 1000, 2),
         )
-
-
-def _alone(error: Exception) -> Exception:
-    """The one error inside groups of one, which is what a nursery makes of it."""
-    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
 
 
 def _no_route(exchange: Exchange) -> MeshError:

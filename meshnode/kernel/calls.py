@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 import trio
 
-from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.errors import ErrorCode, MeshError, only
 from meshnode.kernel.links import BulkStream, Links
 from meshnode.kernel.links.contracts import PeerMethod
 from meshnode.kernel.logs import Logger
@@ -80,10 +80,12 @@ class PeerCalls:
                 stream = await grant.accept()
                 async with stream:
                     await serve(stream)
-            except MeshError as error:
-                self._log.debug("a peer's stream ended", peer=peer, why=error.message)
             except Exception as error:  # noqa: BLE001 -- the peer-handler boundary: one bad stream must not stop the node
-                self._log.exception("a peer's stream failed", peer=peer, kind=type(error).__name__)
+                cause = only(error)
+                if isinstance(cause, MeshError):
+                    self._log.debug("a peer's stream ended", peer=peer, why=cause.message)
+                else:
+                    self._log.exception("a peer's stream failed", peer=peer, kind=type(cause).__name__)
             finally:
                 self._open[peer] -= 1
                 if not self._open[peer]:

@@ -8,7 +8,7 @@ JSON, the command line into a line on stderr and an exit code.
 from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Final
+from typing import Final, overload
 
 
 class ErrorCode(StrEnum):
@@ -165,6 +165,17 @@ class MeshError(Exception):
 
     def __repr__(self) -> str:
         return f"MeshError({self.code!r}, {self.message!r}, retryable={self.retryable!r}, detail={self.detail!r})"
+
+
+@overload
+def only(error: Exception) -> Exception: ...
+@overload
+def only(error: BaseException) -> BaseException: ...
+def only(error: BaseException) -> BaseException:
+    """The one error inside groups of one, which is what a nursery makes of it."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 def http_status(code: ErrorCode) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 import trio
 
-from meshnode.kernel.errors import ErrorCode, MeshError
+from meshnode.kernel.errors import ErrorCode, MeshError, only
 from meshnode.kernel.logs import Logger
 from meshnode.kernel.service import AgentHealth, Draining, Policy, Service, ServiceHealth, State
 
@@ -282,7 +282,7 @@ class Supervisor:
         return "ok" if states <= {State.RUNNING} else "degraded"
 
     def _explained(self, failure: BaseException) -> MeshError:
-        cause = _only(failure)
+        cause = only(failure)
         name = self._failed_service
         if isinstance(cause, MeshError):
             return MeshError(
@@ -300,7 +300,7 @@ class Supervisor:
 
     def _log_failure(self, event: str, record: _Record, error: BaseException) -> None:
         # A MeshError says what happened and what to do; where in the code it was noticed helps nobody.
-        foreseen = isinstance(_only(error), MeshError)
+        foreseen = isinstance(only(error), MeshError)
         self._logger.error(
             event,
             service=record.service.name,
@@ -368,16 +368,9 @@ def _is_over(record: _Record) -> bool:
     return record.state is State.WAITING or record.ended.is_set()
 
 
-def _only(error: BaseException) -> BaseException:
-    """The error inside groups that hold nothing else."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
-
-
 def _one_line(error: BaseException) -> str:
     """The error for health and logs: the innermost messages, on one line, bounded."""
-    cause = _only(error)
+    cause = only(error)
     if isinstance(cause, BaseExceptionGroup):
         text = "; ".join(_one_line(one) for one in cause.exceptions)
     else:

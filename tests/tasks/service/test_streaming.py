@@ -1,5 +1,6 @@
 """A task that is followed while its executor goes away, while it is tried again, and when it is long over."""
 
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.tasks.model import Piece
 from meshnode.tasks.service.streaming import Place, Stands, Wrote
 from meshnode.tasks.service.wire import END, PULSE, PieceReader, packed
+from tests.support.api_server import until
 from tests.support.task_mesh import Member, task_mesh
 
 
@@ -103,3 +105,15 @@ def test_pieces_come_out_whole_however_they_are_cut() -> None:
 def test_what_is_no_piece_is_refused(raw: bytes) -> None:
     with pytest.raises(ValueError, match="kind"):
         PieceReader().feed(raw)
+
+
+async def test_a_reader_that_goes_away_is_no_failure(tmp_path: Path) -> None:
+    async with task_mesh(tmp_path, 2) as mesh:
+        reader, runner = mesh.members[1], mesh.members[0]
+        task = await reader.submit("while :; do echo and so on; sleep 0.01; done", node="n0")
+        async with aclosing(reader.tasks.streaming.follow(task.id, Place())) as told:
+            async for one in told:
+                if isinstance(one, Wrote):
+                    break
+        await until(lambda: "a peer's stream ended" in runner.log.at("debug"))
+        assert not runner.log.at("exception")
