@@ -121,7 +121,7 @@ class Following:
         now: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`told` hears in words what the task waits for."""
+        """`told` hears in words what the task waits for. `unread` says afterwards why some output is missing."""
         self._client = client
         self.task = task
         self._shown = shown
@@ -130,6 +130,7 @@ class Following:
         self._pause = pause
         self._after = ""
         self.failure: Exception | None = None
+        self.unread = ""
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._run, name=f"task {task['id']}", daemon=True)
 
@@ -182,6 +183,8 @@ class Following:
             case "task":
                 self.task = data
                 self._told(waiting_text(data))
+            case "unread":
+                self.unread = str(data.get("reason", ""))
             case "end":
                 self.task = data
                 for stream in self._shown.values():

@@ -187,6 +187,12 @@ class OutputPart(msgspec.Struct, frozen=True, kw_only=True):
     cut: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
+class OutputUnread(msgspec.Struct, frozen=True, kw_only=True):
+    """Some of the output is missing: it could not be read where it lies."""
+
+    reason: str
+
+
 @dataclass(frozen=True, slots=True)
 class Filter:
     """Which tasks are meant; what is empty asks nothing. `dead`: those that wait for a person to decide."""

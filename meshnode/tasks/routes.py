@@ -12,7 +12,7 @@ from meshnode.api.render import RefusalError
 from meshnode.api.routing import ApiRequest, ByteStream, Reply, Route
 from meshnode.api.sse import EventStream, frame
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.tasks.model import Done, Filter, OutputPart, Piece, SchedulerStats, Stream, Submission, Task
+from meshnode.tasks.model import Done, Filter, OutputPart, OutputUnread, Piece, SchedulerStats, Stream, Submission, Task
 from meshnode.tasks.service.streaming import Place, Stands, Wrote
 from protocol.ids import NodeId
 
@@ -194,7 +194,7 @@ class TaskRoutes:
             Route(
                 method="GET", path="/api/tasks/{id}/stream", summary="A task's output as it comes, as events.",
                 handler=self.stream, streams=True, errors=not_found, tag=TAG,
-                events={"task": Task, "stdout": OutputPart, "stderr": OutputPart, "end": Task},
+                events={"task": Task, "stdout": OutputPart, "stderr": OutputPart, "unread": OutputUnread, "end": Task},
             ),
             Route(
                 method="GET", path="/api/tasks/{id}/output", summary="One stream of it as bytes, to the task's end.",
@@ -232,6 +232,8 @@ async def _frames(told: AsyncGenerator[Wrote | Stands, None]) -> AsyncGenerator[
     async with aclosing(told):
         async for one in told:
             if isinstance(one, Stands):
+                if one.unread:
+                    yield frame("unread", OutputUnread(reason=one.unread))
                 yield frame("end" if one.is_end else "task", one.task)
                 continue
             piece, place = one.piece, one.place
@@ -247,6 +249,9 @@ async def _bytes(told: AsyncGenerator[Wrote | Stands, None], stream: Stream) -> 
         async for one in told:
             if isinstance(one, Wrote) and one.piece.stream == stream:
                 yield one.piece.data
+            elif isinstance(one, Stands) and one.unread:
+                # In the midst of an answer nothing else can say that it is not whole than its breaking off.
+                raise MeshError(ErrorCode.UNREACHABLE, f"The task's output could not be read: {one.unread}")
 
 
 def _with_retry(error: MeshError) -> MeshError:

@@ -109,8 +109,8 @@ def _over_ssh(count: int, at_once: int) -> float | None:
             f"ssh -p {port} -i {folder}/key -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
             " -o LogLevel=ERROR -o BatchMode=yes"
         )
-        hosts = ",".join([f"{-(-at_once // NODES)}/{getpass.getuser()}@127.0.0.1"] * 1)
-        command = [parallel, "--ssh", ssh, "--sshlogin", hosts, "-j", str(at_once), "-N0", "true"]
+        host = f"{at_once}/{getpass.getuser()}@127.0.0.1"
+        command = [parallel, "--ssh", ssh, "--sshlogin", host, "-j", str(at_once), "-N0", "true"]
         begun = time.monotonic()
         done = subprocess.run(
             [*command, ":::", *map(str, range(count))],

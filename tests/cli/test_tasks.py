@@ -129,6 +129,15 @@ def test_on_all_nodes_each_line_says_which(agent_of_tasks: FakeAgent, capfd: pyt
     assert bodies[0]["idempotency_key"] != bodies[1]["idempotency_key"]
 
 
+def test_output_that_is_not_whole_is_no_success(agent_of_tasks: FakeAgent, capfd: pytest.CaptureFixture[str]) -> None:
+    agent_of_tasks.on(STREAM, Answer(chunks=(out("one\n"), event("unread", reason="Node x is away."), end())))
+    assert called(agent_of_tasks, "run", "--no-stdin", "true") == 1
+    shown = capfd.readouterr()
+    assert shown.out == "one\n"
+    assert "some output is missing" in shown.err
+    assert "Node x is away." in shown.err
+
+
 def test_a_stream_that_breaks_off_is_taken_up_where_it_was(
     agent_of_tasks: FakeAgent, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -250,6 +250,10 @@ def _outcome(session: Session, runs: list[Following], *, named: bool, cancelled:
             code = max(code, EXIT_FAILED)
             continue
         code = max(code, exit_of(one.task))
+        if one.unread:
+            again = f"`meshnode task {one.task['id']} -f` tries again"
+            note(f"[some output is missing, for it could not be read; {again}: {printable(one.unread)}]")
+            code = max(code, EXIT_FAILED)
         if one.task["status"] != "completed" and not session.as_json and not _exited(one.task):
             where = one.task.get("assigned_name")
             place = f" on {printable(where)}" if where else ""

@@ -11,7 +11,7 @@ from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import BulkStream
 from meshnode.tasks.model import Piece
 from meshnode.tasks.service.surroundings import Executions
-from meshnode.tasks.service.wire import END, PULSE, OutputWanted, PieceReader, Tail, TailWanted, packed
+from meshnode.tasks.service.wire import END, GONE, PULSE, OutputWanted, PieceReader, Tail, TailWanted, packed
 from protocol.ids import NodeId
 from protocol.placement.tasks import AttemptId
 
@@ -66,12 +66,19 @@ class Outputs:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pulse)
+            last = END
             async with aclosing(self._here(wanted)) as pieces:
-                async for piece in pieces:
-                    async with lock:
-                        await stream.send_all(packed(piece))
+                try:
+                    async for piece in pieces:
+                        for part in packed(piece):
+                            async with lock:
+                                await stream.send_all(part)
+                except MeshError as error:
+                    if error.code is not ErrorCode.NOT_FOUND:
+                        raise
+                    last = GONE
             async with lock:
-                await stream.send_all(END)
+                await stream.send_all(last)
             nursery.cancel_scope.cancel()
 
     async def _here(self, wanted: OutputWanted) -> AsyncGenerator[Piece, None]:
@@ -125,6 +132,8 @@ class Outputs:
                     ) from error
                 for piece in found:
                     yield piece
+            if reader.gone:
+                raise MeshError(ErrorCode.NOT_FOUND, f"Node {node} keeps nothing of the attempt {attempt}'s output.")
 
     async def last(self, node: NodeId, attempt: AttemptId) -> Tail:
         """The end of both streams. Raises MeshError."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import trio
-from msgspec.structs import replace
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.tasks.core.showing import stands
@@ -63,10 +62,11 @@ class Wrote:
 
 @dataclass(frozen=True, slots=True)
 class Stands:
-    """How the task stands now; `is_end`: nothing more comes."""
+    """How the task stands now; `is_end`: nothing more comes. `unread`: why some of its output is missing."""
 
     task: Task
     is_end: bool = False
+    unread: str = ""
 
 
 @dataclass(slots=True)
@@ -129,7 +129,7 @@ class Streaming:
             if current is None or where.state == "running":
                 shown = await self._shown(key, where)
                 if current is None and where.is_ended:
-                    yield Stands(_with_reason(shown, read.failed), is_end=True)
+                    yield Stands(shown, is_end=True, unread=read.failed)
                     return
                 if shown != told:
                     told = shown
@@ -156,7 +156,7 @@ class Streaming:
                     read.place = read.place.after(attempt, piece)
                     yield Wrote(piece, read.place)
         except MeshError as error:
-            read.failed = f"its output could not be read: {error.message}"
+            read.failed = error.message
             read.silent = attempt
             if error.code is ErrorCode.NOT_FOUND:
                 read.whole.add(attempt)  # it is not kept any more
@@ -193,7 +193,3 @@ class Streaming:
             raise MeshError(ErrorCode.NOT_FOUND, f"The task {key[1]} was deleted.")
         position = await self._desk.position(key) if where.state == "pending" else None
         return self._desk.shown(known, whole=True, position=position)
-
-
-def _with_reason(task: Task, words: str) -> Task:
-    return task if not words else replace(task, reason="; ".join(part for part in (task.reason, words) if part))

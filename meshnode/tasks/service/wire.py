@@ -1,7 +1,7 @@
 """What nodes ask each other of a task's output, and how output travels on a bulk stream.
 
 A piece is a header (kind, offset, bytes that were cut before it, length) and its bytes. A pulse shows that the executor
-is there while the task is silent.
+is there while the task is silent; where it has nothing of the attempt, `GONE` stands for all of its output.
 """
 
 import struct
@@ -17,10 +17,12 @@ TAIL_BYTES_MAX: Final = 64 * 1024
 _HEAD: Final = struct.Struct("<BQQI")
 _PULSE: Final = 0
 _END: Final = 3
+_GONE: Final = 4
 _KINDS: Final[dict[Stream, int]] = {"stdout": 1, "stderr": 2}
 _STREAMS: Final[dict[int, Stream]] = {1: "stdout", 2: "stderr"}
 PULSE: Final = _HEAD.pack(_PULSE, 0, 0, 0)
 END: Final = _HEAD.pack(_END, 0, 0, 0)
+GONE: Final = _HEAD.pack(_GONE, 0, 0, 0)
 
 _Id = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
 _Offset = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
@@ -66,9 +68,14 @@ class StatsWanted(msgspec.Struct, frozen=True, array_like=True):
     """The call `tasks.stats`: the queue and the nodes, as the coordinator sees them."""
 
 
-def packed(piece: Piece) -> bytes:
-    """A piece as it travels."""
-    return _HEAD.pack(_KINDS[piece.stream], piece.offset, piece.cut, len(piece.data)) + piece.data
+def packed(piece: Piece) -> list[bytes]:
+    """A piece as it travels: as several where it is longer than one may be."""
+    parts, cut, data = [], piece.cut, memoryview(piece.data)
+    for start in range(0, len(data), PIECE_BYTES_MAX) or (0,):
+        part = data[start : start + PIECE_BYTES_MAX]
+        parts += [_HEAD.pack(_KINDS[piece.stream], piece.offset + start, cut, len(part)) + part]
+        cut = 0
+    return parts
 
 
 class PieceReader:
@@ -77,6 +84,7 @@ class PieceReader:
     def __init__(self) -> None:
         self._data = bytearray()
         self.ended = False
+        self.gone = False
 
     def feed(self, data: bytes) -> list[Piece]:
         """What is whole now. Raises ValueError on what is no piece."""
@@ -85,14 +93,14 @@ class PieceReader:
         at = 0
         while len(self._data) - at >= _HEAD.size and not self.ended:
             kind, offset, cut, length = _HEAD.unpack_from(self._data, at)
-            if length > PIECE_BYTES_MAX or kind not in (_PULSE, _END, *_STREAMS):
+            if length > PIECE_BYTES_MAX or kind not in (_PULSE, _END, _GONE, *_STREAMS):
                 raise ValueError(f"kind {kind} with {length} bytes")
             if len(self._data) - at < _HEAD.size + length:
                 break
             at += _HEAD.size
             if kind in _STREAMS:
                 pieces.append(Piece(_STREAMS[kind], offset, bytes(self._data[at : at + length]), cut))
-            self.ended = kind == _END
+            self.ended, self.gone = kind in (_END, _GONE), kind == _GONE
             at += length
         del self._data[:at]
         return pieces
