@@ -176,7 +176,7 @@ class _Assembly:
             machine=Witness(ground.key_value.load_all(WITNESS_MACHINE)), persist=self._persist, now=ground.now
         )
         self._outputs = Outputs(
-            me=hub.me, calls=self._calls, executions=self._executions, is_starting=self._executing.is_starting
+            me=hub.me, calls=self._calls, executions=self._executions, progress=self._executing.progress
         )
         self._desk = self._build_desk()
         self._streaming = Streaming(

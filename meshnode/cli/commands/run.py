@@ -65,7 +65,7 @@ class _Duration(click.ParamType[float]):
 @click.option("--disk", type=_Size(), default=0, help="Room in its scratch folder.")
 @click.option("--label", "labels", multiple=True, help="What the node must be, as os=linux; may be given again.")
 @click.option("--network", is_flag=True, help="It needs the network, where the node's owner allows that.")
-@click.option("--env", "env", multiple=True, metavar="KEY=VALUE", help="For its environment; may be given again.")
+@click.option("-e", "--env", "env", multiple=True, metavar="KEY=VALUE", help="For its environment; may be given again.")
 @click.option("--mode", type=click.Choice(["at_least_once", "at_most_once"]), default="at_least_once",
               help="at_most_once: never started again once it may have started.")  # fmt: skip
 @click.option("--retries", type=click.IntRange(min=0), default=0, help="How often it is tried again after a failure.")

@@ -20,6 +20,7 @@ from meshnode.tasks.execution.isolation import (
     Walls,
     bubblewrap,
     furnish,
+    no_command,
     no_network,
     options,
     visible,
@@ -59,7 +60,7 @@ def make(folder: Path, order: Order, stdin: bytes, terms: Terms, place: Place) -
     else:
         found = shutil.which(argv[0], path=terms.environment.get("PATH", SEARCH_PATH)) or ""
         code = 0 if found else 127
-        found = found or f"there is no command {argv[0]!r} on this node, or it is not executable"
+        found = found or no_command(argv[0], "on this node, or it is not executable")
     if code:
         return Outcome("refused", code, found)
     try:

@@ -110,6 +110,12 @@ def options(walls: Walls) -> list[str]:
     return command
 
 
+def no_command(command: str, where: str) -> str:
+    """Words for a command that is not there."""
+    hint = " (a line for a shell is submitted as one: `meshnode run --shell`)" if " " in command else ""
+    return f"there is no command {command!r} {where}{hint}"
+
+
 def visible(command: str, folders: Sequence[str]) -> tuple[str, int]:
     """Where a command lies that is visible behind the walls, and 0; or words, and 127 (not there) or 126 (not
     executable), as shells count.
@@ -118,10 +124,10 @@ def visible(command: str, folders: Sequence[str]) -> tuple[str, int]:
         found = shutil.which(command, path=SEARCH_PATH)
         if found is not None:
             return found, 0
-        return f"there is no command {command!r} in {SEARCH_PATH}", 127
+        return no_command(command, f"in {SEARCH_PATH}"), 127
     path = os.path.normpath(os.path.join(WORK, command))
     if not any(_within(path, folder) for folder in (*_SYSTEM, *folders)):
-        return f"{path} is not visible to tasks: only {', '.join((*_SYSTEM, *folders))} are", 127
+        return f"tasks do not see {path}: only {', '.join((*_SYSTEM, *folders))} and their scratch folder", 127
     if not os.path.exists(path):
         return f"there is no {path}", 127
     if os.path.isdir(path) or not os.access(path, os.X_OK):

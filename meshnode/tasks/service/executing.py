@@ -3,6 +3,7 @@
 What is decided is in protocol/placement; how a process runs is the executions' business.
 """
 
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from meshnode.kernel.logs import Logger
 from meshnode.kernel.machines import MachineRunner
 from meshnode.tasks.model import FoundAttempt, Outcome
 from meshnode.tasks.service.records import TaskKey, TaskRecords, order_in
-from meshnode.tasks.service.surroundings import Executions, Executor
+from meshnode.tasks.service.surroundings import Executions, Executor, Progress
 from protocol.effects import Persist, Publish
 from protocol.election.events import CoordinatorChanged
 from protocol.ids import NodeId
@@ -41,6 +42,7 @@ from protocol.placement.tasks import Attempt, AttemptId, Order
 
 REPORT_S: Final = 5.0
 PAST_MAX: Final = 4096
+OVER_MAX: Final = 1024
 
 
 class Executing:
@@ -72,11 +74,12 @@ class Executing:
         self._answers: dict[int, tuple[trio.Event, list[CommandAnswer]]] = {}
         self._asked = 0
         self._starting: set[AttemptId] = set()
+        self._over: deque[AttemptId] = deque(maxlen=OVER_MAX)
         self._nursery: trio.Nursery | None = None
 
-    def is_starting(self, attempt: AttemptId) -> bool:
-        """Whether it is being started, and nothing can be read of it yet."""
-        return attempt in self._starting
+    def progress(self, attempt: AttemptId) -> Progress:
+        """How far the starts of this agent's time are; of all others nothing is known."""
+        return "over" if attempt in self._over else "starting" if attempt in self._starting else "unknown"
 
     async def run(self) -> None:
         """Serve until cancelled; processes run on without it, and are found again."""
@@ -175,6 +178,7 @@ class Executing:
             outcome = Outcome("refused", words=error.message)
         finally:
             self._starting.discard(attempt)
+        self._over.append(attempt)
         self._ended(attempt, outcome)
 
     async def _wait(self, attempt: AttemptId) -> None:

@@ -10,7 +10,7 @@ from meshnode.kernel.calls import Granted, PeerCalls
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.links import BulkStream
 from meshnode.tasks.model import Piece
-from meshnode.tasks.service.surroundings import Executions
+from meshnode.tasks.service.surroundings import Executions, Progress
 from meshnode.tasks.service.wire import END, GONE, PULSE, OutputWanted, PieceReader, Tail, TailWanted, packed
 from protocol.ids import NodeId
 from protocol.placement.tasks import AttemptId
@@ -29,13 +29,13 @@ class Outputs:
     """Of this node's attempts, to peers; and of any node's, to this one."""
 
     def __init__(
-        self, *, me: NodeId, calls: PeerCalls, executions: Executions, is_starting: Callable[[AttemptId], bool]
+        self, *, me: NodeId, calls: PeerCalls, executions: Executions, progress: Callable[[AttemptId], Progress]
     ) -> None:
-        """`is_starting`: nothing can be read of such an attempt yet."""
+        """`progress`: nothing can be read of an attempt that is starting yet, and of one that is over no more comes."""
         self._me = me
         self._calls = calls
         self._executions = executions
-        self._is_starting = is_starting
+        self._progress = progress
 
     # ---- giving -----------------------------------------------------------------------------------------------------
 
@@ -85,8 +85,9 @@ class Outputs:
         """This node's own. One that is just being started is waited for."""
         begun, deadline = False, trio.current_time() + BEGIN_S
         while True:
-            while self._is_starting(wanted.attempt):  # noqa: ASYNC110 -- a few milliseconds, in the way of nobody
+            while self._progress(wanted.attempt) == "starting":  # noqa: ASYNC110 -- a few milliseconds, in nobody's way
                 await trio.sleep(LOOK_S)
+            is_over = self._progress(wanted.attempt) == "over"  # looked at first: what began meanwhile is found
             try:
                 pieces = self._executions.follow(wanted.attempt, wanted.stdout, wanted.stderr)
                 async with aclosing(pieces):
@@ -95,7 +96,7 @@ class Outputs:
                         yield piece
                 return
             except MeshError as error:
-                if error.code is not ErrorCode.NOT_FOUND or begun or trio.current_time() > deadline:
+                if error.code is not ErrorCode.NOT_FOUND or begun or is_over or trio.current_time() > deadline:
                     raise
             await trio.sleep(LOOK_S)
 

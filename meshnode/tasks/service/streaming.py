@@ -19,7 +19,7 @@ from meshnode.tasks.service.records import TaskKey, TaskRecords
 from meshnode.tasks.service.wire import Placed
 from protocol.ids import NodeId
 from protocol.node import Node
-from protocol.placement.standing import Standing
+from protocol.placement.standing import Standing, never_began
 from protocol.placement.tasks import AttemptId, TaskId
 
 LOOK_S: Final = 2.0
@@ -129,7 +129,7 @@ class Streaming:
             if current is None or where.state == "running":
                 shown = await self._shown(key, where)
                 if current is None and where.is_ended:
-                    yield Stands(shown, is_end=True, unread=read.failed)
+                    yield Stands(shown, is_end=True, unread="" if _none_came(where) else read.failed)
                     return
                 if shown != told:
                     told = shown
@@ -171,6 +171,8 @@ class Streaming:
             return hint if hint is not None and hint[1] not in known else None
         live = [(node, one) for node, one in where.live if one.started_ms and one.attempt != silent]
         node, attempt = live[0] if live else where.counts or (None, None)
+        if _none_came(where):
+            return None
         if node is None or attempt is None or not (attempt.started_ms or where.state == "placed"):
             return None
         return node, attempt.attempt
@@ -193,3 +195,8 @@ class Streaming:
             raise MeshError(ErrorCode.NOT_FOUND, f"The task {key[1]} was deleted.")
         position = await self._desk.position(key) if where.state == "pending" else None
         return self._desk.shown(known, whole=True, position=position)
+
+
+def _none_came(where: Standing) -> bool:
+    """Whether there is no output, since what counts never began."""
+    return not where.live and where.counts is not None and never_began(where.counts[1])

@@ -1,7 +1,7 @@
 """What the service needs of others: the machines that decide, and what runs processes here. Protocols, no behaviour."""
 
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from meshnode.tasks.model import FoundAttempt, Outcome, Piece, Stream
 from protocol.effects import TimerFired
@@ -9,6 +9,8 @@ from protocol.placement.commands import Positions, PositionsWanted, SchedulerSta
 from protocol.placement.executing_events import ExecutingInput
 from protocol.placement.scheduling_events import SchedulingInput
 from protocol.placement.tasks import AttemptId, Order
+
+Progress = Literal["unknown", "starting", "over"]
 
 
 class Scheduler(Protocol):

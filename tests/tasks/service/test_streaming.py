@@ -81,6 +81,17 @@ async def test_a_reader_outlasts_an_executor_that_is_out_of_reach_for_a_while(tm
         assert isinstance(told[-1], Stands)
 
 
+async def test_what_never_began_misses_no_output_and_is_told_at_once(tmp_path: Path) -> None:
+    async with task_mesh(tmp_path, 2) as mesh:
+        for member in mesh.members:
+            task = await member.submit(["no-such-command"], node="n0")
+            with trio.fail_after(1.5):
+                told = await followed(member, task.id)
+            end = told[-1]
+            assert isinstance(end, Stands)
+            assert (end.task.status, end.task.exit_code, end.unread) == ("failed", 127, "")
+
+
 async def test_a_task_that_is_deleted_ends_its_streams(tmp_path: Path) -> None:
     async with task_mesh(tmp_path, 1) as mesh:
         member = mesh.members[0]
