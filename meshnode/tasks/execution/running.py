@@ -30,6 +30,8 @@ LOOK_S: Final = 0.5
 
 START_S: Final = 10.0
 KEEPER_AGAIN_S: Final = 1.0
+KEEPER_IDLE_S: Final = 600.0
+"""A node whom nobody gives tasks has no keeper: it would cost more memory than the whole of this module."""
 
 
 class ProcessExecutions:
@@ -45,7 +47,8 @@ class ProcessExecutions:
         self._offload = offload
         self._log = log
         self._keeper: trio.Process | None = None
-        self._ready = trio.Event()
+        self._wanted, self._ready = trio.Event(), trio.Event()
+        self._idle = trio.CancelScope()
         self._turn = trio.Lock()
         self._bells: dict[AttemptId, trio.Event] = {}
         self._uids: dict[AttemptId, int] = {}
@@ -64,9 +67,10 @@ class ProcessExecutions:
                     nursery.start_soon(self._listen, bell)
                 task_status.started()
                 while True:
-                    await self._keep()
-                    self._log.warning("the keeper of tasks ended and is started again")
-                    await trio.sleep(KEEPER_AGAIN_S)
+                    await self._wanted.wait()
+                    if not await self._keep():
+                        self._log.warning("the keeper of tasks ended")
+                        await trio.sleep(KEEPER_AGAIN_S)
         finally:
             self._nursery = None
             leave_shared(self._folder)
@@ -205,8 +209,8 @@ class ProcessExecutions:
 
     # ---- the keeper -------------------------------------------------------------------------------------------------
 
-    async def _keep(self) -> None:
-        """One keeper's life."""
+    async def _keep(self) -> bool:
+        """One keeper's life; True if nobody wanted it any more."""
         process = await trio.lowlevel.open_process(
             [sys.executable, "-P", "-m", "meshnode.tasks.execution", os.fspath(self._folder)],
             stdin=subprocess.PIPE,
@@ -220,9 +224,12 @@ class ProcessExecutions:
                 await _line(process)
             self._keeper = process
             self._ready.set()
-            await process.wait()
+            with trio.move_on_after(KEEPER_IDLE_S) as self._idle:
+                await process.wait()
+            return self._idle.cancelled_caught
         except (trio.TooSlowError, EOFError) as error:
             self._log.warning("the keeper of tasks does not start", why=str(error))
+            return False
         finally:
             self._is_gone(process)
             with trio.CancelScope(shield=True):
@@ -235,6 +242,8 @@ class ProcessExecutions:
     async def _fork(self, folder: Path) -> str:
         """Have a supervisor for this folder; empty, or why none answered."""
         async with self._turn:
+            self._wanted.set()
+            self._idle.deadline = trio.current_time() + KEEPER_IDLE_S
             with trio.move_on_after(START_S):
                 await self._ready.wait()
             keeper = self._keeper
@@ -257,7 +266,7 @@ class ProcessExecutions:
 
     def _is_gone(self, keeper: trio.Process) -> None:
         if self._keeper is keeper:
-            self._keeper, self._ready = None, trio.Event()
+            self._keeper, self._ready, self._wanted = None, trio.Event(), trio.Event()
 
     # ---- the bell ---------------------------------------------------------------------------------------------------
 

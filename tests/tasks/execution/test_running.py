@@ -268,6 +268,16 @@ async def test_somebody_who_rings_wrongly_hurts_nobody(data_dir: Path) -> None:
         assert (await world.run("true")).code == 0
 
 
+async def test_a_node_without_tasks_has_no_keeper(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshnode.tasks.execution.running.KEEPER_IDLE_S", 0.3)
+    async with one_agent(data_dir, isolated=False) as world:
+        assert not keepers()
+        for _ in range(2):
+            assert (await world.run("true")).code == 0
+            assert len(keepers()) == 1
+            await until(lambda: not keepers())
+
+
 @both_ways
 async def test_keepers_killed_at_any_moment_neither_double_nor_deny_a_start(
     data_dir: Path, isolated: bool, monkeypatch: pytest.MonkeyPatch
