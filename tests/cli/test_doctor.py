@@ -343,6 +343,7 @@ def test_gpu_whose_driver_does_not_answer(data_dir: Path) -> None:
 def test_the_sandbox(data_dir: Path) -> None:
     missing = check_sandbox(patient(data_dir, environment={"PATH": str(data_dir)}))
     assert (missing.result, missing.mend) == (WARN, "sudo apt install bubblewrap")
+    assert "takes no tasks" in missing.found
     put(data_dir, "bwrap", "#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
     (data_dir / "bwrap").chmod(0o755)
     put(data_dir, "proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1\n")
@@ -351,6 +352,29 @@ def test_the_sandbox(data_dir: Path) -> None:
     assert broken.mend == "sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"
     put(data_dir, "bwrap", "#!/bin/sh\nexit 0\n")
     assert check_sandbox(patient(data_dir, root=data_dir, environment={"PATH": str(data_dir)})).result is OK
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bubblewrap is Linux's")
+def test_the_sandbox_as_its_owner_wants_it(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(data_dir, "bwrap", "#!/bin/sh\nexit 0\n")
+    (data_dir / "bwrap").chmod(0o755)
+
+    def found(*, trusts_user: bool = True, **changes: Any) -> tuple[Result, str]:
+        finding = check_sandbox(
+            patient(
+                data_dir, environment={"PATH": str(data_dir)}, trusts_user=trusts_user, tasks=TaskSettings(**changes)
+            )
+        )
+        return finding.result, finding.found
+
+    assert found(accept="nobody")[1] == "this node takes no tasks (tasks.accept)"
+    assert found(accept="admins") == (OK, "bubblewrap works: this node takes tasks of admins")
+    assert found(isolation="none")[0] is WARN
+    monkeypatch.setattr("meshnode.cli.doctor.tools.gives_users", lambda: False)
+    assert found(network=True)[0] is WARN
+    assert found(network=True, trusts_user=False)[0] is OK
+    monkeypatch.setattr("meshnode.cli.doctor.tools.gives_users", lambda: True)
+    assert found(network=True)[0] is OK
 
 
 @pytest.mark.parametrize(

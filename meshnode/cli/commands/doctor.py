@@ -50,6 +50,8 @@ def doctor(session: Session) -> int:
         multicast_group=settings.discovery.group,
         told=told,
         warnings=warnings,
+        tasks=settings.tasks,
+        trusts_user=not settings.api.require_token,
         versions=versions,
     )
     with Progress("examining this machine", quiet=session.as_json):

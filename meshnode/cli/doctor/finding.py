@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from meshnode.cli.doctor.system import System
+from meshnode.settings.tree import TaskSettings
 
 
 class Result(StrEnum):
@@ -44,7 +45,7 @@ class Versions(msgspec.Struct, frozen=True):
 class Patient(msgspec.Struct, frozen=True):
     """The machine and the settings that are looked at. `root` is where the system's files are read; `told` is what
     the running agent says of itself, by check, `warnings` what `meshnode status` shows of it, and `versions` what it
-    knows of the mesh's engines.
+    knows of the mesh's engines. `trusts_user`: the local API takes its agent's user without a token.
     """
 
     data_dir: Path
@@ -59,6 +60,8 @@ class Patient(msgspec.Struct, frozen=True):
     root: Path = Path("/")
     told: Mapping[str, Told] = {}
     warnings: tuple[str, ...] = ()
+    tasks: TaskSettings = TaskSettings()
+    trusts_user: bool = True
     versions: tuple[Versions, ...] = ()
 
 

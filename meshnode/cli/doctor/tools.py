@@ -12,6 +12,8 @@ from meshnode.cli.doctor.system import run_program
 from meshnode.kernel.resources.gpu import GpuUnavailable
 from meshnode.kernel.resources.nvidia import NvidiaSource, driver_is_present
 from meshnode.llm.service.lending import engine_version, rpc_support
+from meshnode.tasks.execution.isolation import no_network
+from meshnode.tasks.execution.users import gives_users
 from protocol.sharding.remote import BUILD_WORDS
 
 ENGINE: Final = "llama-cpp-python>=0.3.36,<0.4"
@@ -108,19 +110,34 @@ def _has_nvidia_card(root: Path) -> bool:
     return False
 
 
+_SETTINGS: Final = "meshnode config path   # the settings file, where to change that"
+
+
 def check_sandbox(patient: Patient) -> Finding:
-    """bubblewrap works here, so that tasks of others run apart from the user's files."""
+    """Tasks of others run here, and apart from the user's files."""
+    if patient.tasks.accept == "nobody":
+        return Finding("sandbox", Result.OK, "this node takes no tasks (tasks.accept)")
+    if patient.tasks.isolation == "none":
+        found = 'tasks run without walls (tasks.isolation = "none"): they may do whatever this agent may'
+        return Finding("sandbox", Result.WARN, found, _SETTINGS)
     if sys.platform != "linux":
-        return Finding("sandbox", Result.WARN, "tasks run without a sandbox on this system", "")
+        return Finding("sandbox", Result.WARN, "this node takes no tasks: what shuts them in exists on Linux alone")
     program = shutil.which("bwrap", path=patient.environment.get("PATH", os.defpath))
     if program is None:
         mend = patient.system.install({"": "bubblewrap"})
-        return Finding("sandbox", Result.WARN, "bubblewrap is missing: tasks of others would run unprotected", mend)
+        return Finding(
+            "sandbox", Result.WARN, "this node takes no tasks: bubblewrap, which shuts them in, is missing", mend
+        )
     tried = run_program([program, "--ro-bind", "/", "/", "--unshare-all", "--die-with-parent", "--", "/bin/true"])
-    if tried is not None and tried.status == 0:
-        return Finding("sandbox", Result.OK, "bubblewrap works")
-    why = "it does not end" if tried is None else tried.text.splitlines()[0] if tried.text else f"status {tried.status}"
-    return Finding("sandbox", Result.WARN, f"bubblewrap does not work: {why}", _unlock_namespaces(patient))
+    if tried is None or tried.status != 0:
+        said = "" if tried is None else tried.text.splitlines()[0] if tried.text else f"status {tried.status}"
+        found = f"this node takes no tasks: bubblewrap does not work: {said or 'it does not end'}"
+        return Finding("sandbox", Result.WARN, found, _unlock_namespaces(patient))
+    whose = "admins" if patient.tasks.accept == "admins" else "every member"
+    if patient.tasks.network and no_network(trusts_user=patient.trusts_user, own_users=gives_users()):
+        found = f"this node takes tasks of {whose}, but none with the network: without api.require_token they could command it"
+        return Finding("sandbox", Result.WARN, found, _SETTINGS)
+    return Finding("sandbox", Result.OK, f"bubblewrap works: this node takes tasks of {whose}")
 
 
 def _unlock_namespaces(patient: Patient) -> str:
