@@ -36,6 +36,7 @@ from meshnode.cli.doctor.network import (
 from meshnode.cli.doctor.system import System, run_program, this_system
 from meshnode.cli.doctor.tools import check_engine, check_gpu, check_rpc, check_sandbox
 from meshnode.kernel.datafolder import open_data_folder
+from meshnode.settings.tree import TaskSettings
 from tests.cli.patients import patient
 
 OK, WARN, FAIL = Result
@@ -369,6 +370,7 @@ def test_the_sandbox_as_its_owner_wants_it(data_dir: Path, monkeypatch: pytest.M
 
     assert found(accept="nobody")[1] == "this node takes no tasks (tasks.accept)"
     assert found(accept="admins") == (OK, "bubblewrap works: this node takes tasks of admins")
+    assert found()[1].endswith("every member")
     assert found(isolation="none")[0] is WARN
     monkeypatch.setattr("meshnode.cli.doctor.tools.gives_users", lambda: False)
     assert found(network=True)[0] is WARN

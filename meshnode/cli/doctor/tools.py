@@ -124,19 +124,17 @@ def check_sandbox(patient: Patient) -> Finding:
         return Finding("sandbox", Result.WARN, "this node takes no tasks: what shuts them in exists on Linux alone")
     program = shutil.which("bwrap", path=patient.environment.get("PATH", os.defpath))
     if program is None:
-        mend = patient.system.install({"": "bubblewrap"})
-        return Finding(
-            "sandbox", Result.WARN, "this node takes no tasks: bubblewrap, which shuts them in, is missing", mend
-        )
+        found = "this node takes no tasks: bubblewrap, which shuts them in, is missing"
+        return Finding("sandbox", Result.WARN, found, patient.system.install({"": "bubblewrap"}))
     tried = run_program([program, "--ro-bind", "/", "/", "--unshare-all", "--die-with-parent", "--", "/bin/true"])
     if tried is None or tried.status != 0:
         said = "" if tried is None else tried.text.splitlines()[0] if tried.text else f"status {tried.status}"
         found = f"this node takes no tasks: bubblewrap does not work: {said or 'it does not end'}"
         return Finding("sandbox", Result.WARN, found, _unlock_namespaces(patient))
-    whose = "admins" if patient.tasks.accept == "admins" else "every member"
     if patient.tasks.network and no_network(trusts_user=patient.trusts_user, own_users=gives_users()):
-        found = f"this node takes tasks of {whose}, but none with the network: without api.require_token they could command it"
+        found = "tasks get no network here: without api.require_token they could command this agent"
         return Finding("sandbox", Result.WARN, found, _SETTINGS)
+    whose = "admins" if patient.tasks.accept == "admins" else "every member"
     return Finding("sandbox", Result.OK, f"bubblewrap works: this node takes tasks of {whose}")
 
 
