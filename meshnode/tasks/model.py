@@ -133,7 +133,9 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PromiseLine(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node lends to tasks, and what of it runs or is promised."""
+    """What a node lends to tasks, and what of it runs or is promised. `breaker`: `closed`, `open` after three failures
+    in a row (30 s, doubled up to 10 min), then `half_open` until two of its probes went well.
+    """
 
     node_id: NodeId
     node_name: str
@@ -146,6 +148,8 @@ class PromiseLine(msgspec.Struct, frozen=True, kw_only=True):
     ram_promised_bytes: int
     running: int
     breaker: str
+    failures: int = 0  # in a row, by its own fault
+    breaker_retry_s: float | None = None  # until an open breaker lets it be tried again
     reason: str | None = None  # why it takes nothing now
 
 

@@ -272,8 +272,8 @@ class Settling:
                 if down_since is not None:
                     s.wake(task, down_since + params.gone_s)
         elif live and task.terms.mode == "at_most_once":
-            node = live[0][0]
-            task.waits_for = f"it may run on {node}, which is not heard: it waits for it, or for a person to end it"
+            name = s.books.of(live[0][0], now).name
+            task.waits_for = f"it may run on {name}, which is not heard: it waits for it, or for a person to end it"
         elif live and len(live) + stands.losses > LOSSES_MAX:
             task.waits_for = f"{len(live)} nodes that it was started on are not heard: it waits for one of them"
         elif stands.state == "pending" or live:

@@ -236,11 +236,14 @@ class SchedulingState:
 
     def enqueue(self, task: Tracked, *, ahead: bool) -> None:
         """It waits for a place."""
-        if task.key not in self.queue:
-            waiting = self.waiting(task)
-            self.queue.add(waiting, ahead=ahead)
-            if waiting.shape not in self.blocked:
-                self.fresh.add(waiting.shape)
+        entry = self.queue.get(task.key)
+        if entry is not None and entry.shape.role == self.roster.role(task.terms.submitter):
+            return
+        self.queue.remove(task.key)  # its submitter has another role now
+        waiting = self.waiting(task)
+        self.queue.add(waiting, ahead=ahead)
+        if waiting.shape not in self.blocked:
+            self.fresh.add(waiting.shape)
 
     def block(self, shape: Shape) -> None:
         """No node has room for it now."""

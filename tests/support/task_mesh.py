@@ -31,8 +31,9 @@ from protocol.membership.events import ContactFound
 from protocol.node import Node
 from protocol.placement.tasks import task_collections
 from protocol.placement.tracking import SchedulingParameters
+from protocol.trust.collection import trust_collection
 from protocol.trust.roster import Roster
-from protocol.trust.statements import admission, seal
+from protocol.trust.statements import TRUST_COLLECTION, admission, eviction, record_key, seal
 from protocol.wire.crypto import SodiumSuite
 from tests.kernel.links.world import Mesh as Links
 from tests.kernel.links.world import Node as Link
@@ -134,6 +135,13 @@ class TaskMesh:
         followed = {member.hub.election.coordinator for member in self.members}
         return len(followed) if None not in followed else 0
 
+    async def evict(self, member: Member, by: Member) -> None:
+        """As an admin's agent does."""
+        root = self._links.root
+        out = eviction(node_id=member.id, evicted_at=int(time.time() * 1000), by=by.id)
+        blob = seal(out, SodiumSuite(root.seed, root.mesh_id))
+        await by.tasks.desk._records._writer.put(TRUST_COLLECTION, record_key(member.id), blob)
+
     @property
     def coordinator(self) -> Member:
         """Whom all follow."""
@@ -174,7 +182,8 @@ class TaskMesh:
         roster = Roster(root_public_key=root.public_key, verifier=suite, statements=admissions)
         hub = Node(
             me=identity.node_id, mesh_id=root.mesh_id, boot=1, founder=index == 0, suite=suite,
-            rng=random.Random(index), roster=roster, durable={"keys": KEYS}, collections=task_collections(),
+            rng=random.Random(index), roster=roster, durable={"keys": KEYS},
+            collections=(trust_collection(root.public_key, suite), *task_collections()),
             record_store=store, addresses=(Address("127.0.0.1", sockets.port),),
         )  # fmt: skip
         state = DurableState(database, key_value, store)

@@ -63,7 +63,7 @@ class _Duration(click.ParamType[float]):
 @click.option("--gpu", type=click.IntRange(min=0), default=0, help="Graphics devices that it needs.")
 @click.option("--vram", type=_Size(), default=0, help="Memory of graphics devices that it needs.")
 @click.option("--disk", type=_Size(), default=0, help="Room in its scratch folder.")
-@click.option("--label", "labels", multiple=True, help="What the node must be, as os=linux; may be given again.")
+@click.option("--label", "labels", multiple=True, help="What the node must be, as os=linux, name=NODE; again for more.")
 @click.option("--network", is_flag=True, help="It needs the network, where the node's owner allows that.")
 @click.option("-e", "--env", "env", multiple=True, metavar="KEY=VALUE", help="For its environment; may be given again.")
 @click.option("--mode", type=click.Choice(["at_least_once", "at_most_once"]), default="at_least_once",
@@ -93,6 +93,9 @@ def run(
     body = _body(argv, shell, wanted, b"" if no_stdin else _piped())
     with session.agent() as agent:
         tasks = _submit(agent, body, node, prefer, all_nodes=all_nodes)
+    for task in tasks:
+        if task["status"] == "pending" and task.get("reason"):
+            note(f"Task {task['id']} waits: {printable(task['reason'])}. `meshnode cancel {task['id']}` gives it up.")
     if detach:
         if session.as_json:
             say_json(tasks if all_nodes else tasks[0])

@@ -39,6 +39,7 @@ from protocol.placement.executing_events import (
     StopExecution,
 )
 from protocol.placement.tasks import Attempt, AttemptId, Order
+from protocol.trust.events import RosterChanged
 
 REPORT_S: Final = 5.0
 PAST_MAX: Final = 4096
@@ -92,8 +93,10 @@ class Executing:
 
     def observe(self, event: object) -> None:
         """Events of the protocol."""
-        if isinstance(event, CoordinatorChanged | RosterShrank):
+        if isinstance(event, CoordinatorChanged):
             self._runner.submit(event)
+        elif isinstance(event, RosterChanged) and event.removed:
+            self._runner.submit(RosterShrank(event.removed))
 
     def own_came(self, key: TaskKey, attempt: Attempt) -> None:
         """A record of this node's was brought by another."""

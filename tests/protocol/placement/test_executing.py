@@ -185,7 +185,7 @@ def test_the_owner_and_the_room_decide_here_again() -> None:
     assert node.start(A1, order(T1, needs=Needs(cpus=3.0))).code == ""
     assert node.start(A2, order(T2, needs=Needs(cpus=2.0))).code == "full"
     node.tell(LentTold(structs.replace(LENT, accepts="admins")))
-    assert node.start(A2, order(T2)).words == "it takes tasks of admins"
+    assert node.start(A2, order(T2)).words == "it takes tasks of admins (`tasks.accept`)"
     node.tell(LentTold(structs.replace(LENT, closed="on battery")))
     assert (node.start(A2, order(T2)).code, node.start(A2, order(T2)).words) == ("closed", "on battery")
     node.tell(LentTold(structs.replace(LENT, isolation="")))
