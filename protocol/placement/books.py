@@ -260,6 +260,10 @@ class Books:
         if required is not None and required.node not in here:
             state = "is not heard now" if required.down_since is not None else "has not said yet what it lends"
             return f"it must run on {required.name}, which {state}"
+        if required is None and shape.needs.node:
+            return (
+                f"it must run on {shape.needs.node}, which is no member of the mesh any more, or has not been heard yet"
+            )
         return never_words(shape.needs, shape.role, here)
 
     def shut_words(self, shape: Shape, now: float) -> str:

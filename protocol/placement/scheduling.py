@@ -346,6 +346,8 @@ class Scheduling:
             return not s.fresh and not s.books.has_room(least, s.dirty, now)
 
         turns = 0
+        s.refused.clear()
+        s.unreserved.clear()
         if not is_over():
             turns = s.queue.serve(lambda each: self._settling.place(each, now), is_over, now, s.params.turns_max)
         if turns >= s.params.turns_max:

@@ -4,10 +4,12 @@
 changed or is due, and calling it once more does no harm.
 """
 
+from math import ceil
 from typing import Final
 
 from protocol.effects import Publish
 from protocol.ids import NodeId
+from protocol.placement.books import RESERVE_AFTER_S
 from protocol.placement.commands import Note, StartAttempt, StopAttempt, VoidAttempt
 from protocol.placement.queueing import Waiting
 from protocol.placement.scheduling_events import DeclareLost, NodeShunned, NodeTrusted, TaskPlaced
@@ -296,12 +298,19 @@ class Settling:
         """Its turn: whether there was room. The queue lets go of it then."""
         s, task = self._s, self._s.tasks[waiting.key]
         shape = waiting.shape
-        found = s.books.choose(waiting, task.terms.mark, task.failed_at, s.dirty if shape in s.blocked else None, now)
+        found = None
+        if shape not in s.refused:
+            among = s.dirty if shape in s.blocked else None
+            found = s.books.choose(waiting, task.terms.mark, task.failed_at, among, now)
         if found is None:
+            s.refused.add(shape)
             s.block(shape)
-            over_at = s.books.reserve(waiting, now)
-            if over_at is not None:
-                s.look_again(over_at)
+            if shape not in s.unreserved:
+                over_at = s.books.reserve(waiting, now)
+                if over_at is not None:
+                    s.look_again(float(ceil(over_at)))  # many end within the same second
+                elif now - waiting.since >= RESERVE_AFTER_S:
+                    s.unreserved.add(shape)
             return False
         book, choice = found
         name = f"{s.rng.getrandbits(64):016x}"

@@ -174,6 +174,8 @@ class SchedulingState:
         self.blocked: set[Shape] = set()  # no node has room for these but perhaps those that are dirty
         self.dirty: set[NodeId] = set()  # something changed there since
         self.fresh: set[Shape] = set()  # not looked at yet
+        self.refused: set[Shape] = set()  # in this pass over the queue: no room comes free before its end
+        self.unreserved: set[Shape] = set()  # in this pass: no node can be kept for these
         self.placed = 0
         self.gathering_until = now + self.params.gather_s if term else 0.0
         self.is_reading = bool(term)
@@ -181,6 +183,7 @@ class SchedulingState:
         self.wall = (0, now)
         self._wakes: list[tuple[float, NodeId, str]] = []
         self._looks: list[float] = []
+        self._look_times: set[float] = set()
         self._timer_at = inf
 
     # ---- time --------------------------------------------------------------------------------------------------------
@@ -193,7 +196,8 @@ class SchedulingState:
 
     def look_again(self, at: float) -> None:
         """Look then at what belongs to no task: promises, pauses and reservations that end."""
-        if at not in self._looks:
+        if at not in self._look_times:
+            self._look_times.add(at)
             heappush(self._looks, at)
 
     def woken(self, now: float) -> Iterator[Tracked | None]:
@@ -201,7 +205,7 @@ class SchedulingState:
         self._timer_at = inf
         if self._looks and self._looks[0] <= now:
             while self._looks and self._looks[0] <= now:
-                heappop(self._looks)
+                self._look_times.discard(heappop(self._looks))
             yield None
         while self._wakes and self._wakes[0][0] <= now:
             at, submitter, name = heappop(self._wakes)

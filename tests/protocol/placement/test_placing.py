@@ -3,7 +3,7 @@
 from msgspec import structs
 
 from protocol.heartbeats.events import HeartbeatFlag, HeartbeatHeard
-from protocol.membership.events import PeerDown, PeerMeasured
+from protocol.membership.events import PeerDown, PeerMeasured, RosterShrank
 from protocol.placement.commands import Capacity, StartAttempt
 from protocol.placement.scheduling_events import (
     AnswerSubmit,
@@ -99,6 +99,28 @@ def test_a_closed_node_says_why_to_those_that_wait_for_it() -> None:
     world.tell(PeerDown(A, (B, C)))
     assert world.words("2") == "it must run on attic, which is not heard now"
     assert world.stats_of(A).words == "it is not heard"
+
+
+def test_a_required_node_that_was_evicted_is_not_waited_for_without_a_word() -> None:
+    world = Coordinator(A, B)
+    world.submit("1", needs=Needs(node=A))
+    world.run("1")
+    world.roster.evicted.add(A)
+    world.roster._settle()
+    world.tell(RosterShrank((A,)))
+    assert world.position("1").never
+    assert world.words("1").startswith("it must run on a, which is no member of the mesh any more")
+
+
+def test_a_task_of_a_new_admin_is_taken_where_admins_are() -> None:
+    world = Coordinator(A)
+    world.lent[A] = structs.replace(LENT, accepts="admins")
+    world.report(A)
+    world.submit("1")
+    assert world.position("1").never
+    world.roster.role = lambda node: "admin"
+    world.learn("1")
+    assert world.start("1".rjust(16, "0"))[0] == A
 
 
 def test_one_failure_is_no_reason_to_get_nothing() -> None:
