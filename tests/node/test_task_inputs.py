@@ -146,8 +146,8 @@ def test_an_executor_that_is_killed_while_it_fetches_ran_nothing(house: Agents, 
 def test_an_upload_that_ends_with_its_agent_leaves_nothing(house: Agents) -> None:
     a = house.start("a")
     with socket.create_connection((LOOPBACK, a.api_port)) as client:
-        head = f"POST /api/tasks/inputs HTTP/1.1\r\nHost: {LOOPBACK}:{a.api_port}\r\nContent-Length: 9000000\r\n\r\n"
-        client.sendall(head.encode() + bytes(4_000_000))
+        head = f"POST /api/tasks/inputs HTTP/1.1\r\nHost: {LOOPBACK}:{a.api_port}\r\nContent-Length: 9000000\r\n"
+        client.sendall(head.encode() + b"Content-Type: application/octet-stream\r\n\r\n" + bytes(4_000_000))
         until(lambda: [name.startswith("new-") for name in files(a)] == [True], "some of it to be there")
         a.kill()
     assert len(files(a)) == 1

@@ -78,7 +78,7 @@ class InputOffered(msgspec.Struct, frozen=True, array_like=True):
     """The call `tasks.store`: a grant of a stream for an input that an order to come names, to be held durably."""
 
     sha256: Annotated[bytes, msgspec.Meta(min_length=SHA256_BYTES, max_length=SHA256_BYTES)]
-    size: Annotated[int, msgspec.Meta(gt=STDIN_INLINE_BYTES_MAX, le=STDIN_BYTES_MAX)]
+    size: Annotated[int, msgspec.Meta(ge=STDIN_INLINE_BYTES_MAX + 1, le=STDIN_BYTES_MAX)]
 
 
 class StatsWanted(msgspec.Struct, frozen=True, array_like=True):

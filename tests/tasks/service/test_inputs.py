@@ -126,6 +126,16 @@ async def test_the_same_key_with_the_same_input_is_the_same_task(tmp_path: Path)
         assert refused.value.code is ErrorCode.CONFLICT
 
 
+async def test_what_a_task_does_to_its_input_it_does_to_its_own_copy(tmp_path: Path) -> None:
+    async with task_mesh(tmp_path, 1) as mesh:
+        [member] = mesh.members
+        stored = await sent(member)
+        task = await member.submit("echo evil >> /proc/self/fd/0; wc -c", input=stored.input)
+        done = await member.until(task, "completed", "failed")
+        assert int(done.output) > stored.bytes, done  # it could
+        assert (folder(mesh, member) / stored.input).read_bytes() == CONTENT
+
+
 async def test_too_large_a_one_is_refused_and_nothing_stays(tmp_path: Path) -> None:
     settings = [msgspec.structs.replace(OPEN, input_bytes_max=1_000_000)] * 2
     async with task_mesh(tmp_path, settings=settings) as mesh:
@@ -159,13 +169,13 @@ async def test_a_full_executor_starts_nothing_and_says_why(tmp_path: Path) -> No
         stored = await sent(submitter)
         assert stored.held_by == (submitter.id,)
         task = await submitter.submit(["sha256sum"], input=stored.input, node="n1")
-        waiting = await submitter.until_reason(task, "no room for the input")
-        assert waiting.attempts is not None
-        assert (waiting.attempts[0].ending, waiting.attempts[0].started_at) == ("no_input", None)
+        await submitter.until_reason(task, "no room for the input")
         assert names(mesh, full) == []
         full.disk.free = 10**13
         done = await submitter.until(task, "completed", "failed")
         assert done.output.split()[0] == stored.input
+        assert done.attempts is not None
+        assert (done.attempts[0].ending, done.attempts[0].started_at) == ("no_input", None)
 
 
 async def test_wrong_bytes_are_noticed_named_and_had_elsewhere(tmp_path: Path) -> None:
