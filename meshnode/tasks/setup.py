@@ -168,6 +168,7 @@ class _Assembly:
             log=log("tasks.scheduling"),
         )
         self._input_files = InputFiles(self._folder / "inputs", ground.disk)
+        self._input_keeping = self._build_input_keeping()
         self._inputs = Inputs(
             hub=hub,
             calls=self._calls,
@@ -175,6 +176,7 @@ class _Assembly:
             files=self._input_files,
             offload=ground.offload,
             bytes_max=ground.settings.input_bytes_max,
+            kept=self._input_keeping.kept,
             name_of=ground.name_of,
             log=log("tasks.inputs"),
         )
@@ -212,8 +214,7 @@ class _Assembly:
             queued=lambda: self._scheduling.stats().queued,
         )
         self._telling = Telling(records=self._records, desk=self._desk, publish=self._publish)
-        self._keeping, self._input_keeping = self._build_keeping(), self._build_input_keeping()
-        self._lending = self._build_lending()
+        self._keeping, self._lending = self._build_keeping(), self._build_lending()
 
     def built(self) -> Tasks:
         """The parts that others see."""
@@ -320,6 +321,7 @@ class _Assembly:
             profile=ground.profile,
             gpus=ground.gpus,
             taken=self._taken,
+            inputs=lambda: self._input_keeping.marks,
             told=self._executing.lend,
             wall=ground.wall,
         )

@@ -107,7 +107,8 @@ class ProcessExecutions:
             refusal = Outcome("refused", words=f"there is no room for it: {error.strerror or error}")
         finally:
             if isinstance(stdin, Path):
-                await self._offload(_delete, stdin)  # it was moved away, unless the attempt was refused
+                with trio.CancelScope(shield=True):
+                    await self._offload(_delete, stdin)  # it was moved away, unless the attempt was refused
         if refusal is None:
             refusal = await self._begin(folder)
         if refusal is not None:

@@ -13,6 +13,7 @@ from meshnode.tasks.core.showing import stands
 from meshnode.tasks.execution.inputs import InputFiles
 from meshnode.tasks.service.records import Entry, TaskRecords
 from protocol.node import Node
+from protocol.placement.commands import HELD_INPUTS_MAX, INPUT_MARK_BYTES
 
 SWEEP_S: Final = 60.0
 UNNAMED_S: Final = 3600.0
@@ -42,7 +43,17 @@ class InputKeeping:
         self._keep_s = keep_s
         self._wall = wall
         self._log = log
-        self.here: tuple[bytes, ...] = ()  # the hashes of what lies here, as it was seen last
+        self._here: dict[bytes, None] = {}
+
+    @property
+    def marks(self) -> tuple[bytes, ...]:
+        """The beginnings of the hashes of what lies here, the newest first, as nodes tell them to the coordinator."""
+        return tuple(sha256[:INPUT_MARK_BYTES] for sha256 in list(reversed(self._here))[:HELD_INPUTS_MAX])
+
+    def kept(self, sha256: bytes) -> None:
+        """One is here now."""
+        self._here.pop(sha256, None)
+        self._here[sha256] = None
 
     async def run(self) -> None:
         """Look now and then, until cancelled; first of all, after what earlier agents left unfinished."""
@@ -54,17 +65,21 @@ class InputKeeping:
 
     async def sweep(self) -> None:
         """Delete what nobody needs any more."""
-        found = await self._offload(self._files.listed)
-        self.here = tuple(one.sha256 for one in found)
+        found = sorted(await self._offload(self._files.listed), key=lambda one: one.touched)
+        for sha256 in set(self._here) - {one.sha256 for one in found}:
+            if await self._offload(self._files.size, sha256) is None:
+                self._here.pop(sha256, None)
         if not found:
             return
-        needed = self._needed(self.here)
+        needed = self._needed(one.sha256 for one in found)
         for one in found:
+            self._here.setdefault(one.sha256)
             idle_s = self._wall() - one.touched
             if needed.get(one.sha256) or idle_s < (OVER_S if one.sha256 in needed else UNNAMED_S):
                 continue
             self._log.info("an input is deleted", input=one.sha256.hex(), bytes=one.size)
             await self._offload(self._files.remove, one.sha256)
+            self._here.pop(one.sha256, None)
 
     def _needed(self, names: Iterable[bytes]) -> dict[bytes, bool]:
         """Whether some task needs it, of each that tasks name."""

@@ -31,6 +31,7 @@ from protocol.placement.tasks import Order
 T = TypeVar("T")
 
 PIECE_BYTES: Final = 1024 * 1024
+SEND_BYTES: Final = 256 * 1024
 SILENT_S: Final = 10.0
 """Without a byte for so long the other end hangs, or the way swallows."""
 
@@ -55,16 +56,18 @@ class Inputs:
         files: InputFiles,
         offload: Offload,
         bytes_max: int,
+        kept: Callable[[bytes], None],
         name_of: Callable[[NodeId], str],
         log: Logger,
     ) -> None:
-        """`bytes_max`: of each that callers or other nodes bring."""
+        """`bytes_max`: of each that callers or other nodes bring; `kept` is told of each that is here now."""
         self._hub = hub
         self._calls = calls
         self._records = records
         self._files = files
         self._offload = offload
         self._bytes_max = bytes_max
+        self._kept = kept
         self._name_of = name_of
         self._log = log
         self._uploads = 0
@@ -96,7 +99,7 @@ class Inputs:
                         await self._offload(incoming.write, bytes(buffer))
                         buffer.clear()
                 await self._offload(incoming.write, bytes(buffer))
-                sha256, size = await self._offload(incoming.keep), incoming.size
+                sha256, size = await self._keep(incoming), incoming.size
         finally:
             self._uploads -= 1
         return InputStored(input=sha256.hex(), bytes=size, held_by=(self._hub.me, *await self.copied(sha256, size)))
@@ -166,7 +169,7 @@ class Inputs:
                 await self._receive(stream, incoming, offered.size)
                 if incoming.sha256 != offered.sha256:
                     raise MeshError(ErrorCode.PROTOCOL_VIOLATION, f"Node {peer} sent another input than it offered.")
-                await self._offload(incoming.keep)
+                await self._keep(incoming)
                 await stream.send_all(HAVE_IT)
 
         if await self._offload(self._files.size, offered.sha256) is None:
@@ -291,13 +294,19 @@ class Inputs:
                 with trio.CancelScope(shield=True):
                     await self._offload(incoming.discard)
 
+    async def _keep(self, incoming: Incoming) -> bytes:
+        sha256 = await self._offload(incoming.keep)
+        self._kept(sha256)
+        return sha256
+
     async def _send(self, stream: BulkStream, file: int, size: int) -> None:
         sent = 0
         while sent < size:
             data = await self._offload(os.pread, file, min(PIECE_BYTES, size - sent), sent)
             if not data:
                 raise MeshError(ErrorCode.STORAGE_FAILED, "The input is shorter on this disk than it was.")
-            await _within(SILENT_S, stream.send_all(data))
+            for start in range(0, len(data), SEND_BYTES):
+                await _within(SILENT_S, stream.send_all(data[start : start + SEND_BYTES]))
             sent += len(data)
 
     async def _receive(self, stream: BulkStream, incoming: Incoming, size: int) -> None:

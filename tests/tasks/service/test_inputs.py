@@ -313,8 +313,13 @@ async def test_how_long_inputs_are_kept(tmp_path: Path) -> None:
         for one in (needed, over, unnamed):
             age(here / one.input, OVER_S + 5)
         await trio.sleep(0.2)
+        assert len(keeping.marks) == 3
         await keeping.sweep()
         assert names(mesh, member) == sorted([needed.input, unnamed.input])
+        await member.tasks.lending.look()
+        told = member.tasks.lending.last
+        assert told is not None
+        assert {mark.hex() for mark in told.inputs} == {needed.input[:16], unnamed.input[:16]}
         for one in (needed, unnamed):
             age(here / one.input, UNNAMED_S + 5)
         await keeping.sweep()
