@@ -102,12 +102,11 @@ class AgentClient:
         what was sent cannot be sent again. `timeout_s`: for the answer once all is sent.
         """
         self._ask("GET", ask_first, None, ANSWER_TIMEOUT_S)
-        poll = select.poll()
-        poll.register(self._connected(timeout_s).sock, select.POLLIN)
+        sock = self._connected(timeout_s).sock
 
         def sent() -> Iterator[bytes]:
             for piece in pieces:
-                if poll.poll(0):
+                if select.select([sock], [], [], 0)[0]:
                     raise BrokenPipeError  # an answer before the end is a refusal
                 yield piece
 

@@ -143,6 +143,24 @@ def test_an_executor_that_is_killed_while_it_fetches_ran_nothing(house: Agents, 
     assert files(c) == []
 
 
+def test_an_agents_restart_does_not_cut_the_input_of_what_runs(house: Agents, tmp_path: Path) -> None:
+    [a] = mesh(house, "a")
+    expected = random_file(tmp_path / "in", 50 * MEGABYTE)
+    sent = a.ok("POST", "/api/tasks/inputs", (tmp_path / "in").read_bytes())
+    flag = tmp_path / "flag"
+    script = (
+        f"head -c 1000 > {flag}.head; touch {flag}; while [ -e {flag} ]; do sleep 0.05; done;"
+        f" cat {flag}.head - | sha256sum"
+    )
+    task = a.ok("POST", "/api/tasks", {"command": script, "input": sent["input"]})["id"]
+    until(flag.exists, "it to read")
+    a.kill()
+    a.start()
+    flag.unlink()
+    done = task_of(a, task, "completed", "failed", "lost")
+    assert (done["status"], done["output"].split()[0]) == ("completed", expected), done
+
+
 def test_an_upload_that_ends_with_its_agent_leaves_nothing(house: Agents) -> None:
     a = house.start("a")
     with socket.create_connection((LOOPBACK, a.api_port)) as client:
