@@ -138,7 +138,7 @@ class Settling:
         breaker = self._s.books.of(node, now).breaker
         if blames_node(attempt):
             self.blame(node, attempt.attempt, attempt.words or f"an attempt was {attempt.ending}", now)
-        elif attempt.ending == "cancelled":
+        elif attempt.ending in ("cancelled", "no_input"):
             breaker.over(attempt.attempt)
         elif breaker.succeeded(attempt.attempt):
             self._s.out.append(Publish(NodeTrusted(node)))

@@ -19,7 +19,6 @@ from protocol.placement.standing import Standing
 from protocol.placement.tasks import (
     NO_WISH,
     PRIORITIES,
-    STDIN_INLINE_BYTES_MAX,
     Attempt,
     AttemptId,
     Mode,
@@ -68,7 +67,7 @@ class Terms:
     def of(order: Order) -> "Terms":
         """Anything out of range as the nearest that is within it."""
         priority = min(len(PRIORITIES) - 1, max(0, order.priority))
-        mark = order.stdin_sha256[:INPUT_MARK_BYTES] if order.stdin_bytes > STDIN_INLINE_BYTES_MAX else b""
+        mark = order.stdin_sha256[:INPUT_MARK_BYTES] if order.has_input_file else b""
         return Terms(order.submitter, order.mode, order.retries, order.needs, priority, mark)
 
 

@@ -207,10 +207,31 @@ def test_a_pipe_is_its_standard_input(agent_of_tasks: FakeAgent) -> None:
         process.communicate(b"\0in", timeout=30)
     assert process.returncode == 0
     assert base64.b64decode(submitted(agent_of_tasks)[0]["stdin_base64"]) == b"\0in"
+
+
+def test_a_long_one_is_sent_ahead_once_and_named(agent_of_tasks: FakeAgent) -> None:
+    agent_of_tasks.on(STREAM, Answer(chunks=(end(),)))
+    agent_of_tasks.on("GET /api/tasks?limit=1", Answer([]))
+    agent_of_tasks.on("POST /api/tasks/inputs", Answer({"input": "ab" * 32, "bytes": 1, "held_by": []}, 201))
+    content = os.urandom(1_000_000)
+    with spawned(agent_of_tasks, "--all-nodes", "cat", stdin=subprocess.PIPE) as process:
+        _, said = process.communicate(content, timeout=30)
+    assert process.returncode == 0, said
+    assert said == b""  # no terminal, no progress
+    [sent] = [one.body for one in agent_of_tasks.heard if one.path == "/api/tasks/inputs"]
+    assert sent == content
+    assert [one["input"] for one in submitted(agent_of_tasks)] == ["ab" * 32] * 2
+    assert all("stdin_base64" not in one for one in submitted(agent_of_tasks))
+
+
+def test_what_the_agent_says_against_an_input_is_said(agent_of_tasks: FakeAgent) -> None:
+    agent_of_tasks.on("GET /api/tasks?limit=1", Answer([]))
+    agent_of_tasks.on("POST /api/tasks/inputs", refusal(507, "disk_full", "There is no room for the input."))
     with spawned(agent_of_tasks, "cat", stdin=subprocess.PIPE) as process:
-        _, said = process.communicate(b"x" * 20_000, timeout=30)
-    assert process.returncode == 2
-    assert b"16 KiB" in said
+        _, said = process.communicate(bytes(100_000), timeout=30)
+    assert process.returncode == 1
+    assert b"There is no room for the input." in said
+    assert submitted(agent_of_tasks) == []
 
 
 def test_without_a_terminal_ctrl_c_cancels_and_waits_for_the_end(agent_of_tasks: FakeAgent) -> None:

@@ -11,6 +11,7 @@ from meshnode.tasks.model import (
     STATUSES,
     AttemptLine,
     Filter,
+    InputStored,
     Requirements,
     Task,
     TaskStatus,
@@ -111,8 +112,17 @@ def task_of(
         **_outcome(attempt if stands.is_ended else None),  # type: ignore[arg-type]  # names fields of Task
         started_at=rfc3339(attempt.started_ms / 1000) if attempt is not None and began else None,
         finished_at=rfc3339(attempt.ended_ms / 1000) if attempt is not None and ended else None,
+        input=_input(order) if whole else None,
         attempts=lines if whole else None,
     )
+
+
+def _input(order: Order) -> InputStored | None:
+    """Of a task whose input did not travel with it."""
+    if not order.has_input_file:
+        return None
+    held = (order.submitter, *order.stdin_holders)
+    return InputStored(input=order.stdin_sha256.hex(), bytes=order.stdin_bytes, held_by=held)
 
 
 def _place(position: Position | None) -> int | None:

@@ -87,11 +87,14 @@ class Lending:
         profile: Callable[[], Profile | None],
         gpus: Callable[[], Sequence[GpuDevice]],
         taken: Callable[[], Taken],
+        inputs: Callable[[], tuple[bytes, ...]],
         told: Callable[[Lent], None],
         wall: Callable[[], float],
         log: Logger,
     ) -> None:
-        """`no_network`: why no task may have the network here, whatever the settings say."""
+        """`no_network`: why no task may have the network here, whatever the settings say. `inputs`: marks of the large
+        ones that lie here.
+        """
         if settings.network and no_network:
             log.warning("tasks.network is set in vain", why=no_network)
         self._hub = hub
@@ -103,6 +106,7 @@ class Lending:
         self._profile = profile
         self._gpus = gpus
         self._taken = taken
+        self._inputs = inputs
         self._told = told
         self._wall = wall
         self._groups = ControlGroups()
@@ -150,6 +154,7 @@ class Lending:
             network=settings.network and not self._no_network,
             busy_pm=self._busy_pm(),
             most=most,
+            inputs=self._inputs(),
         )
 
     def _closed(self) -> str:

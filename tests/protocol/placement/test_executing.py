@@ -302,6 +302,17 @@ def test_what_fetches_its_input_is_placed_until_it_begins() -> None:
     assert (node.written.ending, node.written.started_ms, node.written.code) == ("refused", 0, 127)
 
 
+def test_what_got_no_input_never_began_also_when_its_agent_ended_meanwhile() -> None:
+    node = Node()
+    large = {"stdin_bytes": STDIN_INLINE_BYTES_MAX + 1}
+    node.start(made=order(**large))
+    node.tell(ExecutionEnded(A1, "no_input", 90, words="nobody has it"))
+    assert (node.written.ending, node.written.started_ms, node.written.words) == ("no_input", 0, "nobody has it")
+    found = Found(order(**large), Attempt(A1, 0, 1, 5, 0), "unbegun")
+    again = Node(found=(found,))
+    assert (again.written.ending, again.written.started_ms, again.written.ended_ms) == ("no_input", 0, 50)
+
+
 def test_tasks_of_evicted_submitters_are_stopped() -> None:
     node = Node()
     node.start()

@@ -223,6 +223,18 @@ def test_a_node_that_fails_three_times_is_shunned_then_probed_then_trusted() -> 
     assert len(world.commands()) == 6
 
 
+def test_what_got_no_input_is_nobodys_fault() -> None:
+    world = Coordinator(A)
+    for index in range(9):
+        world.submit(f"{index}", retries=0)
+        node, attempt = world.run(f"{index}")
+        world.end(f"{index}", node, attempt, "no_input", words="nobody has it", started_ms=0)
+    assert world.published(NodeShunned) == []
+    assert len(world.commands()) == 9
+    world.wait(1.1)
+    assert len(world.commands()) > 9
+
+
 def test_what_a_task_does_wrong_is_not_its_nodes_fault() -> None:
     world = Coordinator(A)
     for index in range(9):
