@@ -36,8 +36,8 @@ async def test_output_is_read_along_from_the_moment_of_submitting(tmp_path: Path
 
 async def test_what_ran_on_an_evicted_node_runs_elsewhere_and_it_stops(tmp_path: Path) -> None:
     async with task_mesh(tmp_path, 3) as mesh:
-        first, out = mesh.coordinator, next(one for one in mesh.members if one is not mesh.coordinator)
-        admin = mesh.members[0] if mesh.members[0] is not out else first
+        admin, first = mesh.members[0], mesh.coordinator
+        out = next(one for one in mesh.members if one not in (admin, first))
         task = await first.submit(["sleep", "600"], preferred_node=f"n{out.index}")
         assert (await first.until(task, "running")).assigned_node == out.id
         theirs = await out.submit(["sleep", "600"], node=f"n{first.index}")
