@@ -83,13 +83,13 @@ class Runner(Generic[Event]):
         self._token = 0
 
     def submit(self, event: Event | TimerFired) -> None:
-        """Feed one event, to be handled in order."""
+        """Feed one event, to be handled in order, and soon: whoever tells it may be in the midst of something."""
         self._events.append(event)
         if not self._busy:
-            self._go_on()
+            self._busy = True
+            self._beside.later(0.0, self._computer, self._go_on)
 
     def _go_on(self) -> None:
-        self._busy = True
         while self._effects or self._events:
             if not self._effects:
                 self._effects.extend(self._handle(self._events.popleft(), self._computer.now()))

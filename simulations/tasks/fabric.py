@@ -8,7 +8,7 @@ from typing import Final, Protocol
 from msgspec.structs import replace
 
 from protocol.ids import NodeId
-from protocol.placement.commands import Capacity, CommandAnswer, Lent
+from protocol.placement.commands import Capacity, Lent
 from protocol.placement.executing_events import ExecutionBegun, ExecutionEnded, Found, LentTold
 from protocol.placement.tasks import Attempt, AttemptId, Needs, Order
 from protocol.placement.tracking import SchedulingParameters
@@ -183,11 +183,10 @@ class Fabric(Beside):
 
     # ---- what members tell -------------------------------------------------------------------------------------------
 
-    def obeyed(self, member: Member, term: int, answer: CommandAnswer) -> None:
-        """A command was answered."""
-        if answer.code != "old_term":
-            for watcher in self.watchers:
-                watcher.obeyed(member.computer, term)
+    def obeyed(self, member: Member, term: int) -> None:
+        """It wrote down a new attempt that a coordinator of this term commanded."""
+        for watcher in self.watchers:
+            watcher.obeyed(member.computer, term)
 
     def noted(self, member: Member, event: object) -> None:
         """A machine published something; --tell prints it."""

@@ -63,7 +63,18 @@ from protocol.placement.scheduling_events import (
     TasksLearned,
 )
 from protocol.placement.standing import standing
-from protocol.placement.tasks import ATTEMPTS, NO_WISH, ORDERS, WISHES, Attempt, Order, Wish, attempt_key, task_key
+from protocol.placement.tasks import (
+    ATTEMPTS,
+    NO_WISH,
+    ORDERS,
+    WISHES,
+    Attempt,
+    AttemptId,
+    Order,
+    Wish,
+    attempt_key,
+    task_key,
+)
 from protocol.placement.witnessing import WITNESS_MACHINE, AnswerNotes, NotesCommanded, Witness, WitnessingInput
 from protocol.records.events import (
     DeleteRecord,
@@ -129,7 +140,7 @@ class Member:
         )
         self._tokens: dict[int, Callable[[bool], None]] = {}
         self._calls: dict[int, Answer] = {}
-        self._terms: dict[int, int] = {}
+        self._seen: set[AttemptId] = set()
         self._number = FIRST_TOKEN
         self._changed: dict[TaskKey, None] = {}
         self.is_recovered = False
@@ -238,7 +249,7 @@ class Member:
     def _done(self, token: int, *, ok: bool) -> None:
         done = self._tokens.pop(token, None)
         if done is not None:
-            done(ok)
+            self.fabric.later(0.0, self.computer, lambda: done(ok))  # not in the midst of what the hub tells
 
     # ---- calls that come --------------------------------------------------------------------------------------------
 
@@ -267,7 +278,6 @@ class Member:
 
         def obey(order: Order | None) -> None:
             call = self._call(answer)
-            self._terms[call] = command.term
             wish = self.index.wishes.get(key, NO_WISH)
             self._executions.submit(AttemptCommanded(peer, command, call, self.at_ms(), order, wish))
 
@@ -299,11 +309,13 @@ class Member:
                 self._persist(effect, go)
                 return True
             case AnswerCommand(call, answer):
-                self.fabric.obeyed(self, self._terms.pop(call), answer)
                 self._calls.pop(call)(_encode(answer))
             case PutAttempt(_, task, attempt):
                 key = attempt_key(self.me, task, attempt.attempt)
-                self.put(ATTEMPTS, key, _encode(attempt), partial(self._written, attempt))
+                if attempt.ending is None and attempt.attempt not in self._seen:
+                    self._seen.add(attempt.attempt)
+                    self.fabric.obeyed(self, attempt.term)
+                self.put(ATTEMPTS, key, _encode(attempt), partial(self._put_done, attempt))
             case StartExecution(order, attempt):
                 self.fabric.start(self, order, attempt)
             case StopExecution(attempt, _):
@@ -321,7 +333,7 @@ class Member:
                 raise TypeError(f"executing cannot ask for {effect!r}")
         return False
 
-    def _written(self, attempt: Attempt, ok: bool) -> None:
+    def _put_done(self, attempt: Attempt, ok: bool) -> None:
         words = "" if ok else "the record was refused"
         self._executions.submit(AttemptWritten(attempt.attempt, ok, self.at_ms(), words))
 
