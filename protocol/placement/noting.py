@@ -106,8 +106,8 @@ class Noting:
         self._waiting.pop(attempt, None)
 
     def over(self, key: TaskKey) -> None:
-        """The task ended. Its notes stay: when its executor is evicted, its record may be withdrawn, and the task stands
-        as if it had never run.
+        """The task ended. Its notes stay: if its executor is evicted, its record may be withdrawn, and it stands as
+        though it had never run.
         """
         for attempt in self._notes.get(key, ()):
             self._waiting.pop(attempt, None)

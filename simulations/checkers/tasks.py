@@ -6,7 +6,7 @@ from protocol.ids import NodeId
 from protocol.placement.matching import amounts_of, claim_of
 from protocol.placement.scheduling_events import TaskPlaced
 from protocol.placement.standing import Standing, standing
-from protocol.placement.tasks import AttemptId, Order
+from protocol.placement.tasks import AttemptId, Mode, Order
 from simulations.checkers.checker import Checker, Violation
 from simulations.computer import Computer
 from simulations.tasks.fabric import Fabric, Process
@@ -27,7 +27,7 @@ class Tasks(Checker):
         self.refused: dict[TaskKey, str] = {}
         self.starts: Counter[TaskKey] = Counter()
         self.waited: dict[TaskKey, float] = {}
-        self.placed: list[tuple[float, Computer]] = []
+        self.placed: list[tuple[float, Mode]] = []
         self._attempts: set[AttemptId] = set()
         self._once: dict[tuple[TaskKey, int], AttemptId] = {}
         self._terms: dict[int, int] = {}
@@ -76,23 +76,24 @@ class Tasks(Checker):
         self._terms[computer.index] = term
 
     def noted(self, member: Member, event: object) -> None:
-        """When and by whom something was placed."""
-        if isinstance(event, TaskPlaced):
-            self.placed.append((self._world.now, member.computer))
+        """Who placed what; never more at a node than it lends."""
+        if not isinstance(event, TaskPlaced):
+            return
+        order = member.index.orders[event.submitter, event.task]
+        self.placed.append((self._world.now, order.mode))
+        lent = amounts_of(self._fabric.lent.capacity)
+        for node in member.scheduling.stats(member.computer.now()).nodes:
+            if node.node == event.node and not amounts_of(node.taken).within(lent):
+                self._object(f"{member.computer} promised more of {node.node} than is lent: {node.taken}")
 
     # ---- what must hold ----------------------------------------------------------------------------------------------
 
     def swept(self, world: World) -> None:
-        """No coordinator promises more of a node than is lent; no executor has more taken in."""
+        """No executor has more taken in than it lends."""
         lent = amounts_of(self._fabric.lent.capacity)
         for member in self._fabric.members.values():
             if not member.executing.taken.within(lent):
                 self._object(f"{member.computer} took in more than it lends")
-            if not member.scheduling.is_coordinator:
-                continue
-            for node in member.scheduling.stats(member.computer.now()).nodes:
-                if node.promised and not amounts_of(node.taken).within(lent):
-                    self._object(f"{member.computer} promised more of {node.node} than is lent: {node.taken}")
 
     def standing(self, member: Member, key: TaskKey) -> Standing | None:
         """Where a task stands at one member; None if it does not know it."""
@@ -103,11 +104,11 @@ class Tasks(Checker):
 
     def open(self, lost_with: frozenset[NodeId] = frozenset()) -> list[str]:
         """Acknowledged tasks that somebody does not know or that have not ended, in words. `lost_with`: nodes that are
-        gone for good; what nobody else held may be gone with them.
+        gone for good: their own tasks end with them, and so may what nobody else held.
         """
         found = []
         for key, (_, holders) in self.taken.items():
-            if lost_with.issuperset(holders):
+            if key[0] in lost_with or lost_with.issuperset(holders):
                 continue
             for member in self._fabric.members.values():
                 if member.computer.evicted:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from random import Random
 
 from protocol.ids import NodeId
-from protocol.placement.tasks import Needs, Wish, task_collections
+from protocol.placement.tasks import Mode, Needs, Wish, task_collections
 from simulations.checkers.checker import Violation
 from simulations.checkers.tasks import Tasks as TaskChecker
 from simulations.computer import DOWN, RUNNING, Computer
@@ -57,6 +57,7 @@ class Tasks:
                     Figure("detection_worst", worst(samples.of("detection_s")), "s"),
                     Figure("placing_again_p50", quantile(samples.of("placing_s"), 0.5), "s"),
                     Figure("placing_again_worst", worst(samples.of("placing_s")), "s", TAKEOVER_GOAL_S),
+                    Figure("placing_at_most_once_after_the_death_worst", worst(samples.of("placing_once_s")), "s"),
                     Figure("queued_at_the_death", min(samples.of("queued"), default=None), "", QUEUED, at_least=True),
                     Figure("running_at_the_death", min(samples.of("running"), default=None), "", 20.0, at_least=True),
                     Figure("lost", sum(samples.of("lost")), "", 0.0),
@@ -91,9 +92,9 @@ def _history(options: Options) -> Samples:
     world.spawn(nodes, within_s=rng.choice((0.1, 1.0)))
     end = BEGIN_S + (options.duration_s or FAULTS_S)
     plan = draw(rng, nodes, BEGIN_S, end, per_minute=rng.choice((4.0, 8.0, 16.0)), kinds=options.pattern or KINDS)
-    for _ in range(rng.choice((0, 0, 1, 2))):
+    for index in rng.sample(range(nodes), rng.choice((0, 0, 1, 2))):
         at = rng.uniform(BEGIN_S, end)
-        plan.append(Fault(at, "wall-jump", (rng.randrange(nodes),), end - at, rng.uniform(-CLOCK_JUMP_S, CLOCK_JUMP_S)))
+        plan.append(Fault(at, "wall-jump", (index,), end - at, rng.uniform(-CLOCK_JUMP_S, CLOCK_JUMP_S)))
     faults.schedule(plan)
     world.at(BEGIN_S / 2, run.people, rng.choice((0.4, 1.0, 3.0)), end)
     if nodes > 3 and rng.random() < 0.3:
@@ -257,13 +258,19 @@ def _takeover(options: Options) -> Samples:
     dead = leader.computer
     dead.crash()
     placed = len(run.tasks.placed)
-    made_new = world.run_until(lambda: _coordinator(run) is not None, 60.0, step_s=0.01)
-    detected = world.now
-    again = world.run_until(lambda: len(run.tasks.placed) > placed, 60.0, step_s=0.01)
-    if made_new is None or again is None:
+
+    def again(mode: Mode) -> float | None:
+        return next((at for at, each in run.tasks.placed[placed:] if each == mode), None)
+
+    world.run_until(lambda: any(one.scheduling.is_coordinator for one in fabric.members.values()), 60.0, step_s=0.01)
+    samples.add("detection_s", world.now - died)
+    world.run_until(lambda: again("at_least_once") is not None, 60.0)
+    world.run_until(lambda: again("at_most_once") is not None, 60.0)
+    first, once = again("at_least_once"), again("at_most_once")
+    if first is None or once is None:
         raise Violation("tasks", world.now, "nothing is placed any more")
-    samples.add("detection_s", detected - died)
-    samples.add("placing_s", world.now - detected)
+    samples.add("placing_s", first - died - samples.of("detection_s")[0])
+    samples.add("placing_once_s", once - died)
     world.run(20.0)
     dead.start()
     drained = world.run_until(lambda: not run.open(), 600.0, step_s=1.0)
