@@ -238,7 +238,8 @@ class ApiApplication:
         reader: BodyReader | None = None
         body = None
         if route.raw_body or route.request is not None:
-            reader = BodyReader(receive, self._limits, body_limit(exchange.match, self._limits))
+            limit = body_limit(exchange.match, self._limits)
+            reader = BodyReader(receive, self._limits, limit, is_patient=route.is_patient)
             if not route.raw_body:
                 body = decoder.body(await reader.whole(), headers.get(b"content-type", b""))
         return ApiRequest(

@@ -4,6 +4,7 @@ Its job is that bad input becomes a 400 that names the field, a large one a 413 
 a 408. It leaves admission to the guard.
 """
 
+import math
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -33,12 +34,15 @@ class ClientGoneError(Exception):
 
 
 class BodyReader:
-    """Reads one request's body, at least at the rate the limits ask for."""
+    """Reads one request's body, at least at the rate the limits ask for; a patient one waits."""
 
-    def __init__(self, receive: Callable[[], Awaitable[Any]], limits: ApiLimits, bytes_max: int) -> None:
+    def __init__(
+        self, receive: Callable[[], Awaitable[Any]], limits: ApiLimits, bytes_max: int, *, is_patient: bool = False
+    ) -> None:
         self._receive = receive
         self._limits = limits
         self._bytes_max = bytes_max
+        self._is_patient = is_patient
         self._received = 0
         self._waited_s = 0.0
         self._finished = False
@@ -56,7 +60,7 @@ class BodyReader:
             budget = self._limits.body_grace_s + self._received / self._limits.body_rate_min - self._waited_s
             began = trio.current_time()
             event: Any = None
-            with trio.move_on_after(max(0.0, budget)):
+            with trio.move_on_after(math.inf if self._is_patient else max(0.0, budget)):
                 event = await self._receive()
             self._waited_s += trio.current_time() - began
             if event is None:

@@ -124,6 +124,8 @@ class Route:
     get_changes: bool = False
     """A GET that changes something, kept for clients that know it as one: refused to every browser."""
     raw_body: bool = False
+    is_patient: bool = False
+    """A raw body may come as slowly as its source makes it: its sender is waited for while the connection lasts."""
     body_bytes_max: int | None = None
     streams: bool = False
     """Answers with an event stream, and so counts as a stream rather than as a request in flight."""

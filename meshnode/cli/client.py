@@ -9,9 +9,10 @@ import contextlib
 import http.client
 import json
 import os
+import select
 import socket
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -95,6 +96,29 @@ class AgentClient:
         if secret:
             self.check_owner()
         return _decoded(*self._ask("POST", path, body, timeout_s))
+
+    def upload(self, path: str, pieces: Iterable[bytes], *, ask_first: str, timeout_s: float) -> Any:
+        """Send bytes of any length as they come; the answer's JSON. `ask_first`: a path that needs the same rights, for
+        what was sent cannot be sent again. `timeout_s`: for the answer once all is sent.
+        """
+        self._ask("GET", ask_first, None, ANSWER_TIMEOUT_S)
+        sock = self._connected(timeout_s).sock
+
+        def sent() -> Iterator[bytes]:
+            for piece in pieces:
+                if select.select([sock], [], [], 0)[0]:
+                    raise BrokenPipeError  # an answer before the end is a refusal
+                yield piece
+
+        response = self._send_once("POST", path, sent(), timeout_s, {"Content-Type": "application/octet-stream"})
+        try:
+            raw = response.read(ANSWER_BYTES_MAX)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._trouble(error, timeout_s) from error
+        if response.status >= 400:
+            self.close()
+            raise _error_of(response, raw)
+        return _decoded(response, raw)
 
     def put(self, path: str, body: Any, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
         """Replace what is at `path`; the answer's JSON."""
@@ -200,13 +224,20 @@ class AgentClient:
         headers = {"Accept": "*/*", **more}
         if self._authorization is not None:
             headers["Authorization"] = self._authorization
-        content = None
-        if body is not None:
+        content: Any = None
+        if isinstance(body, Iterator):
+            content = body
+        elif body is not None:
             content = json.dumps(body).encode()
             headers["Content-Type"] = "application/json"
         try:
             connection = self._connected(timeout_s)
-            connection.request(method, path, content, headers)
+            try:
+                connection.request(method, path, content, headers)
+            except (BrokenPipeError, ConnectionResetError):
+                if not isinstance(body, Iterator):
+                    raise
+                # Whoever refuses what is being sent ends the connection; why can still be read.
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             raise self._trouble(error, timeout_s) from error

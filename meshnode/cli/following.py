@@ -49,6 +49,9 @@ class Sink(Protocol):
     def flush(self) -> object: ...
 
 
+LINE_CHARS_HELD_MAX: Final = 4096
+
+
 class Shown:
     """Where one stream of a task goes. `prefix` begins every line, for several tasks at once; `lock` is theirs."""
 
@@ -68,7 +71,10 @@ class Shown:
             return
         text = self._held + self._decoder.decode(data)
         begun = _BEGUN.search(text) if self._is_terminal else None
-        self._held = "" if begun is None else text[begun.start() :]
+        whole = len(text) if begun is None else begun.start()
+        if self._prefix and len(text) - text.rfind("\n") <= LINE_CHARS_HELD_MAX:
+            whole = text.rfind("\n") + 1  # several tasks share the target: half a line would be ended by another's
+        self._held = text[whole:]
         self._put(self._prefixed(self._safe(text[: len(text) - len(self._held)])).encode("utf-8", "replace"))
 
     def end(self) -> None:
@@ -77,10 +83,11 @@ class Shown:
         if self._is_terminal and not self._line_begins:
             rest += "\x1b[0m"
         self._held = ""
-        if rest:
-            self._put(self._prefixed(rest).encode("utf-8", "replace"))
+        rest = self._prefixed(rest)
         if self._prefix and not self._line_begins:
-            self._put(b"\n")
+            rest += "\n"
+        if rest:
+            self._put(rest.encode("utf-8", "replace"))
 
     def _safe(self, text: str) -> str:
         if not self._is_terminal:

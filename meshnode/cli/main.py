@@ -24,13 +24,14 @@ _ABOUT: Final = ("-h", "--help", "--version")
 COMMANDS: Final[Mapping[str, str]] = {
     "up": "up", "invite": "invite", "join": "join", "status": "mesh", "nodes": "mesh", "node": "mesh", "ping": "ping",
     "rename": "mesh", "promote": "mesh", "evict": "mesh", "leave": "mesh",
-    "run": "run", "tasks": "tasks", "task": "tasks", "cancel": "tasks", "retry": "tasks",
+    "run": "run", "tasks": "tasks", "task": "tasks", "cancel": "tasks", "retry": "tasks", "delete": "tasks",
+    "queue": "tasks",
     "ask": "ask", "chat": "chat", "models": "models", "plan": "models", "pull": "pull", "rm-model": "models",
     "doctor": "doctor", "logs": "logs", "metrics": "metrics", "token": "token", "config": "config",
     "version": "version", "completion": "completion",
 }  # fmt: skip
 """The module of each command in `cli.commands`; it holds the command under the same name, `-` as `_`."""
-DESTRUCTIVE: Final = frozenset({"evict", "leave", "rm-model"})
+DESTRUCTIVE: Final = frozenset({"evict", "leave", "rm-model", "delete"})
 """Suggested only where a single keystroke was wrong: people run what they are shown."""
 
 

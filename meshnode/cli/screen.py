@@ -161,8 +161,10 @@ def table(
 class Progress:
     """A spinner beside a few words on standard error while something takes long; nothing where no terminal is."""
 
-    def __init__(self, words: str, *, quiet: bool = False) -> None:
+    def __init__(self, words: str, *, quiet: bool = False, after_s: float = 0.3) -> None:
+        """`after_s`: nothing is drawn for what is over sooner."""
         self._words = words
+        self._after_s = after_s
         self._shown = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._spin, name="progress", daemon=True)
@@ -186,8 +188,7 @@ class Progress:
 
     def _spin(self) -> None:
         turn = 0
-        # Nothing is drawn for what is over at once.
-        while not self._done.wait(_SPINNER_INTERVAL_S if turn else 0.3):
+        while not self._done.wait(_SPINNER_INTERVAL_S if turn else self._after_s):
             click.echo(
                 f"\r\x1b[K{_SPINNER[turn % len(_SPINNER)]} {printable(self._words)}", err=True, nl=False, color=True
             )

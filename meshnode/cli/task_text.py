@@ -61,6 +61,35 @@ def task_text(task: Answer, wall: float) -> str:
     return "\n".join(lines)
 
 
+def queue_text(told: Answer, width: int | None = None) -> str:
+    """`meshnode queue`: what waits and runs, and each node that lends something, or why not now."""
+    counts = f"{told['queue_depth']} waiting of {told['queue_max']} at most, {told['in_flight']} on nodes"
+    dead = told.get("dead_letters", 0)
+    lines = [counts + (f", {dead} failed or lost (`meshnode tasks --dead`)" if dead else "")]
+    if told.get("reason"):
+        lines.append(printable(told["reason"]))
+    if not told.get("coordinator"):
+        lines.append("Nobody coordinates now: tasks wait until one does.")
+    rows = [
+        (
+            printable(one["node_name"]),
+            f"{one['slots_promised']}/{one['slots']}",
+            f"{one['cpus_promised']:g}/{one['cpus']:g}",
+            f"{size_text(one['ram_promised_bytes'])}/{size_text(one['ram_bytes'])}",
+            one["accepts"],
+            one["breaker"].replace("_", "-"),
+            printable(one.get("reason") or ""),
+        )
+        for one in sorted(told.get("nodes", ()), key=lambda one: (one["node_name"], one["node_id"]))
+    ]
+    if rows:
+        lines.append("")
+        lines.append(
+            table(("NODE", "SLOTS", "CPUS", "RAM", "ACCEPTS", "BREAKER", "TAKES NOTHING: WHY"), rows, width=width)
+        )
+    return "\n".join(lines)
+
+
 def _attempt_row(attempt: Answer, wall: float) -> Sequence[str]:
     return (
         str(attempt["number"]),

@@ -207,9 +207,14 @@ class TaskSettings(Struct, frozen=True, forbid_unknown_fields=True):
     output_bytes_max: Annotated[
         int, _doc("What is kept of each stream of a task's output, half from its head.", "B", ge=4_096, le=1024**3)
     ] = 16 * 1024 * 1024
-    keep_s: Annotated[float, _doc("How long output is kept after a task's end.", "s", ge=0, le=31_536_000)] = (
-        7 * 86_400.0
-    )
+    input_bytes_max: Annotated[
+        int,
+        _doc("The largest input of a task that is taken in here, from callers or other nodes.", "B",
+             ge=16_384, le=1024**4),
+    ] = 1024**3  # fmt: skip
+    keep_s: Annotated[
+        float, _doc("How long output and large inputs are kept after a task's end.", "s", ge=0, le=31_536_000)
+    ] = 7 * 86_400.0
     history_s: Annotated[
         float, _doc("How long ended tasks that were submitted here stay in the lists.", "s", ge=60, le=31_536_000)
     ] = 30 * 86_400.0

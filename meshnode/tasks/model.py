@@ -14,7 +14,7 @@ from protocol.ids import NodeId
 
 Mode = Literal["at_least_once", "at_most_once"]
 State = Literal["pending", "placed", "running", "completed", "failed", "cancelled", "lost"]
-Ending = Literal["exited", "signalled", "timed_out", "cancelled", "refused", "lost"]
+Ending = Literal["exited", "signalled", "timed_out", "cancelled", "refused", "no_input", "lost"]
 FoundState = Literal["running", "ended", "gone", "past"]
 
 TaskStatus = Literal["pending", "running", "completed", "failed", "cancelled", "lost"]
@@ -43,7 +43,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """A new task. `command` as a list is run as it is; as a string it goes to `/bin/sh -c` inside the isolation.
 
     `env` holds `KEY=VALUE` items. `node` must run it, `preferred_node` should; both are a name, an id or the beginning
-    of one. `stdin` is text, `stdin_base64` bytes. Of `hints`, `priority`, `min_ram_mb` and `node` are known.
+    of one. `stdin` is text, `stdin_base64` bytes, `input` what `POST /api/tasks/inputs` answered with. Of `hints`,
+    `priority`, `min_ram_mb` and `node` are known.
     The same `idempotency_key` with the same body is the same task.
     """
 
@@ -59,11 +60,23 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     priority: str = ""  # background, normal, high or critical
     stdin: str = ""
     stdin_base64: str = ""
+    input: str = ""
     name: str = ""
     idempotency_key: str = ""
     output_bytes_max: int = 0  # of each of stdout and stderr; 0: what the executor's owner set
     keep_s: float = 0.0  # how long its output is kept; 0: what the executor's owner set
     group: str = ""
+
+
+class InputStored(msgspec.Struct, frozen=True, kw_only=True):
+    """An input that was sent ahead: its SHA-256, which a submission names, its size, and on which nodes it is durable.
+
+    What no task names is deleted after an hour.
+    """
+
+    input: str
+    bytes: int
+    held_by: tuple[NodeId, ...]
 
 
 class AttemptLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,11 +142,14 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     started_at: str | None = None
     finished_at: str | None = None
     held_by: tuple[NodeId, ...] | None = None
+    input: InputStored | None = None  # of a long one, and on which nodes it was durable when it was submitted
     attempts: tuple[AttemptLine, ...] | None = None
 
 
 class PromiseLine(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node lends to tasks, and what of it runs or is promised."""
+    """What a node lends to tasks, and what of it runs or is promised. `breaker`: `closed`, `open` after three failures
+    in a row (30 s, doubled up to 10 min), then `half_open` until two of its probes went well.
+    """
 
     node_id: NodeId
     node_name: str
@@ -146,6 +162,8 @@ class PromiseLine(msgspec.Struct, frozen=True, kw_only=True):
     ram_promised_bytes: int
     running: int
     breaker: str
+    failures: int = 0  # in a row, by its own fault
+    breaker_retry_s: float | None = None  # until an open breaker lets it be tried again
     reason: str | None = None  # why it takes nothing now
 
 

@@ -1,4 +1,4 @@
-"""What peers may ask about tasks: submissions, commands, notes, reports, figures, output."""
+"""What peers may ask about tasks: submissions, commands, notes, reports, figures, output, input."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,11 +6,21 @@ from typing import Any
 from meshnode.kernel.calls import Granted
 from meshnode.kernel.links.contracts import PeerMethod
 from meshnode.tasks.service.executing import Executing
+from meshnode.tasks.service.inputs import Inputs
 from meshnode.tasks.service.outputs import Outputs
 from meshnode.tasks.service.records import TaskRecords
 from meshnode.tasks.service.scheduling import Scheduling
 from meshnode.tasks.service.streaming import Streaming
-from meshnode.tasks.service.wire import Hold, OutputWanted, Placed, StatsWanted, Tail, TailWanted
+from meshnode.tasks.service.wire import (
+    Hold,
+    InputOffered,
+    InputWanted,
+    OutputWanted,
+    Placed,
+    StatsWanted,
+    Tail,
+    TailWanted,
+)
 from meshnode.tasks.service.witnessing import Witnessing
 from protocol.ids import NodeId
 from protocol.placement.commands import (
@@ -35,6 +45,7 @@ def task_methods(
     executing: Executing,
     witnessing: Witnessing,
     outputs: Outputs,
+    inputs: Inputs,
     streaming: Streaming,
 ) -> Mapping[str, PeerMethod[Any]]:
     """The methods by name."""
@@ -72,6 +83,12 @@ def task_methods(
     async def tail(peer: NodeId, asked: TailWanted) -> Tail:
         return await outputs.tail(asked)
 
+    async def wanted_input(peer: NodeId, asked: InputWanted) -> Granted:
+        return await inputs.grant(peer, asked)
+
+    async def store(peer: NodeId, asked: InputOffered) -> Granted:
+        return await inputs.store(peer, asked)
+
     message: Any = HoldNotes | NotesWanted  # a union, which no type of a type can say
     return {
         "tasks.submit": PeerMethod(Submit, submit),
@@ -84,4 +101,6 @@ def task_methods(
         "tasks.placed": PeerMethod(Placed, placed),
         "tasks.output": PeerMethod(OutputWanted, output),
         "tasks.tail": PeerMethod(TailWanted, tail),
+        "tasks.input": PeerMethod(InputWanted, wanted_input),
+        "tasks.store": PeerMethod(InputOffered, store),
     }

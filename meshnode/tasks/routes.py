@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Final, Protocol
 
@@ -12,13 +12,27 @@ from meshnode.api.render import RefusalError
 from meshnode.api.routing import ApiRequest, ByteStream, Reply, Route
 from meshnode.api.sse import EventStream, frame
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.tasks.model import Done, Filter, OutputPart, OutputUnread, Piece, SchedulerStats, Stream, Submission, Task
+from meshnode.tasks.model import (
+    Done,
+    Filter,
+    InputStored,
+    OutputPart,
+    OutputUnread,
+    Piece,
+    SchedulerStats,
+    Stream,
+    Submission,
+    Task,
+)
 from meshnode.tasks.service.streaming import Place, Stands, Wrote
 from protocol.ids import NodeId
 
 TAG: Final = "tasks"
 BODY_BYTES_MAX: Final = 4 * 1024 * 1024
 """Far above what a task may have, so that the refusal can say how much was sent and what to do."""
+
+INPUT_BYTES_MAX: Final = 1024**4
+"""Above what any node takes; `tasks.input_bytes_max` says what this one does."""
 
 FLUSH_S: Final = 0.01
 PART_BYTES: Final = 256 * 1024
@@ -72,11 +86,20 @@ class Follows(Protocol):
     def follow(self, task: str, after: Place) -> AsyncGenerator[Wrote | Stands, None]: ...
 
 
+class Uploads(Protocol):
+    """Who takes inputs in."""
+
+    async def upload(self, chunks: AsyncIterator[bytes]) -> InputStored: ...
+
+
 class TaskRoutes:
     """Handlers. `find_node` knows whom a name, an id or the beginning of an id means."""
 
-    def __init__(self, *, desk: Desk, follows: Follows, me: NodeId, find_node: Callable[[str], NodeId]) -> None:
+    def __init__(
+        self, *, desk: Desk, inputs: Uploads, follows: Follows, me: NodeId, find_node: Callable[[str], NodeId]
+    ) -> None:
         self._desk = desk
+        self._inputs = inputs
         self._follows = follows
         self._me = me
         self._find_node = find_node
@@ -91,6 +114,13 @@ class TaskRoutes:
         except MeshError as error:
             raise _with_retry(error) from error
         return Reply(task, status=201 if is_new else 200)
+
+    async def store_input(self, request: Request) -> InputStored:
+        assert request.chunks is not None  # the route has a raw body
+        try:
+            return await self._inputs.upload(request.chunks)
+        except MeshError as error:
+            raise _with_retry(error) from error
 
     async def tasks(self, request: Request) -> Reply:
         return await self._listed(request, dead=False)
@@ -165,6 +195,12 @@ class TaskRoutes:
                 handler=self.submit, request=Submission, response=Task, status=201, also_status=200,
                 body_bytes_max=BODY_BYTES_MAX, tag=TAG,
                 errors=(ErrorCode.TOO_LARGE, ErrorCode.UNKNOWN_NODE, ErrorCode.CONFLICT, ErrorCode.OVERLOADED),
+            ),
+            Route(
+                method="POST", path="/api/tasks/inputs", summary="Store an input that is too long for a submission.",
+                handler=self.store_input, response=InputStored, status=201, raw_body=True, is_patient=True,
+                body_bytes_max=INPUT_BYTES_MAX, tag=TAG,
+                errors=(ErrorCode.TOO_LARGE, ErrorCode.DISK_FULL, ErrorCode.OVERLOADED, ErrorCode.STORAGE_FAILED),
             ),
             Route(
                 method="GET", path="/api/tasks/dead-letter", summary="Tasks that failed or were lost, for a person.",

@@ -24,6 +24,7 @@ from meshnode.kernel.resources.gpu import GpuDevice
 from meshnode.kernel.resources.profile import Profile
 from meshnode.settings.tree import TaskSettings
 from meshnode.tasks.core.showing import stands
+from meshnode.tasks.execution.inputs import Disk, InputFiles, disk_sizes
 from meshnode.tasks.execution.isolation import Trial, no_network
 from meshnode.tasks.execution.running import ProcessExecutions
 from meshnode.tasks.execution.terms import Terms
@@ -34,6 +35,8 @@ from meshnode.tasks.routes import TaskRoutes
 from meshnode.tasks.service.desk import Desk
 from meshnode.tasks.service.executing import Executing
 from meshnode.tasks.service.figures import Figures
+from meshnode.tasks.service.input_keeping import InputKeeping
+from meshnode.tasks.service.inputs import Inputs
 from meshnode.tasks.service.keeping import Keeping
 from meshnode.tasks.service.lending import Lending, Taken
 from meshnode.tasks.service.outputs import Outputs
@@ -86,6 +89,7 @@ class TaskGround:
     wall: Callable[[], float]
     log: Callable[[str], Logger]
     scheduling: SchedulingParameters = field(default_factory=SchedulingParameters)
+    disk: Disk = disk_sizes
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ class Tasks:
     desk: Desk
     streaming: Streaming
     lending: Lending
+    inputs: Inputs
+    input_keeping: InputKeeping
     methods: Mapping[str, PeerMethod[Any]]
     mount: Mount
     observe: Callable[[object], None]
@@ -161,11 +167,25 @@ class _Assembly:
             wall=ground.wall,
             log=log("tasks.scheduling"),
         )
+        self._input_files = InputFiles(self._folder / "inputs", ground.disk)
+        self._input_keeping = self._build_input_keeping()
+        self._inputs = Inputs(
+            hub=hub,
+            calls=self._calls,
+            records=self._records,
+            files=self._input_files,
+            offload=ground.offload,
+            bytes_max=ground.settings.input_bytes_max,
+            kept=self._input_keeping.kept,
+            name_of=ground.name_of,
+            log=log("tasks.inputs"),
+        )
         self._executing = Executing(
             machine=self._machine,
             calls=self._calls,
             records=self._records,
             executions=self._executions,
+            input_of=self._inputs.of,
             persist=self._persist_fence,
             publish=ground.publish,
             now=ground.now,
@@ -204,6 +224,7 @@ class _Assembly:
             executing=self._executing,
             witnessing=self._witnessing,
             outputs=self._outputs,
+            inputs=self._inputs,
             streaming=self._streaming,
         )
         service = TaskService(
@@ -217,15 +238,24 @@ class _Assembly:
                 self._executing.run,
                 self._witnessing.run,
                 self._keeping.run,
+                self._input_keeping.run,
             ),
         )
-        routes = TaskRoutes(desk=self._desk, follows=self._streaming, me=self._ground.hub.me, find_node=self._find_node)
+        routes = TaskRoutes(
+            desk=self._desk,
+            inputs=self._inputs,
+            follows=self._streaming,
+            me=self._ground.hub.me,
+            find_node=self._find_node,
+        )
         return Tasks(
             self._executions,
             service,
             self._desk,
             self._streaming,
             self._lending,
+            self._inputs,
+            self._input_keeping,
             methods,
             Mount(routes.routes()),
             self._observe,
@@ -243,6 +273,7 @@ class _Assembly:
                 hub=hub,
                 calls=self._calls,
                 records=self._records,
+                inputs=self._inputs,
                 find_node=self._find_node,
                 now=ground.now,
                 wall=ground.wall,
@@ -265,6 +296,18 @@ class _Assembly:
             log=log("tasks.keeping"),
         )
 
+    def _build_input_keeping(self) -> InputKeeping:
+        ground = self._ground
+        return InputKeeping(
+            hub=ground.hub,
+            records=self._records,
+            files=self._input_files,
+            offload=ground.offload,
+            keep_s=ground.settings.keep_s,
+            wall=ground.wall,
+            log=ground.log("tasks.keeping"),
+        )
+
     def _build_lending(self) -> Lending:
         ground, hub = self._ground, self._ground.hub
         return Lending(
@@ -278,6 +321,7 @@ class _Assembly:
             profile=ground.profile,
             gpus=ground.gpus,
             taken=self._taken,
+            inputs=lambda: self._input_keeping.marks,
             told=self._executing.lend,
             wall=ground.wall,
         )

@@ -11,7 +11,7 @@ from typing import Final
 from protocol.heartbeats.events import HeartbeatFlag
 from protocol.ids import NodeId
 from protocol.placement.breakers import Breaker, BreakerParameters
-from protocol.placement.commands import Lent, NodeReport, NodeStats, Running
+from protocol.placement.commands import WORDS_CHARS_MAX, Lent, NodeReport, NodeStats, Running
 from protocol.placement.matching import (
     NOTHING,
     Amounts,
@@ -73,6 +73,19 @@ class Book:
                 self.fits.clear()
             fits = self.fits[shape] = not lacks(shape.needs, shape.role, self.node, self.lent)
         return fits
+
+    @property
+    def name(self) -> str:
+        """As people know it."""
+        return (self.lent.name if self.lent is not None else "") or self.node
+
+    def shut_words(self, now: float) -> str:
+        """Why it takes nothing now; empty: it does."""
+        if self.down_since is not None:
+            return "it is not heard"
+        if self.lent is None:
+            return "it has not said yet what it lends"
+        return self.lent.closed or self.shut or self.breaker.shut_words(now)
 
     def is_open(self, now: float) -> bool:
         """Whether it takes anything at all now."""
@@ -243,7 +256,25 @@ class Books:
         }
         if any(self._books[node].can_ever(shape) for node in here):
             return ""
+        required = self._books.get(NodeId(shape.needs.node))
+        if required is not None and required.node not in here:
+            state = "is not heard now" if required.down_since is not None else "has not said yet what it lends"
+            return f"it must run on {required.name}, which {state}"
+        if required is None and shape.needs.node:
+            return (
+                f"it must run on {shape.needs.node}, which is no member of the mesh any more, or has not been heard yet"
+            )
         return never_words(shape.needs, shape.role, here)
+
+    def shut_words(self, shape: Shape, now: float) -> str:
+        """Why none of those that could run it takes anything now; empty: one does."""
+        able = [book for book in self._books.values() if book.down_since is None and book.can_ever(shape)]
+        shut = [(book.name, why) for book in able if (why := book.shut_words(now))]
+        if not shut or len(shut) < len(able):
+            return ""
+        name, why = min(shut)
+        others = f", and {len(shut) - 1} others neither" if len(shut) > 1 else ""
+        return f"{name} could run it and takes nothing now: {why}{others}"
 
     def stats(self, now: float, limit: int) -> tuple[NodeStats, ...]:
         """Every node that has reported."""
@@ -251,7 +282,6 @@ class Books:
         for book in self._books.values():
             if book.lent is None or len(found) >= limit:
                 continue
-            words = "it is not heard" if book.down_since is not None else book.lent.closed or book.shut
             found.append(
                 NodeStats(
                     book.node,
@@ -262,7 +292,7 @@ class Books:
                     book.breaker.state(now),
                     book.breaker.left_s(now),
                     book.breaker.failures,
-                    words or book.breaker.words,
+                    book.shut_words(now)[:WORDS_CHARS_MAX],
                 )
             )
         return tuple(found)

@@ -49,6 +49,14 @@ class Breaker:
         """How long it stays open."""
         return max(0.0, self._until - now) if self._is_open else 0.0
 
+    def shut_words(self, now: float) -> str:
+        """Why nothing may be placed there now; empty: it may."""
+        if self.admits(now):
+            return ""
+        often = f"it failed {self._failures} times in a row"
+        soon = f"is tried again in {self.left_s(now):.0f} s" if now < self._until else "is being tried again"
+        return f"{often}, and {soon}; the last failure: {self.words}"
+
     def admits(self, now: float) -> bool:
         """Whether an attempt may be placed there now."""
         if not self._is_open:

@@ -211,6 +211,7 @@ class Lent(_Message, frozen=True):
         tuple[Annotated[bytes, msgspec.Meta(min_length=INPUT_MARK_BYTES, max_length=INPUT_MARK_BYTES)], ...],
         msgspec.Meta(max_length=HELD_INPUTS_MAX),
     ] = ()  # the first bytes of the SHA-256 of large inputs that lie here already
+    most: Capacity = Capacity()  # lent when nothing else is at work here; what is less than `capacity` counts as that
 
 
 class Running(_Message, frozen=True):

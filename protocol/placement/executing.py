@@ -46,7 +46,7 @@ from protocol.placement.executing_events import (
 )
 from protocol.placement.matching import NOTHING, Amounts, amounts_of, capacity_of, claim_of, lacks
 from protocol.placement.reporting import Reporting
-from protocol.placement.tasks import STDIN_INLINE_BYTES_MAX, Attempt, AttemptId, Ending, Order, TaskId
+from protocol.placement.tasks import Attempt, AttemptId, Ending, Order, TaskId
 from protocol.trust.view import RosterView
 
 WRITE_AGAIN_S: Final = 2.0
@@ -196,7 +196,7 @@ class Executing:
         if code:
             self._answer(event.call, code, words)
             return
-        begins_at_once = order.stdin_bytes <= STDIN_INLINE_BYTES_MAX
+        begins_at_once = not order.has_input_file
         record = Attempt(
             asked.attempt,
             asked.generation,
@@ -310,7 +310,7 @@ class Executing:
         if held is None or held.phase not in ("starting", "running"):
             return
         started_ms = held.record.started_ms or event.at_ms
-        if event.ending == "refused" or (event.ending == "cancelled" and held.phase == "starting"):
+        if event.ending in ("refused", "no_input") or (event.ending == "cancelled" and held.phase == "starting"):
             started_ms = 0
         record = replace(
             held.record,
@@ -358,6 +358,9 @@ class Executing:
         self._held[record.attempt] = held
         if found.state == "ended":
             self._finish(held, record, record.words)
+        elif found.state == "unbegun":
+            ended = replace(record, ended_ms=max(1, at_ms), ending="no_input")
+            self._finish(held, ended, "its node's agent ended while it fetched the input")
         elif found.state == "gone":
             lost = replace(record, ended_ms=at_ms, ending="lost")
             self._finish(held, lost, "its node's agent ended, and nothing is left of it but its record")

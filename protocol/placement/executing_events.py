@@ -40,7 +40,7 @@ class LentTold:
     lent: Lent
 
 
-FoundState = Literal["running", "ended", "gone", "past"]
+FoundState = Literal["running", "ended", "unbegun", "gone", "past"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,8 @@ class Found:
     """An attempt of this node's that was written down before the agent started, and what became of it.
 
     `running`: its supervisor is there. `ended`: it left its exit status, which `attempt` holds (and the record perhaps
-    not yet). `gone`: neither, so it is lost. `past`: the record says that it ended.
+    not yet). `unbegun`: its input was still being fetched, so nothing of it ever ran. `gone`: neither, so it is lost.
+    `past`: the record says that it ended.
     """
 
     order: Order

@@ -82,6 +82,11 @@ def amounts_of(capacity: Capacity) -> Amounts:
     )
 
 
+def most_of(lent: Lent) -> Amounts:
+    """The most that a node lends at any time: what decides whether it can ever run a task."""
+    return Amounts(*map(max, amounts_of(lent.capacity), amounts_of(lent.most)))
+
+
 def capacity_of(amounts: Amounts) -> Capacity:
     """As reports and figures spell it; nothing is below 0 there."""
     cpus_m, ram, gpus, vram, disk, slots = (max(0, amount) for amount in amounts)
@@ -106,22 +111,28 @@ def lacks(needs: Needs, role: Role | None, node: NodeId, lent: Lent) -> list[Lac
     if role is None:
         found.append(Lack("its submitter is no member"))
     elif lent.accepts == "nobody" or (lent.accepts == "admins" and role != "admin"):
-        found.append(Lack(f"it takes tasks of {lent.accepts}"))
+        found.append(Lack(f"it takes tasks of {lent.accepts} (`tasks.accept`)"))
     if not lent.isolation:
-        found.append(Lack("it has no isolation: install bubblewrap there"))
+        found.append(Lack("it has no isolation (`meshnode doctor` there says what to do)"))
     if needs.os and needs.os != lent.os:
         found.append(Lack(f"it runs {lent.os or 'something unknown'}, not {needs.os}"))
     if needs.arch and needs.arch != lent.arch:
         found.append(Lack(f"it is {lent.arch or 'of unknown architecture'}, not {needs.arch}"))
-    if needs.labels and (missing := sorted(set(needs.labels) - {*lent.labels, lent.name, lent.os, lent.arch})):
+    if needs.labels and (missing := sorted(set(needs.labels) - labels_of(lent))):
         found.append(Lack(f"it lacks the label{'s'[: len(missing) > 1]} {', '.join(missing)}"))
     if needs.network and not lent.network:
-        found.append(Lack("tasks get no network there"))
-    for index, (wants, has) in enumerate(zip(claim_of(needs), amounts_of(lent.capacity), strict=True)):
+        found.append(Lack("tasks get no network there (`tasks.network`)"))
+    for index, (wants, has) in enumerate(zip(claim_of(needs), most_of(lent), strict=True)):
         if wants > has:
-            words = f"it lends {_spelled(index, has)} {_UNITS[index]}, not {_spelled(index, wants)}"
+            words = f"it lends {_spelled(index, has)} {_UNITS[index]} at most, not {_spelled(index, wants)}"
             found.append(Lack(words, (wants - has) / wants))
     return found
+
+
+def labels_of(lent: Lent) -> set[str]:
+    """All that may be asked for: its owner's labels, and its name, system and architecture, also as name=NAME."""
+    told = {"name": lent.name, "os": lent.os, "arch": lent.arch}
+    return {*lent.labels, *(value for value in told.values() if value), *(f"{key}={told[key]}" for key in told)}
 
 
 def _spelled(index: int, amount: int) -> str:

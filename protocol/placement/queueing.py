@@ -6,6 +6,7 @@ submitters get equal shares. So whatever fits somewhere gets its turn, however m
 needs stand in line behind each other: where the first of them finds no room, the rest need not try.
 """
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -59,12 +60,16 @@ class Waiting:
 class _Lane:
     """What one submitter has waiting at one priority, by shape."""
 
-    __slots__ = ("lines", "passed", "size")
+    __slots__ = ("lines", "passed", "since")
 
     def __init__(self, passed: float) -> None:
         self.lines: dict[Shape, OrderedDict[TaskKey, Waiting]] = {}
-        self.size = 0
+        self.since: list[Waiting] = []  # all of them, by the time since when they wait: places are looked up here
         self.passed = passed
+
+    @property
+    def size(self) -> int:
+        return len(self.since)
 
     def heads(self) -> list[tuple[float, TaskKey, Shape]]:
         return [(first.since, first.key, shape) for shape, line in self.lines.items() if (first := _first(line))]
@@ -80,6 +85,10 @@ class _Class:
         self.passed = 0.0
         self.served = 0.0  # the pass of the lane that was served last
         self.size = 0
+
+
+def _by_since(entry: Waiting) -> tuple[float, TaskKey]:
+    return entry.since, entry.key
 
 
 def _first(line: OrderedDict[TaskKey, Waiting]) -> Waiting | None:
@@ -101,6 +110,10 @@ class FairQueue:
 
     def __contains__(self, key: TaskKey) -> bool:
         return key in self._entries
+
+    def get(self, key: TaskKey) -> Waiting | None:
+        """It as it was added; None if it does not wait."""
+        return self._entries.get(key)
 
     def least(self) -> Amounts:
         """No task here takes less of anything: where there is no room for this, there is room for none."""
@@ -147,7 +160,7 @@ class FairQueue:
         self._added += 1
         if self._least is not None:
             self._least = Amounts(*map(min, self._least, entry.shape.claim))
-        lane.size += 1
+        insort(lane.since, entry, key=_by_since)
         rank.size += 1
 
     def remove(self, key: TaskKey) -> None:
@@ -159,7 +172,7 @@ class FairQueue:
         lane = rank.lanes[key[0]]
         line = lane.lines[entry.shape]
         del line[key]
-        lane.size -= 1
+        del lane.since[bisect_left(lane.since, _by_since(entry), key=_by_since)]
         rank.size -= 1
         if not line:
             del lane.lines[entry.shape]
@@ -199,31 +212,55 @@ class FairQueue:
         """All kinds that wait."""
         return frozenset(shape for rank in self._classes for lane in rank.lanes.values() for shape in lane.lines)
 
-    def next_position(self, submitter: NodeId, priority: int) -> int:
-        """How many are likely to be served before one that this submitter would add now."""
-        lane = self._classes[priority].lanes.get(submitter)
-        return self._position(submitter, priority, 0 if lane is None else lane.size)
+    def next_position(self, submitter: NodeId, priority: int, passed_over: frozenset[Shape] = frozenset()) -> int:
+        """How many are likely to be served before one that this submitter would add now. `passed_over`: nobody can run
+        those, so nobody waits for them.
+        """
+        return _Places(self._classes, passed_over).last(submitter, priority)
 
-    def positions(self, keys: Iterable[TaskKey]) -> Mapping[TaskKey, int]:
+    def positions(self, keys: Iterable[TaskKey], passed_over: frozenset[Shape] = frozenset()) -> Mapping[TaskKey, int]:
         """The same of those that wait: all in their lane that came before, and what others get by their shares."""
-        asked = [entry for key in keys if (entry := self._entries.get(key))]
-        found: dict[TaskKey, int] = {}
-        for submitter, priority in {(entry.key[0], entry.priority) for entry in asked}:
-            lines = self._classes[priority].lanes[submitter].lines.values()
-            waiting = sorted((entry.since, entry.key) for line in lines for entry in line.values())
-            ahead = {key: index for index, (_, key) in enumerate(waiting)}
-            for entry in asked:
-                if (entry.key[0], entry.priority) == (submitter, priority):
-                    found[entry.key] = self._position(submitter, priority, ahead[entry.key])
-        return found
+        places = _Places(self._classes, passed_over)
+        return {key: places.of(entry) for key in keys if (entry := self._entries.get(key))}
+
+
+class _Places:
+    """Places in the queue as it stands; those that are passed over are counted once for each lane."""
+
+    def __init__(self, classes: tuple[_Class, ...], passed_over: frozenset[Shape]) -> None:
+        self._classes = classes
+        self._over: list[dict[NodeId, list[tuple[float, TaskKey]]]] = []
+        for rank in classes:
+            found: dict[NodeId, list[tuple[float, TaskKey]]] = {}
+            for submitter, lane in rank.lanes.items():
+                lines = [line for shape, line in lane.lines.items() if shape in passed_over] if passed_over else []
+                if lines:
+                    found[submitter] = sorted(_by_since(entry) for line in lines for entry in line.values())
+            self._over.append(found)
+
+    def of(self, entry: Waiting) -> int:
+        """Of one that waits."""
+        at, submitter = _by_since(entry), entry.key[0]
+        since = self._classes[entry.priority].lanes[submitter].since
+        over = self._over[entry.priority].get(submitter, [])
+        ahead = bisect_left(since, at, key=_by_since) - bisect_left(over, at)
+        return self._position(submitter, entry.priority, ahead)
+
+    def last(self, submitter: NodeId, priority: int) -> int:
+        """Of one more."""
+        return self._position(submitter, priority, self._lane_size(priority, submitter))
+
+    def _lane_size(self, priority: int, submitter: NodeId) -> int:
+        lane = self._classes[priority].lanes.get(submitter)
+        return 0 if lane is None else lane.size - len(self._over[priority].get(submitter, ()))
 
     def _position(self, submitter: NodeId, priority: int, ahead: int) -> int:
-        lanes = self._classes[priority].lanes
-        within = ahead + sum(min(lane.size, ahead + 1) for other, lane in lanes.items() if other != submitter)
+        others = [other for other in self._classes[priority].lanes if other != submitter]
+        within = ahead + sum(min(self._lane_size(priority, other), ahead + 1) for other in others)
         return within + sum(
-            min(rank.size, ceil((within + 1) * SHARE_FACTOR ** (index - priority)))
+            min(rank.size - sum(map(len, self._over[index].values())), ceil((within + 1) * share))
             for index, rank in enumerate(self._classes)
-            if index != priority
+            if index != priority and (share := SHARE_FACTOR ** (index - priority))
         )
 
 

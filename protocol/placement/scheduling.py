@@ -6,6 +6,7 @@ of the node that gets it. What is decided about one task is settling.py's, what 
 """
 
 from collections.abc import Iterable
+from itertools import islice
 from math import ceil
 from typing import Final, assert_never
 
@@ -58,6 +59,8 @@ from protocol.trust.view import RosterView
 RETRY_AFTER_S_MIN: Final = 1.0
 RETRY_AFTER_S_MAX: Final = 60.0
 RATE_S: Final = 30.0
+SHAPES_LOOKED_AT_MAX: Final = 256
+PASSED_OVER_S: Final = 1.0
 
 _OfNodes = MembersUp | PeerUp | PeerDown | PeerLeft | PeerMeasured | HeartbeatHeard | RosterShrank
 
@@ -70,6 +73,8 @@ class Scheduling:
         self._settling = Settling(self._s)
         self._hearing = Hearing(self._s, self._settling)
         self._quorate = False
+        self._over: frozenset[Shape] = frozenset()
+        self._over_until = 0.0
         self._rate = 0.0  # placements a second, lately
         self._rate_at = 0.0
 
@@ -87,18 +92,39 @@ class Scheduling:
     def positions(self, wanted: PositionsWanted, now: float) -> Positions:
         """Why these wait; those that are not known, or ended, are left out."""
         tasks = [task for key in wanted.tasks if (task := self._s.tasks.get(key))]
-        places = self._s.queue.positions(task.key for task in tasks)
-        return Positions(tuple(self._position(task, places.get(task.key), now) for task in tasks))
+        places = self._s.queue.positions((task.key for task in tasks), self._passed_over(now))
+        why: dict[Shape, tuple[bool, str]] = {}
+        return Positions(tuple(self._position(task, places.get(task.key), why, now) for task in tasks))
 
-    def _position(self, task: Tracked, place: int | None, now: float) -> Position:
-        never = "" if place is None else self._s.books.never(self._s.waiting(task).shape)
-        words = never or (self._s.noting.why_not() if task.waits_for_notes else task.waits_for)
+    def _position(self, task: Tracked, place: int | None, why: dict[Shape, tuple[bool, str]], now: float) -> Position:
+        """`why` of those with the same needs is found once: whether no node can ever run it, and the words."""
+        words = self._s.noting.why_not() if task.waits_for_notes else task.waits_for
+        never, waiting = False, self._s.queue.get(task.key)
+        if waiting is not None and place is not None:
+            told = why.get(waiting.shape)
+            if told is None:
+                told = why[waiting.shape] = self._why(waiting.shape, now)
+            never = told[0]
+            turn = f"about {place} are served before it" if place else "it is the next"
+            words = told[1] if never else f"{told[1]}; {turn}"
         if self.is_rebuilding(now):
             words = "a new coordinator is learning what there is"
-        elif place is not None and not words:
-            words = f"it waits for room; about {place} are served before it" if place else "it is the next"
         retry_s = max(0.0, task.due - now) if place is None and not task.promises and not task.shown else 0.0
-        return Position(*task.key, place or 0, words[:WORDS_CHARS_MAX], retry_s, bool(never))
+        return Position(*task.key, place or 0, words[:WORDS_CHARS_MAX], retry_s, never)
+
+    def _passed_over(self, now: float) -> frozenset[Shape]:
+        """What no node can ever run waits apart: nobody waits behind it. Of very many kinds, not all are looked at."""
+        if now >= self._over_until:
+            books = [book for book in self._s.books if book.down_since is None]
+            blocked = islice(self._s.blocked, SHAPES_LOOKED_AT_MAX)
+            self._over = frozenset(shape for shape in blocked if not any(book.can_ever(shape) for book in books))
+            self._over_until = now + PASSED_OVER_S
+        return self._over
+
+    def _why(self, shape: Shape, now: float) -> tuple[bool, str]:
+        books = self._s.books
+        never = books.never(shape)
+        return bool(never), never or books.shut_words(shape, now) or "no node has room for it now"
 
     def stats(self, now: float) -> SchedulerStats:
         """The queue and the nodes as they stand."""
@@ -281,7 +307,7 @@ class Scheduling:
             s.admitted[key] = now
         shape = Shape(order.needs, s.roster.role(order.submitter), claim_of(order.needs))
         never = "" if self.is_rebuilding(now) else s.books.never(shape)
-        position = s.queue.next_position(order.submitter, terms.priority)
+        position = s.queue.next_position(order.submitter, terms.priority, self._passed_over(now))
         return Submitted(position, words=never[:WORDS_CHARS_MAX], never=bool(never))
 
     def _learn(self, known: Known, at_ms: int, now: float) -> None:
@@ -321,6 +347,8 @@ class Scheduling:
             return not s.fresh and not s.books.has_room(least, s.dirty, now)
 
         turns = 0
+        s.refused.clear()
+        s.unreserved.clear()
         if not is_over():
             turns = s.queue.serve(lambda each: self._settling.place(each, now), is_over, now, s.params.turns_max)
         if turns >= s.params.turns_max:

@@ -4,10 +4,12 @@
 changed or is due, and calling it once more does no harm.
 """
 
+from math import ceil
 from typing import Final
 
 from protocol.effects import Publish
 from protocol.ids import NodeId
+from protocol.placement.books import RESERVE_AFTER_S
 from protocol.placement.commands import Note, StartAttempt, StopAttempt, VoidAttempt
 from protocol.placement.queueing import Waiting
 from protocol.placement.scheduling_events import DeclareLost, NodeShunned, NodeTrusted, TaskPlaced
@@ -136,7 +138,7 @@ class Settling:
         breaker = self._s.books.of(node, now).breaker
         if blames_node(attempt):
             self.blame(node, attempt.attempt, attempt.words or f"an attempt was {attempt.ending}", now)
-        elif attempt.ending == "cancelled":
+        elif attempt.ending in ("cancelled", "no_input"):
             breaker.over(attempt.attempt)
         elif breaker.succeeded(attempt.attempt):
             self._s.out.append(Publish(NodeTrusted(node)))
@@ -272,8 +274,8 @@ class Settling:
                 if down_since is not None:
                     s.wake(task, down_since + params.gone_s)
         elif live and task.terms.mode == "at_most_once":
-            node = live[0][0]
-            task.waits_for = f"it may run on {node}, which is not heard: it waits for it, or for a person to end it"
+            name = s.books.of(live[0][0], now).name
+            task.waits_for = f"it may run on {name}, which is not heard: it waits for it, or for a person to end it"
         elif live and len(live) + stands.losses > LOSSES_MAX:
             task.waits_for = f"{len(live)} nodes that it was started on are not heard: it waits for one of them"
         elif stands.state == "pending" or live:
@@ -296,12 +298,19 @@ class Settling:
         """Its turn: whether there was room. The queue lets go of it then."""
         s, task = self._s, self._s.tasks[waiting.key]
         shape = waiting.shape
-        found = s.books.choose(waiting, task.terms.mark, task.failed_at, s.dirty if shape in s.blocked else None, now)
+        found = None
+        if shape not in s.refused:
+            among = s.dirty if shape in s.blocked else None
+            found = s.books.choose(waiting, task.terms.mark, task.failed_at, among, now)
         if found is None:
+            s.refused.add(shape)
             s.block(shape)
-            over_at = s.books.reserve(waiting, now)
-            if over_at is not None:
-                s.look_again(over_at)
+            if shape not in s.unreserved:
+                over_at = s.books.reserve(waiting, now)
+                if over_at is not None:
+                    s.look_again(float(ceil(over_at)))  # many end within the same second
+                elif now - waiting.since >= RESERVE_AFTER_S:
+                    s.unreserved.add(shape)
             return False
         book, choice = found
         name = f"{s.rng.getrandbits(64):016x}"

@@ -81,7 +81,7 @@ def is_done(attempt: Attempt) -> bool:
 
 def never_began(attempt: Attempt) -> bool:
     """Whether its executor says that nothing of it ever ran."""
-    return attempt.ending == "refused" or (attempt.ending == "cancelled" and not attempt.started_ms)
+    return attempt.ending in ("refused", "no_input") or (attempt.ending == "cancelled" and not attempt.started_ms)
 
 
 def blames_node(attempt: Attempt) -> bool:
@@ -105,7 +105,7 @@ def ending_words(attempt: Attempt) -> str:
             return f"its time was over{words}"
         case "cancelled":
             return f"stopped{words}"
-        case "refused":
+        case "refused" | "no_input":
             return f"not started{words}"
         case "lost":
             return f"lost{words}"
@@ -198,9 +198,17 @@ def _between(facts: _Facts) -> Standing:
         return facts.standing("lost", words + ending_words(facts.lost[-1][1]), facts.lost[-1])
     if len(facts.mine) >= ATTEMPTS_PER_GENERATION_MAX:
         return facts.standing("failed", f"{len(facts.mine)} attempts came to nothing")
-    if last is None:
+    unfed = [each for each in facts.mine if each[1].ending == "no_input"]
+    if last is None and not unfed:
         return facts.standing("pending", "")
-    pause_s = min(RETRY_S_MAX, RETRY_S * 2.0 ** min(tries - 1, 30))
-    words = f"try {tries + 1} of {facts.terms.retries + 1} follows; the last one: {ending_words(last[1])}"
+    latest = max((*failures, *unfed), key=lambda each: (each[1].ended_ms, each[1].attempt))
+    if latest[1].ending == "no_input":
+        words, count = f"it is tried again; the last time {ending_words(latest[1])}", len(unfed)
+    else:
+        words = f"try {tries + 1} of {facts.terms.retries + 1} follows; the last one: {ending_words(latest[1])}"
+        count = tries
+    pause_s = min(RETRY_S_MAX, RETRY_S * 2.0 ** min(count - 1, 30))
     made = facts.standing("pending", words)
-    return Standing(made.state, made.words, made.counts, (), tries, made.losses, made.number, pause_s, last[1].ended_ms)
+    return Standing(
+        made.state, made.words, made.counts, (), tries, made.losses, made.number, pause_s, latest[1].ended_ms
+    )

@@ -25,7 +25,9 @@ ORDER_BYTES_MAX: Final = 48 * 1024
 ARGV_MAX: Final = 4096
 ENV_MAX: Final = 512
 STDIN_INLINE_BYTES_MAX: Final = 16 * 1024
-STDIN_BYTES_MAX: Final = 4 * 1024**3
+STDIN_BYTES_MAX: Final = 1024**4
+STDIN_HOLDERS_MAX: Final = 4
+SHA256_BYTES: Final = 32
 RETRIES_MAX: Final = 100
 NAME_CHARS_MAX: Final = 120
 TIMEOUT_S_MAX: Final = 30 * 86_400.0
@@ -43,8 +45,10 @@ Mode = Literal["at_least_once", "at_most_once"]
 """`at_least_once`: tried again where an attempt failed or its node is gone. `at_most_once`: never again once it may
 have started; it then ends as lost, for a person to decide."""
 
-Ending = Literal["exited", "signalled", "timed_out", "cancelled", "refused", "lost"]
-"""`refused`: it never started (no such command, no isolation). `lost`: it started, and nobody saw its end."""
+Ending = Literal["exited", "signalled", "timed_out", "cancelled", "refused", "no_input", "lost"]
+"""`refused`: it never started (no such command, no isolation). `no_input`: it never started, for nobody who has its
+input could be reached; that is no try. `lost`: it started, and nobody saw its end.
+"""
 
 PRIORITIES: Final = ("background", "normal", "high", "critical")
 
@@ -75,7 +79,7 @@ class Order(msgspec.Struct, frozen=True, array_like=True):
     shell: str = ""
     env: tuple[tuple[str, str], ...] = ()
     stdin: bytes = b""
-    stdin_bytes: int = 0  # above STDIN_INLINE_BYTES_MAX the submitter keeps it, and the executor fetches it there
+    stdin_bytes: int = 0  # of an input that is a file: above STDIN_INLINE_BYTES_MAX; the executor fetches it
     stdin_sha256: bytes = b""
     needs: Needs = Needs()
     mode: Mode = "at_least_once"
@@ -87,6 +91,12 @@ class Order(msgspec.Struct, frozen=True, array_like=True):
     keep_s: float = 0.0  # how long its output is kept after its end; 0: the executor's own setting
     key: str = ""  # of idempotency
     group: str = ""  # of tasks that were submitted together
+    stdin_holders: tuple[NodeId, ...] = ()  # who has that file besides the submitter
+
+    @property
+    def has_input_file(self) -> bool:
+        """Whether its input is too long to travel with it."""
+        return self.stdin_bytes > STDIN_INLINE_BYTES_MAX
 
 
 class Wish(msgspec.Struct, frozen=True, array_like=True):
@@ -149,7 +159,21 @@ def _may_order(author: NodeId, role: Role, key: bytes, value: bytes) -> bool:
     if not value:
         return True
     order = _read(value, Order)
-    return order.submitter == author and order.task.encode() == found.group(2) and bool(order.argv) != bool(order.shell)
+    if order.submitter != author or order.task.encode() != found.group(2) or bool(order.argv) == bool(order.shell):
+        return False
+    return _is_input_sound(order)
+
+
+def _is_input_sound(order: Order) -> bool:
+    """A long input is named wholly, and its room counts among what the task needs; a short one names nothing."""
+    if not order.has_input_file:
+        return not (order.stdin_bytes or order.stdin_sha256 or order.stdin_holders)
+    return (
+        not order.stdin
+        and order.stdin_bytes <= min(STDIN_BYTES_MAX, order.needs.disk_bytes)
+        and len(order.stdin_sha256) == SHA256_BYTES
+        and len(order.stdin_holders) <= STDIN_HOLDERS_MAX
+    )
 
 
 def _may_wish(author: NodeId, role: Role, key: bytes, value: bytes) -> bool:

@@ -19,7 +19,6 @@ from protocol.placement.standing import Standing
 from protocol.placement.tasks import (
     NO_WISH,
     PRIORITIES,
-    STDIN_INLINE_BYTES_MAX,
     Attempt,
     AttemptId,
     Mode,
@@ -68,7 +67,7 @@ class Terms:
     def of(order: Order) -> "Terms":
         """Anything out of range as the nearest that is within it."""
         priority = min(len(PRIORITIES) - 1, max(0, order.priority))
-        mark = order.stdin_sha256[:INPUT_MARK_BYTES] if order.stdin_bytes > STDIN_INLINE_BYTES_MAX else b""
+        mark = order.stdin_sha256[:INPUT_MARK_BYTES] if order.has_input_file else b""
         return Terms(order.submitter, order.mode, order.retries, order.needs, priority, mark)
 
 
@@ -174,6 +173,8 @@ class SchedulingState:
         self.blocked: set[Shape] = set()  # no node has room for these but perhaps those that are dirty
         self.dirty: set[NodeId] = set()  # something changed there since
         self.fresh: set[Shape] = set()  # not looked at yet
+        self.refused: set[Shape] = set()  # in this pass over the queue: no room comes free before its end
+        self.unreserved: set[Shape] = set()  # in this pass: no node can be kept for these
         self.placed = 0
         self.gathering_until = now + self.params.gather_s if term else 0.0
         self.is_reading = bool(term)
@@ -181,6 +182,7 @@ class SchedulingState:
         self.wall = (0, now)
         self._wakes: list[tuple[float, NodeId, str]] = []
         self._looks: list[float] = []
+        self._look_times: set[float] = set()
         self._timer_at = inf
 
     # ---- time --------------------------------------------------------------------------------------------------------
@@ -193,7 +195,8 @@ class SchedulingState:
 
     def look_again(self, at: float) -> None:
         """Look then at what belongs to no task: promises, pauses and reservations that end."""
-        if at not in self._looks:
+        if at not in self._look_times:
+            self._look_times.add(at)
             heappush(self._looks, at)
 
     def woken(self, now: float) -> Iterator[Tracked | None]:
@@ -201,7 +204,7 @@ class SchedulingState:
         self._timer_at = inf
         if self._looks and self._looks[0] <= now:
             while self._looks and self._looks[0] <= now:
-                heappop(self._looks)
+                self._look_times.discard(heappop(self._looks))
             yield None
         while self._wakes and self._wakes[0][0] <= now:
             at, submitter, name = heappop(self._wakes)
@@ -236,11 +239,14 @@ class SchedulingState:
 
     def enqueue(self, task: Tracked, *, ahead: bool) -> None:
         """It waits for a place."""
-        if task.key not in self.queue:
-            waiting = self.waiting(task)
-            self.queue.add(waiting, ahead=ahead)
-            if waiting.shape not in self.blocked:
-                self.fresh.add(waiting.shape)
+        entry = self.queue.get(task.key)
+        if entry is not None and entry.shape.role == self.roster.role(task.terms.submitter):
+            return
+        self.queue.remove(task.key)  # its submitter has another role now
+        waiting = self.waiting(task)
+        self.queue.add(waiting, ahead=ahead)
+        if waiting.shape not in self.blocked:
+            self.fresh.add(waiting.shape)
 
     def block(self, shape: Shape) -> None:
         """No node has room for it now."""

@@ -21,6 +21,8 @@ from scripts.benchmarks import (
     inference,
     junk,
     links,
+    placement,
+    queue,
     starting,
     stores,
     task_kills,
@@ -47,6 +49,8 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "detection": detection.detection,
     "mesh64": detection.mesh64,
     "tasks": tasks.tasks,
+    "placement": placement.placement,
+    "queue": queue.queue,
     "task-kills": task_kills.task_kills,
 }
 ALL: Final = "all"

@@ -80,10 +80,12 @@ def _handler(agent: FakeAgent) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def _serve(self) -> None:
-            length = int(self.headers.get("content-length") or 0)
-            raw = self.rfile.read(length)
+            if self.headers.get("transfer-encoding") == "chunked":
+                raw = b"".join(iter(self._chunk, b""))
+            else:
+                raw = self.rfile.read(int(self.headers.get("content-length") or 0))
             headers = {name.lower(): value for name, value in self.headers.items()}
-            answer = agent.answer(Heard(self.command, self.path, json.loads(raw) if raw else None, headers))
+            answer = agent.answer(Heard(self.command, self.path, self._said(raw), headers))
             self.send_response(answer.status)
             if answer.is_agent:
                 self.send_header("X-Request-Id", "test-1")
@@ -98,6 +100,16 @@ def _handler(agent: FakeAgent) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(body)
             self.close_connection = answer.ends
+
+        def _chunk(self) -> bytes:
+            data = self.rfile.read(int(self.rfile.readline(), 16))
+            self.rfile.readline()
+            return data
+
+        def _said(self, raw: bytes) -> Any:
+            if self.headers.get("content-type") == "application/octet-stream":
+                return raw
+            return json.loads(raw) if raw else None
 
         def _stream(self, answer: Answer) -> None:
             self.send_header("Transfer-Encoding", "chunked")

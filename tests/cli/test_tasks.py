@@ -112,6 +112,19 @@ def test_detached_it_prints_the_id(agent_of_tasks: FakeAgent, capsys: pytest.Cap
     assert STREAM not in agent_of_tasks.asked()
 
 
+def test_what_no_node_can_ever_run_is_said_at_once(
+    agent_of_tasks: FakeAgent, capsys: pytest.CaptureFixture[str]
+) -> None:
+    never = (
+        "none of 2 nodes can ever run it; attic comes closest: it lends 0 GPUs at most, not 1; it waits until one can"
+    )
+    agent_of_tasks.on("POST /api/tasks", Answer(task(status="pending", reason=never), 201))
+    assert called(agent_of_tasks, "run", "-d", "--no-stdin", "--gpu", "1", "true") == 0
+    said = capsys.readouterr()
+    assert said.out == f"{ID}\n"
+    assert said.err == f"Task {ID} waits: {never}. `meshnode cancel {ID}` gives it up.\n"
+
+
 def test_on_all_nodes_each_line_says_which(agent_of_tasks: FakeAgent, capfd: pytest.CaptureFixture[str]) -> None:
     other = "f" * 16
     agent_of_tasks.on(
@@ -194,10 +207,31 @@ def test_a_pipe_is_its_standard_input(agent_of_tasks: FakeAgent) -> None:
         process.communicate(b"\0in", timeout=30)
     assert process.returncode == 0
     assert base64.b64decode(submitted(agent_of_tasks)[0]["stdin_base64"]) == b"\0in"
+
+
+def test_a_long_one_is_sent_ahead_once_and_named(agent_of_tasks: FakeAgent) -> None:
+    agent_of_tasks.on(STREAM, Answer(chunks=(end(),)))
+    agent_of_tasks.on("GET /api/tasks?limit=1", Answer([]))
+    agent_of_tasks.on("POST /api/tasks/inputs", Answer({"input": "ab" * 32, "bytes": 1, "held_by": []}, 201))
+    content = os.urandom(1_000_000)
+    with spawned(agent_of_tasks, "--all-nodes", "cat", stdin=subprocess.PIPE) as process:
+        _, said = process.communicate(content, timeout=30)
+    assert process.returncode == 0, said
+    assert said == b""  # no terminal, no progress
+    [sent] = [one.body for one in agent_of_tasks.heard if one.path == "/api/tasks/inputs"]
+    assert sent == content
+    assert [one["input"] for one in submitted(agent_of_tasks)] == ["ab" * 32] * 2
+    assert all("stdin_base64" not in one for one in submitted(agent_of_tasks))
+
+
+def test_what_the_agent_says_against_an_input_is_said(agent_of_tasks: FakeAgent) -> None:
+    agent_of_tasks.on("GET /api/tasks?limit=1", Answer([]))
+    agent_of_tasks.on("POST /api/tasks/inputs", refusal(507, "disk_full", "There is no room for the input."))
     with spawned(agent_of_tasks, "cat", stdin=subprocess.PIPE) as process:
-        _, said = process.communicate(b"x" * 20_000, timeout=30)
-    assert process.returncode == 2
-    assert b"16 KiB" in said
+        _, said = process.communicate(bytes(100_000), timeout=30)
+    assert process.returncode == 1
+    assert b"There is no room for the input." in said
+    assert submitted(agent_of_tasks) == []
 
 
 def test_without_a_terminal_ctrl_c_cancels_and_waits_for_the_end(agent_of_tasks: FakeAgent) -> None:
@@ -236,6 +270,18 @@ def test_elsewhere_the_bytes_are_the_tasks_own() -> None:
     shown.write(b"\x1b[2J\xff\0")
     shown.end()
     assert target.getvalue() == b"\x1b[2J\xff\0"
+
+
+def test_lines_of_several_tasks_stay_whole() -> None:
+    target, lock = io.BytesIO(), threading.Lock()
+    one, other = (Shown(target, lock, is_terminal=False, prefix=f"[{name}] ") for name in ("a", "b"))
+    one.write(b"1\n2")
+    other.write(b"3\n")
+    one.write(b"0")
+    one.end()
+    other.write(b"x" * 5000)
+    other.end()
+    assert target.getvalue() == b"[a] 1\n[b] 3\n[a] 20\n[b] " + b"x" * 5000 + b"\n"
 
 
 def test_names_from_elsewhere_move_no_cursor() -> None:
@@ -281,8 +327,46 @@ def test_cancel_and_retry(agent: FakeAgent, command: Command) -> None:
     agent.on(f"POST /api/tasks/{ID}/retry", Answer(task(status="pending", generation=1)))
     assert json.loads(command("retry", ID, "--json").out)[0]["generation"] == 1
     agent.on("POST /api/tasks/dead-letter/retry", Answer({"done": 2, "refused": {"x": "no"}}))
-    assert "2 begin anew, 1 could not" in command("retry", "--all-dead").err
+    assert command("retry", "--all-dead").err.splitlines() == ["2 begin anew, 1 could not:", "  no"]
     assert command("retry").code == 2
+
+
+def test_delete(agent: FakeAgent, command: Command) -> None:
+    agent.on(f"GET /api/tasks/{ID}", Answer(task(status="failed")))
+    agent.on(f"DELETE /api/tasks/{ID}?purge=true", Answer(status=204))
+    assert command("delete", ID).err == f"{ID} is deleted.\n"
+    assert json.loads(command("delete", ID, "--json").out) == {"done": 1, "refused": {}}
+    agent.on(f"DELETE /api/tasks/{ID}?purge=true", refusal(409, "conflict", "The task has not ended. Cancel it first."))
+    done = command("delete", ID)
+    assert (done.code, "Cancel it first" in done.err) == (1, True)
+    agent.on("DELETE /api/tasks/dead-letter", Answer({"done": 3, "refused": {"x": EVIL, "y": EVIL}}))
+    done = command("delete", "--all-dead")
+    assert done.err.splitlines() == ["3 are deleted, 2 could not:", "  a\\x1b[2J\\u202eb"]
+    assert command("delete", "--all-dead", ID).code == 2
+
+
+def test_the_queue_says_who_takes_more_and_why_others_do_not(agent: FakeAgent, command: Command) -> None:
+    line = {
+        "node_id": ME, "node_name": "attic", "accepts": "everyone", "slots": 4, "slots_promised": 1, "cpus": 4.0,
+        "cpus_promised": 0.5, "ram_bytes": 2**34, "ram_promised_bytes": 2**30, "running": 1, "breaker": "closed",
+    }  # fmt: skip
+    shut = {**line, "node_id": PEER, "node_name": EVIL, "breaker": "half_open", "reason": "it failed 3 times in a row"}
+    stats = {
+        "queue_depth": 7, "in_flight": 2, "node_count": 2, "breaker_states": {}, "queue_max": 20_000,
+        "coordinator": ME, "dead_letters": 1, "nodes": [line, shut],
+    }  # fmt: skip
+    agent.on("GET /api/scheduler/stats", Answer(stats))
+    done = command("queue")
+    assert done.out.splitlines()[0] == (
+        "7 waiting of 20000 at most, 2 on nodes, 1 failed or lost (`meshnode tasks --dead`)"
+    )
+    other, attic = done.out.splitlines()[-2:]
+    assert attic.split()[:7] == ["attic", "1/4", "0.5/4", "1.0", "GiB/16.0", "GiB", "everyone"]
+    assert "half-open" in other
+    assert "it failed 3 times in a row" in other
+    assert "\x1b[2J" not in done.out
+    agent.on("GET /api/scheduler/stats", Answer({**stats, "coordinator": None, "nodes": []}))
+    assert "Nobody coordinates now" in command("queue").out
 
 
 def test_sizes() -> None:

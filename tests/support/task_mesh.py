@@ -4,6 +4,7 @@ Who is in the mesh is fixed; a member can be stopped and started again, its proc
 """
 
 import random
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -31,8 +32,9 @@ from protocol.membership.events import ContactFound
 from protocol.node import Node
 from protocol.placement.tasks import task_collections
 from protocol.placement.tracking import SchedulingParameters
+from protocol.trust.collection import trust_collection
 from protocol.trust.roster import Roster
-from protocol.trust.statements import admission, seal
+from protocol.trust.statements import TRUST_COLLECTION, admission, eviction, record_key, seal
 from protocol.wire.crypto import SodiumSuite
 from tests.kernel.links.world import Mesh as Links
 from tests.kernel.links.world import Node as Link
@@ -41,6 +43,29 @@ from tests.support.recording_log import RecordingLog
 
 OPEN: TaskSettings = TaskSettings(isolation="none", slots=8, cpus=0.0)
 """Tasks without walls: what these tests are about is who runs what, not how it is shut in."""
+
+
+class Disk:
+    """What a node believes of its disk: the test says how much room there is, and can make it hang."""
+
+    def __init__(self) -> None:
+        self.total = self.free = 10**13
+        self.looks_left: int | None = None
+        """So often there is room, and then none."""
+        self.gate = threading.Event()
+        """While it is not set, whoever looks hangs; `hangs` says that somebody does."""
+        self.gate.set()
+        self.hangs = threading.Event()
+
+    def __call__(self, _folder: Path) -> tuple[int, int]:
+        if not self.gate.is_set():
+            self.hangs.set()
+            self.gate.wait(30)
+        if self.looks_left is not None:
+            self.looks_left -= 1
+            if self.looks_left < 0:
+                return self.total, 0
+        return self.total, self.free
 
 
 @dataclass
@@ -53,6 +78,7 @@ class Member:
     driver: Driver
     tasks: Tasks
     log: RecordingLog
+    disk: Disk
     events: list[object] = field(default_factory=list)
 
     @property
@@ -75,6 +101,13 @@ class Member:
     async def read(self, task: Task) -> Task:
         """As the API does."""
         return (await self.tasks.desk.read(task.id))[0]
+
+    async def until_reason(self, task: Task, words: str, *, within_s: float = 20.0) -> Task:
+        """Wait until it waits and says so; fails when it does not in time."""
+        with trio.fail_after(within_s):
+            while words not in ((found := await self.read(task)).reason or ""):  # noqa: ASYNC110 -- no event tells it
+                await trio.sleep(0.02)
+        return found
 
     async def until_id(self, task: str, *statuses: str) -> Task:
         """As `until`, for a task that only its id is known of."""
@@ -109,7 +142,7 @@ class TaskMesh:
         scheduling: SchedulingParameters,
     ) -> None:
         self._scheduling = scheduling
-        self._folder = folder
+        self.folder = folder
         self._links = links
         self._nursery = nursery
         self._stack = stack
@@ -133,6 +166,13 @@ class TaskMesh:
     def _coordinators(self) -> int:
         followed = {member.hub.election.coordinator for member in self.members}
         return len(followed) if None not in followed else 0
+
+    async def evict(self, member: Member, by: Member) -> None:
+        """As an admin's agent does."""
+        root = self._links.root
+        out = eviction(node_id=member.id, evicted_at=int(time.time() * 1000), by=by.id)
+        blob = seal(out, SodiumSuite(root.seed, root.mesh_id))
+        await by.tasks.desk._records._writer.put(TRUST_COLLECTION, record_key(member.id), blob)
 
     @property
     def coordinator(self) -> Member:
@@ -163,7 +203,7 @@ class TaskMesh:
         await self.until(lambda: self._coordinators() == 1)
 
     async def _add(self, index: int, link: Link, settings: TaskSettings, admissions: list[bytes]) -> None:
-        root, identity, folder = self._links.root, link.identity, self._folder / f"m{index}"
+        root, identity, folder = self._links.root, link.identity, self.folder / f"m{index}"
         folder.mkdir()
         sockets = open_datagrams("127.0.0.1", 0)
         self._stack.callback(sockets.close)
@@ -174,12 +214,14 @@ class TaskMesh:
         roster = Roster(root_public_key=root.public_key, verifier=suite, statements=admissions)
         hub = Node(
             me=identity.node_id, mesh_id=root.mesh_id, boot=1, founder=index == 0, suite=suite,
-            rng=random.Random(index), roster=roster, durable={"keys": KEYS}, collections=task_collections(),
+            rng=random.Random(index), roster=roster, durable={"keys": KEYS},
+            collections=(trust_collection(root.public_key, suite), *task_collections()),
             record_store=store, addresses=(Address("127.0.0.1", sockets.port),),
         )  # fmt: skip
         state = DurableState(database, key_value, store)
         driver = Driver(node=hub, sockets=sockets, links=link.links, store=state.persist, log=log)
         events: list[object] = []
+        disk = Disk()
         tasks = build_tasks(
             TaskGround(
                 settings=settings, trusts_user=True, data_dir=folder, hub=hub, driver=driver, links=link.links,
@@ -189,12 +231,13 @@ class TaskMesh:
                 gpus=tuple, publish=events.append, metrics=Metrics(TASK_METRICS),
                 now=trio.current_time, wall=time.time, log=lambda name: log,
                 scheduling=self._scheduling,
+                disk=disk,
             )
         )  # fmt: skip
         link.methods |= tasks.methods
         # The links' own table of methods was made before the service was.
         link.links._calls._methods = link.methods
-        member = Member(index, link, hub, driver, tasks, log, events)
+        member = Member(index, link, hub, driver, tasks, log, disk, events)
         self.members.append(member)
         await self._nursery.start(driver.run, [tasks.observe])
         self._nursery.start_soon(self._pump, member)

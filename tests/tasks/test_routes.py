@@ -1,6 +1,7 @@
 """The paths of tasks over real HTTP, with a mesh behind them."""
 
 import base64
+import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -37,6 +38,27 @@ async def streamed(port: int, task: str, after: str | None = None) -> list[SentE
         headers = {"Last-Event-ID": after} if after is not None else {}
         found = await client.events(f"/api/tasks/{task}/stream", headers=headers)
         return [event async for event in found if event.event is not None]
+
+
+async def test_an_input_over_http_is_stored_named_and_refused(tmp_path: Path) -> None:
+    settings = [msgspec.structs.replace(OPEN, input_bytes_max=200_000)] * 2
+    async with served(tmp_path, settings=settings) as (_, member, port):
+        raw = {"Content-Type": "application/octet-stream"}
+        content = bytes(100_000)
+        answer = await fetch(port, "POST", "/api/tasks/inputs", body=content, headers=raw, token=TOKEN)
+        assert (answer.status, answer.json["bytes"], len(answer.json["held_by"])) == (201, 100_000, 2)
+        assert answer.json["input"] == hashlib.sha256(content).hexdigest()
+        body = {"command": ["wc", "-c"], "input": answer.json["input"]}
+        task = await ask(port, "POST", "/api/tasks", body)
+        assert task.json["input"] == answer.json
+        await member.until_id(task.json["id"], "completed")
+        refused = await fetch(port, "POST", "/api/tasks/inputs", body=bytes(200_001), headers=raw, token=TOKEN)
+        assert (refused.status, refused.json["code"]) == (413, "too_large")
+        member.disk.free = 0
+        refused = await fetch(port, "POST", "/api/tasks/inputs", body=content, headers=raw, token=TOKEN)
+        assert (refused.status, refused.json["code"]) == (507, "disk_full")
+        foreign = raw | {"Sec-Fetch-Site": "cross-site"}
+        assert (await fetch(port, "POST", "/api/tasks/inputs", body=content, headers=foreign)).status == 403
 
 
 async def test_a_task_over_http_from_its_submission_to_its_deletion(tmp_path: Path) -> None:

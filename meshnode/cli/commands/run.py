@@ -6,6 +6,7 @@ import secrets
 import stat
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any, Final
 
 import click
@@ -16,11 +17,17 @@ from meshnode.cli.main import EXIT_INTERRUPTED
 from meshnode.cli.nodes import complete_node, find_node
 from meshnode.cli.screen import Progress, at_terminal, note, say, say_json
 from meshnode.cli.session import Session, example, with_session
-from meshnode.cli.units import parse_duration_s, parse_size_bytes
+from meshnode.cli.units import parse_duration_s, parse_size_bytes, size_text
 from meshnode.kernel.errors import EXIT_DONE, EXIT_FAILED, ErrorCode, MeshError
 from meshnode.kernel.redaction import printable
 
-STDIN_BYTES_MAX: Final = 16 * 1024
+STDIN_INLINE_BYTES_MAX: Final = 16 * 1024
+"""What is longer is sent ahead of the task."""
+
+UPLOAD_ANSWER_S: Final = 900.0
+"""Once all is sent, it is made durable and copied to another node."""
+
+_PIECE_BYTES: Final = 256 * 1024
 _LOOK_S: Final = 0.1
 
 
@@ -63,7 +70,7 @@ class _Duration(click.ParamType[float]):
 @click.option("--gpu", type=click.IntRange(min=0), default=0, help="Graphics devices that it needs.")
 @click.option("--vram", type=_Size(), default=0, help="Memory of graphics devices that it needs.")
 @click.option("--disk", type=_Size(), default=0, help="Room in its scratch folder.")
-@click.option("--label", "labels", multiple=True, help="What the node must be, as os=linux; may be given again.")
+@click.option("--label", "labels", multiple=True, help="What the node must be, as os=linux, name=NODE; again for more.")
 @click.option("--network", is_flag=True, help="It needs the network, where the node's owner allows that.")
 @click.option("-e", "--env", "env", multiple=True, metavar="KEY=VALUE", help="For its environment; may be given again.")
 @click.option("--mode", type=click.Choice(["at_least_once", "at_most_once"]), default="at_least_once",
@@ -90,9 +97,14 @@ def run(
         raise click.UsageError("Which command? As in: meshnode run -- uname -a")
     if all_nodes and (node or prefer):
         raise click.UsageError("--all-nodes and a single node exclude each other")
-    body = _body(argv, shell, wanted, b"" if no_stdin else _piped())
+    body = _body(argv, shell, wanted)
     with session.agent() as agent:
+        if not no_stdin:
+            body |= _stdin(agent, quiet=session.as_json)
         tasks = _submit(agent, body, node, prefer, all_nodes=all_nodes)
+    for task in tasks:
+        if task["status"] == "pending" and task.get("reason"):
+            note(f"Task {task['id']} waits: {printable(task['reason'])}. `meshnode cancel {task['id']}` gives it up.")
     if detach:
         if session.as_json:
             say_json(tasks if all_nodes else tasks[0])
@@ -102,7 +114,7 @@ def run(
     return follow_all(session, tasks, named=all_nodes, asks=True)
 
 
-def _body(argv: tuple[str, ...], shell: str | None, wanted: dict[str, Any], stdin: bytes) -> dict[str, Any]:
+def _body(argv: tuple[str, ...], shell: str | None, wanted: dict[str, Any]) -> dict[str, Any]:
     needs: dict[str, Any] = {
         "cpus": wanted["cpu"], "ram_bytes": wanted["ram"], "gpus": wanted["gpu"], "vram_bytes": wanted["vram"],
         "disk_bytes": wanted["disk"], "network": wanted["network"],
@@ -115,8 +127,6 @@ def _body(argv: tuple[str, ...], shell: str | None, wanted: dict[str, Any], stdi
             needs.setdefault("labels", []).append(label)
     body = {name: wanted[name] for name in ("mode", "retries", "timeout", "priority", "name")}
     body |= {"command": shell if shell is not None else list(argv), "env": list(wanted["env"]), "requirements": needs}
-    if stdin:
-        body["stdin_base64"] = base64.b64encode(stdin).decode("ascii")
     if wanted["key"]:
         body["idempotency_key"] = wanted["key"]
     return body
@@ -151,21 +161,34 @@ def _posted(agent: AgentClient, body: dict[str, Any]) -> Any:
         return agent.post("/api/tasks", body)
 
 
-def _piped() -> bytes:
-    """What a pipe or a file brings; nothing where a person is, or nobody. Raises click.UsageError for too much."""
+def _stdin(agent: AgentClient, *, quiet: bool) -> dict[str, str]:
+    """What a pipe or a file brings, as a submission names it; nothing where a person is, or nobody. What is long is
+    sent to the agent as it comes.
+    """
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (AttributeError, OSError, ValueError):
-        return b""
+        return {}
     if stat.S_ISCHR(mode):
-        return b""
-    data = sys.stdin.buffer.read(STDIN_BYTES_MAX + 1)
-    if len(data) > STDIN_BYTES_MAX:
-        raise click.UsageError(
-            f"More than {STDIN_BYTES_MAX // 1024} KiB came through the pipe. Put it into a file that the node can "
-            "reach, or say --no-stdin"
+        return {}
+    begin = sys.stdin.buffer.read(STDIN_INLINE_BYTES_MAX + 1)
+    if len(begin) <= STDIN_INLINE_BYTES_MAX:
+        return {"stdin_base64": base64.b64encode(begin).decode("ascii")} if begin else {}
+    with Progress("sending its input", quiet=quiet, after_s=1.0) as progress:
+        sent = agent.upload(
+            "/api/tasks/inputs", _pieces(begin, progress), ask_first="/api/tasks?limit=1", timeout_s=UPLOAD_ANSWER_S
         )
-    return data
+    return {"input": sent["input"]}
+
+
+def _pieces(begin: bytes, progress: Progress) -> Iterator[bytes]:
+    sent, piece = 0, begin
+    while piece:
+        yield piece
+        sent += len(piece)
+        progress.tell(f"sending its input: {size_text(sent)}")
+        piece = sys.stdin.buffer.read(_PIECE_BYTES)
+    progress.tell(f"storing its input: {size_text(sent)}")
 
 
 # ---- following ------------------------------------------------------------------------------------------------------

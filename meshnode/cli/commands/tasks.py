@@ -1,4 +1,4 @@
-"""`tasks`, `task`, `cancel` and `retry`: what runs and ran in the mesh, and what becomes of it."""
+"""`tasks`, `task`, `cancel`, `retry`, `delete` and `queue`: what runs and ran, what becomes of it, who takes more."""
 
 import time
 from typing import Any
@@ -10,8 +10,9 @@ from meshnode.cli.client import AgentClient
 from meshnode.cli.commands.run import follow_all
 from meshnode.cli.screen import note, paragraph, say, say_json, terminal_columns
 from meshnode.cli.session import Session, example, with_session
-from meshnode.cli.task_text import task_text, tasks_text
+from meshnode.cli.task_text import queue_text, task_text, tasks_text
 from meshnode.kernel.errors import EXIT_DONE, ErrorCode, MeshError
+from meshnode.kernel.redaction import printable
 
 _STATUSES = ("pending", "running", "completed", "failed", "cancelled", "lost")
 _ID_CHARS = 16
@@ -83,12 +84,7 @@ def retry(session: Session, ids: tuple[str, ...], all_dead: bool) -> None:
         raise click.UsageError("Which tasks? Give their ids, or --all-dead")
     with session.agent() as agent:
         if all_dead:
-            told = agent.post("/api/tasks/dead-letter/retry", {})
-            if session.as_json:
-                say_json(told)
-            else:
-                refused = told.get("refused", {})
-                note(f"{told['done']} begin anew" + (f", {len(refused)} could not" if refused else ""))
+            _say_done(session, agent.post("/api/tasks/dead-letter/retry", {}), "begin anew")
             return
         begun = [agent.post(_path(find_task(agent, wanted), "/retry"), {}) for wanted in ids]
     if session.as_json:
@@ -96,6 +92,52 @@ def retry(session: Session, ids: tuple[str, ...], all_dead: bool) -> None:
     else:
         for one in begun:
             note(f"{one['id']} begins anew.")
+
+
+@click.command(epilog=example("meshnode delete 3f0c", "meshnode delete --all-dead"))
+@click.argument("ids", metavar="ID...", nargs=-1)
+@click.option("--all-dead", is_flag=True, help="All that failed or were lost.")
+@with_session
+def delete(session: Session, ids: tuple[str, ...], all_dead: bool) -> None:
+    """Delete ended tasks with their output, everywhere."""
+    if bool(ids) == all_dead:
+        raise click.UsageError("Which tasks? Give their ids, or --all-dead")
+    with session.agent() as agent:
+        if all_dead:
+            _say_done(session, agent.delete("/api/tasks/dead-letter"), "are deleted")
+            return
+        deleted = []
+        for wanted in ids:
+            found = find_task(agent, wanted)
+            agent.delete(_path(found) + "?purge=true")
+            deleted.append(found["id"])
+            if not session.as_json:
+                note(f"{found['id']} is deleted.")
+    if session.as_json:
+        say_json({"done": len(deleted), "refused": {}})
+
+
+@click.command(epilog=example("meshnode queue", "meshnode queue --json"))
+@with_session
+def queue(session: Session) -> None:
+    """Show how many tasks wait and run, and what each node lends to them, or why it takes none now."""
+    with session.agent() as agent:
+        told = agent.get("/api/scheduler/stats")
+    if session.as_json:
+        say_json(told)
+    else:
+        say(queue_text(told, terminal_columns()))
+
+
+def _say_done(session: Session, told: Any, done: str) -> None:
+    """How many of the dead letters, and why others could not."""
+    if session.as_json:
+        say_json(told)
+        return
+    refused = told.get("refused", {})
+    note(f"{told['done']} {done}" + (f", {len(refused)} could not:" if refused else ""))
+    for words in dict.fromkeys(refused.values()):
+        note(f"  {printable(words)}")
 
 
 def find_task(agent: AgentClient, wanted: str) -> Any:

@@ -1,6 +1,6 @@
 """Tasks as the API shows them, made of what the records say; pure. Also filters, pages and dead letters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 from meshnode.kernel.errors import ErrorCode, MeshError
@@ -11,6 +11,7 @@ from meshnode.tasks.model import (
     STATUSES,
     AttemptLine,
     Filter,
+    InputStored,
     Requirements,
     Task,
     TaskStatus,
@@ -19,7 +20,7 @@ from protocol.ids import NodeId
 from protocol.placement.commands import Position
 from protocol.placement.scheduling_events import Known
 from protocol.placement.standing import Standing, ending_words, standing
-from protocol.placement.tasks import PRIORITIES, Attempt, Needs, TaskId
+from protocol.placement.tasks import PRIORITIES, Attempt, Needs, Order, TaskId, Wish
 
 PAGE_ITEMS: Final = 500
 _STATUS: Final[dict[str, TaskStatus]] = {**{status: status for status in STATUSES}, "placed": "pending"}
@@ -27,12 +28,11 @@ _STATUS: Final[dict[str, TaskStatus]] = {**{status: status for status in STATUSE
 NameOf = Callable[[NodeId], str]
 
 
-def admits(wanted: Filter, known: Known, stands: Standing) -> bool:
+def admits(wanted: Filter, order: Order, wish: Wish, stands: Standing) -> bool:
     """Whether a task is meant."""
-    order = known.order
     where = stands.counts[0] if stands.counts else ""
     return (
-        not known.wish.deleted
+        not wish.deleted
         and (not wanted.id_begins or order.task.startswith(wanted.id_begins))
         and (not wanted.status or _STATUS[stands.state] == wanted.status)
         and (not wanted.node or where == wanted.node)
@@ -48,24 +48,14 @@ def stands(known: Known, is_member: Callable[[NodeId], bool]) -> Standing:
     return standing(known.order, known.wish, known.attempts, is_member)
 
 
-def page_after(keys: Sequence[tuple[int, TaskId]], cursor: str | None) -> int:
-    """Where a page begins in keys (ms, id) that are ordered newest first. A task that is gone is no matter: the cursor
-    holds its place. Raises MeshError BAD_REQUEST.
+def place_at(cursor: str) -> tuple[int, TaskId]:
+    """The time (ms) and the task behind which a page begins. A task that is gone is no matter: the cursor holds its
+    place. Raises MeshError BAD_REQUEST.
     """
-    if cursor is None:
-        return 0
     moment, _, task = cursor.partition("-")
     if not (moment.isascii() and moment.isdigit() and len(moment) <= 16):
         raise MeshError(ErrorCode.BAD_REQUEST, "This cursor leads nowhere; list from the beginning.")
-    last = (int(moment), task)
-    low, high = 0, len(keys)
-    while low < high:
-        middle = (low + high) // 2
-        if keys[middle] >= last:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    return int(moment), task
 
 
 def cursor_at(key: tuple[int, TaskId]) -> str:
@@ -122,8 +112,17 @@ def task_of(
         **_outcome(attempt if stands.is_ended else None),  # type: ignore[arg-type]  # names fields of Task
         started_at=rfc3339(attempt.started_ms / 1000) if attempt is not None and began else None,
         finished_at=rfc3339(attempt.ended_ms / 1000) if attempt is not None and ended else None,
+        input=_input(order) if whole else None,
         attempts=lines if whole else None,
     )
+
+
+def _input(order: Order) -> InputStored | None:
+    """Of a task whose input did not travel with it."""
+    if not order.has_input_file:
+        return None
+    held = (order.submitter, *order.stdin_holders)
+    return InputStored(input=order.stdin_sha256.hex(), bytes=order.stdin_bytes, held_by=held)
 
 
 def _place(position: Position | None) -> int | None:
@@ -138,6 +137,8 @@ def _error(status: TaskStatus, stands: Standing) -> str | None:
 def _reason(status: TaskStatus, stands: Standing, attempt: Attempt | None, position: Position | None) -> str | None:
     if status == "pending":
         parts = [stands.words, position.words if position is not None else ""]
+        if position is not None and position.never:
+            parts.append("it waits until one can")
         return "; ".join(part for part in parts if part) or None
     if status == "running":
         return stands.words or (attempt.why if attempt is not None else "") or None

@@ -20,6 +20,7 @@ from protocol.placement.tasks import (
     OUTPUT_BYTES_MAX,
     PRIORITIES,
     RETRIES_MAX,
+    SHA256_BYTES,
     STDIN_INLINE_BYTES_MAX,
     TIMEOUT_S_MAX,
     Mode,
@@ -45,8 +46,28 @@ _MODES: Final[tuple[Mode, ...]] = get_args(Mode)
 Number = TypeVar("Number", int, float)
 
 
-def order_of(said: Submission, *, task: TaskId, me: NodeId, at_ms: int, find_node: Callable[[str], NodeId]) -> Order:
-    """The order of a new task. `find_node` raises MeshError UNKNOWN_NODE or CONFLICT.
+def input_of(said: Submission) -> bytes | None:
+    """The SHA-256 of the input that was sent ahead, if there was one. Raises MeshError BAD_REQUEST."""
+    if not said.input:
+        return None
+    if said.stdin or said.stdin_base64:
+        raise _bad("`input`, `stdin` and `stdin_base64` exclude each other: give one of them.")
+    if len(said.input) != 2 * SHA256_BYTES or not set(said.input) <= set("0123456789abcdef"):
+        raise _bad("`input` is what `POST /api/tasks/inputs` answered with: 64 characters of lowercase hex.")
+    return bytes.fromhex(said.input)
+
+
+def order_of(
+    said: Submission,
+    *,
+    task: TaskId,
+    me: NodeId,
+    at_ms: int,
+    find_node: Callable[[str], NodeId],
+    sent: tuple[bytes, int] | None = None,
+) -> Order:
+    """The order of a new task. `find_node` raises MeshError UNKNOWN_NODE or CONFLICT. `sent`: SHA-256 and size of an
+    input that was sent ahead; its room counts among what the task needs.
 
     Raises MeshError BAD_REQUEST, TOO_LARGE, UNKNOWN_NODE, CONFLICT.
     """
@@ -55,6 +76,7 @@ def order_of(said: Submission, *, task: TaskId, me: NodeId, at_ms: int, find_nod
     if "node" in hints and said.preferred_node:
         raise _bad("`hints.node` and `preferred_node` mean the same: give one of them.")
     needs = _needs(said.requirements, hints)
+    sha256, size = sent or (b"", 0)
     preferred = said.preferred_node or hints.get("node", "")
     if said.mode not in _MODES:
         raise _bad(f"`mode` is {said.mode[:40]!r}; it is `at_least_once` or `at_most_once`.")
@@ -69,8 +91,11 @@ def order_of(said: Submission, *, task: TaskId, me: NodeId, at_ms: int, find_nod
         shell=shell,
         env=_env(said.env),
         stdin=_stdin(said),
+        stdin_bytes=size,
+        stdin_sha256=sha256,
         needs=msgspec.structs.replace(
             needs,
+            disk_bytes=needs.disk_bytes + size,
             node=find_node(said.node) if said.node else "",
             preferred=find_node(preferred) if preferred else "",
         ),
@@ -96,8 +121,8 @@ def order_of(said: Submission, *, task: TaskId, me: NodeId, at_ms: int, find_nod
 
 
 def same_wish(one: Order, other: Order) -> bool:
-    """Whether two submissions ask for the same, whenever and under whatever id."""
-    return msgspec.structs.replace(one, task=other.task, at_ms=other.at_ms) == other
+    """Whether two submissions ask for the same, whenever and under whatever id, whoever holds its input."""
+    return msgspec.structs.replace(one, task=other.task, at_ms=other.at_ms, stdin_holders=other.stdin_holders) == other
 
 
 def command_text(order: Order) -> str:
@@ -187,8 +212,8 @@ def _stdin(said: Submission) -> bytes:
     if len(given) > STDIN_INLINE_BYTES_MAX:
         raise MeshError(
             ErrorCode.TOO_LARGE,
-            f"The standard input has {len(given)} bytes; at most {STDIN_INLINE_BYTES_MAX} travel with a task. Put it "
-            "into a file that the node can reach.",
+            f"The standard input has {len(given)} bytes; at most {STDIN_INLINE_BYTES_MAX} travel with a task. Send it "
+            "to `POST /api/tasks/inputs` first, and name it with `input`.",
             detail={"bytes": len(given), "bytes_max": STDIN_INLINE_BYTES_MAX},
         )
     return given

@@ -43,8 +43,9 @@ BATCH_BYTES: Final = 1 << 20
 _VARIABLE: Final = "MESHNODE_ATTEMPT"
 
 
-def make(folder: Path, order: Order, stdin: bytes, terms: Terms, place: Place) -> Outcome | None:
-    """Everything that the supervisor of an attempt needs. None: it is there; else why it will never start.
+def make(folder: Path, order: Order, stdin: bytes | Path, terms: Terms, place: Place) -> Outcome | None:
+    """Everything that the supervisor of an attempt needs. None: it is there; else why it will never start. A file that
+    is its input is moved there.
 
     Raises MeshError CONFLICT if the attempt was begun before.
     """
@@ -95,7 +96,7 @@ def _refusal(order: Order, argv: tuple[str, ...], terms: Terms, uid: int | None,
 
 
 def _fill(
-    folder: Path, order: Order, argv: tuple[str, ...], stdin: bytes, terms: Terms, place: Place, program: str
+    folder: Path, order: Order, argv: tuple[str, ...], stdin: bytes | Path, terms: Terms, place: Place, program: str
 ) -> None:
     """Raises OSError."""
     scratch = place.scratch(folder)
@@ -142,7 +143,11 @@ def _fill(
     jobs.write_job(folder, job)
     place.make(scratch)
     furnish(scratch, place.uid)
-    if stdin:
+    if isinstance(stdin, Path):
+        stdin.rename(folder / jobs.STDIN)
+        # Of an attempt without a folder it is known ever after that it was still fetching its input.
+        jobs.sync_folder(folder.parent)
+    elif stdin:
         (folder / jobs.STDIN).write_bytes(stdin)
     if place.cgroup is not None:
         group = cgroups.make(place.cgroup, folder.name, memory_bytes=memory_bytes, processes=PROCESSES_MAX)

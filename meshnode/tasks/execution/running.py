@@ -89,9 +89,13 @@ class ProcessExecutions:
                 await self._clear_soon(one.attempt)
         return found
 
-    async def start(self, order: Order, attempt: AttemptId, stdin: bytes, *, begun: Callable[[], None]) -> Outcome:
+    async def start(
+        self, order: Order, attempt: AttemptId, stdin: bytes | Path, *, begun: Callable[[], None]
+    ) -> Outcome:
         """Start it and wait for its end; `begun` is called when its process runs. Whoever cancels this only stops
-        waiting. Once for an attempt id. Raises MeshError CONFLICT, NOT_FOUND.
+        waiting. Once for an attempt id. `stdin`: its input, or a file of it, which is gone from there then.
+
+        Raises MeshError CONFLICT, NOT_FOUND.
         """
         if not attempts.is_attempt(attempt):
             raise MeshError(ErrorCode.NOT_FOUND, f"{attempt!r} is no attempt's id.")
@@ -101,6 +105,10 @@ class ProcessExecutions:
             refusal = await self._offload(attempts.make, folder, order, stdin, terms, place)
         except OSError as error:
             refusal = Outcome("refused", words=f"there is no room for it: {error.strerror or error}")
+        finally:
+            if isinstance(stdin, Path):
+                with trio.CancelScope(shield=True):
+                    await self._offload(_delete, stdin)  # it was moved away, unless the attempt was refused
         if refusal is None:
             refusal = await self._begin(folder)
         if refusal is not None:
@@ -301,6 +309,10 @@ class ProcessExecutions:
 
 def _gone(attempt: AttemptId) -> MeshError:
     return MeshError(ErrorCode.NOT_FOUND, f"This node has nothing of the attempt {attempt!r}.")
+
+
+def _delete(file: Path) -> None:
+    file.unlink(missing_ok=True)
 
 
 def _prepare_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ import trio
 
 from meshnode.kernel.calls import PeerCalls
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.tasks.core.showing import PAGE_ITEMS, admits, cursor_at, page_after, stands, task_of
+from meshnode.tasks.core.showing import PAGE_ITEMS, admits, cursor_at, place_at, stands, task_of
 from meshnode.tasks.model import Done, Filter, PromiseLine, SchedulerStats, Submission, Task
 from meshnode.tasks.service.outputs import Outputs
 from meshnode.tasks.service.records import TaskKey, TaskRecords
@@ -26,6 +26,7 @@ from protocol.placement.standing import Standing
 from protocol.placement.tasks import TaskId, Wish
 
 ASK_S: Final = 2.0
+NOBODY: Final = "its owner lets no task run here (`tasks.accept`)"
 RETRIES_AT_ONCE: Final = 16
 
 
@@ -71,28 +72,23 @@ class Desk:
         self, wanted: Filter, *, limit: int | None, cursor: str | None
     ) -> tuple[Sequence[Task], str | None, Sequence[NodeId]]:
         """The newest first, the cursor of the next page, and who should have been asked and could not be."""
-        entries = self._records.entries
-        ordered = sorted(((entry.order.at_ms, key[1], key) for key, entry in entries.items()), reverse=True)
-        start = page_after([(moment, task) for moment, task, _ in ordered], cursor)
+        behind = None if cursor is None else place_at(cursor)
         room = min(limit or PAGE_ITEMS, PAGE_ITEMS)
         found: list[tuple[TaskKey, Standing]] = []
-        last: tuple[int, TaskId] | None = None
         more: str | None = None
-        for moment, task, key in ordered[start:]:
-            known = entries[key].known()
-            where = stands(known, self._is_member)
-            if not admits(wanted, known, where):
+        for key, entry in self._records.newest(behind):
+            where = self._records.standing(entry)
+            if not admits(wanted, entry.order, entry.wish, where):
                 continue
-            if last is not None and len(found) == room:
-                more = cursor_at(last)
+            if len(found) == room:
+                more = cursor_at((self._records.entries[found[-1][0]].order.at_ms, found[-1][0][1]))
                 break
             found.append((key, where))
-            last = (moment, task)
         positions, missing = await self._positions([key for key, where in found if where.state == "pending"])
         shown = [
             task_of(whole, where, self._name_of, whole=False, position=positions.get(key))
             for key, where in found
-            if (whole := self._records.known(key)) is not None
+            if (whole := self._records.listed(key)) is not None
         ]
         return shown, more, missing
 
@@ -138,7 +134,7 @@ class Desk:
             except MeshError:
                 missing.append(leader)
         dead = sum(
-            stands(entry.known(), self._is_member).is_dead_letter and not entry.wish.deleted
+            self._records.standing(entry).is_dead_letter and not entry.wish.deleted
             for entry in self._records.entries.values()
         )
         return self._stats_of(told, leader, dead), missing
@@ -152,7 +148,8 @@ class Desk:
         if where.is_ended:
             raise MeshError(
                 ErrorCode.CONFLICT,
-                f"The task has ended already: {where.state}. With `?purge=true` it is deleted, its output as well.",
+                f"The task has ended already: {where.state}. `meshnode delete {task}` deletes it with its output, "
+                "as `?purge=true` does.",
                 detail={"status": where.state},
             )
         wish = self._records.entries[key].wish
@@ -182,7 +179,7 @@ class Desk:
         found = [
             key[1]
             for key, entry in self._records.entries.items()
-            if admits(wanted, known := entry.known(), stands(known, self._is_member))
+            if admits(wanted, entry.order, entry.wish, self._records.standing(entry))
         ]
         done = 0
         refused: dict[str, str] = {}
@@ -218,12 +215,15 @@ class Desk:
         leader = self._hub.election.coordinator
         if not keys or leader is None:
             return {}, []
-        wanted = PositionsWanted(tuple(keys[:POSITIONS_MAX]))
-        try:
-            told = await self._calls.call(leader, "tasks.positions", wanted, Positions, timeout_s=ASK_S)
-        except MeshError:
-            return {}, [leader]
-        return {(one.submitter, one.task): one for one in told.positions}, []
+        found: dict[TaskKey, Position] = {}
+        for start in range(0, len(keys), POSITIONS_MAX):
+            wanted = PositionsWanted(tuple(keys[start : start + POSITIONS_MAX]))
+            try:
+                told = await self._calls.call(leader, "tasks.positions", wanted, Positions, timeout_s=ASK_S)
+            except MeshError:
+                return found, [leader]
+            found |= {(one.submitter, one.task): one for one in told.positions}
+        return found, []
 
     async def _output(self, where: Standing) -> tuple[str, list[NodeId]]:
         if where.counts is None or not where.counts[1].started_ms:
@@ -249,7 +249,9 @@ class Desk:
                 ram_promised_bytes=one.taken.ram_bytes,
                 running=one.running,
                 breaker=one.breaker,
-                reason=one.lent.closed or one.words or None,
+                failures=one.failures,
+                breaker_retry_s=one.breaker_s or None,
+                reason=one.words or (NOBODY if one.lent.accepts == "nobody" else None),
             )
             for one in told.nodes
         )

@@ -5,6 +5,7 @@ What is decided is in protocol/placement; how a process runs is the executions' 
 
 from collections import deque
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, Final
 
 import trio
@@ -39,6 +40,7 @@ from protocol.placement.executing_events import (
     StopExecution,
 )
 from protocol.placement.tasks import Attempt, AttemptId, Order
+from protocol.trust.events import RosterChanged
 
 REPORT_S: Final = 5.0
 PAST_MAX: Final = 4096
@@ -46,7 +48,9 @@ OVER_MAX: Final = 1024
 
 
 class Executing:
-    """See the module. `persist` stores what the fence wants durable; `input_of` fetches a task's standard input."""
+    """See the module. `persist` stores what the fence wants durable; `input_of` fetches a task's standard input, or a
+    file of it that the attempt may have, and raises MeshError when it cannot be had.
+    """
 
     def __init__(
         self,
@@ -55,6 +59,7 @@ class Executing:
         calls: PeerCalls,
         records: TaskRecords,
         executions: Executions,
+        input_of: Callable[[Order], Awaitable[bytes | Path]],
         persist: Callable[[Persist], Awaitable[None]],
         publish: Callable[[object], object],
         now: Callable[[], float],
@@ -64,6 +69,7 @@ class Executing:
         self._calls = calls
         self._records = records
         self._executions = executions
+        self._input_of = input_of
         self._persist = persist
         self._publish = publish
         self._wall = wall
@@ -74,12 +80,15 @@ class Executing:
         self._answers: dict[int, tuple[trio.Event, list[CommandAnswer]]] = {}
         self._asked = 0
         self._starting: set[AttemptId] = set()
+        self._fetching: dict[AttemptId, trio.CancelScope] = {}
         self._over: deque[AttemptId] = deque(maxlen=OVER_MAX)
         self._nursery: trio.Nursery | None = None
 
     def progress(self, attempt: AttemptId) -> Progress:
         """How far the starts of this agent's time are; of all others nothing is known."""
-        return "over" if attempt in self._over else "starting" if attempt in self._starting else "unknown"
+        if attempt in self._over:
+            return "over"
+        return "fetching" if attempt in self._fetching else "starting" if attempt in self._starting else "unknown"
 
     async def run(self) -> None:
         """Serve until cancelled; processes run on without it, and are found again."""
@@ -92,8 +101,10 @@ class Executing:
 
     def observe(self, event: object) -> None:
         """Events of the protocol."""
-        if isinstance(event, CoordinatorChanged | RosterShrank):
+        if isinstance(event, CoordinatorChanged):
             self._runner.submit(event)
+        elif isinstance(event, RosterChanged) and event.removed:
+            self._runner.submit(RosterShrank(event.removed))
 
     def own_came(self, key: TaskKey, attempt: Attempt) -> None:
         """A record of this node's was brought by another."""
@@ -173,13 +184,32 @@ class Executing:
 
         self._starting.add(attempt)
         try:
-            outcome = await self._executions.start(order, attempt, order.stdin, begun=begun)
+            stdin = await self._fetched(order, attempt)
+            outcome = (
+                stdin
+                if isinstance(stdin, Outcome)
+                else await self._executions.start(order, attempt, stdin, begun=begun)
+            )
         except MeshError as error:
             outcome = Outcome("refused", words=error.message)
         finally:
             self._starting.discard(attempt)
         self._over.append(attempt)
         self._ended(attempt, outcome)
+
+    async def _fetched(self, order: Order, attempt: AttemptId) -> bytes | Path | Outcome:
+        """Its input; or why it does not start: it was stopped meanwhile, or nobody had it."""
+        if not order.has_input_file:
+            return order.stdin
+        with trio.CancelScope() as scope:
+            self._fetching[attempt] = scope
+            try:
+                return await self._input_of(order)
+            except MeshError as error:
+                return Outcome("no_input", words=error.message)
+            finally:
+                del self._fetching[attempt]
+        return Outcome("cancelled")
 
     async def _wait(self, attempt: AttemptId) -> None:
         try:
@@ -204,6 +234,9 @@ class Executing:
         )
 
     async def _stop(self, attempt: AttemptId, why: str) -> None:
+        if attempt in self._fetching:
+            self._fetching[attempt].cancel()
+            return
         try:
             await self._executions.stop(attempt, why)
         except MeshError as error:
@@ -248,6 +281,8 @@ class Executing:
 
 def _found(order: Order, attempt: Attempt, found: FoundAttempt | None) -> Found:
     """What became of an attempt whose record has no end."""
+    if found is None and order.has_input_file and not attempt.started_ms:
+        return Found(order, attempt, "unbegun")  # its folder would be there: it is durable before anything starts
     if found is None or found.state == "gone":
         return Found(order, attempt, "gone")
     if found.state == "running" or found.outcome is None:

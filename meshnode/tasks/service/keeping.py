@@ -15,10 +15,15 @@ from meshnode.tasks.core.showing import stands
 from meshnode.tasks.service.records import TaskKey, TaskRecords
 from meshnode.tasks.service.surroundings import Executions
 from protocol.node import Node
-from protocol.placement.tasks import Attempt, AttemptId, TaskId
+from protocol.placement.tasks import ORDERS_MAX, Attempt, AttemptId, TaskId
 
 SWEEP_S: Final = 60.0
 WAITING_MAX: Final = 4096
+KEPT_MAX: Final = ORDERS_MAX // 2
+"""With more tasks than this in the mesh a node shortens its history to an equal share of so many: new ones need room,
+and what is deleted takes its place for another day."""
+
+TRIM_STEP: Final = 500
 
 
 class Keeping:
@@ -34,8 +39,11 @@ class Keeping:
         history_s: float,
         wall: Callable[[], float],
         log: Logger,
+        kept_max: int = KEPT_MAX,
     ) -> None:
-        """`keep_s`: output, unless its order says else; `history_s`: this node's own orders after their end."""
+        """`keep_s`: output, unless its order says else; `history_s`: this node's own orders after their end.
+        `kept_max`: tasks in the mesh from which on histories are shortened.
+        """
         self._hub = hub
         self._records = records
         self._executions = executions
@@ -43,6 +51,8 @@ class Keeping:
         self._history_s = history_s
         self._wall = wall
         self._log = log
+        self._kept_max = kept_max
+        self._trim_from = 0
         self._changed: dict[TaskKey, None] = {}
         self._removed: set[AttemptId] = set()
         self._wake = trio.Event()
@@ -64,6 +74,7 @@ class Keeping:
                 changed, self._changed = list(self._changed), {}
                 for key in changed:
                     await self._look(key)
+                await self.trim()
                 if not self._changed:
                     with trio.move_on_at(deadline):
                         await self._wake.wait()
@@ -74,6 +85,18 @@ class Keeping:
             await trio.lowlevel.checkpoint()
         for task, attempt in self._records.orphans():
             await self._drop_attempt(task, attempt)
+
+    async def trim(self) -> None:
+        """Make room where too many tasks are kept: the oldest of this node's own that ended go first."""
+        records, hub = self._records, self._hub
+        if len(records.entries) <= self._kept_max or len(records.entries) < self._trim_from:
+            return
+        own = [
+            key for key, entry in records.newest() if key[0] == hub.me and records.standing(entry).is_ended
+        ]  # the newest first
+        for key in reversed(own[self._kept_max // max(1, len(hub.roster)) :]):
+            await self._try(partial(records.drop_order, key), "a task's order could not be deleted", key[1])
+        self._trim_from = len(records.entries) + TRIM_STEP
 
     async def _look(self, key: TaskKey) -> None:
         """Do with one task what is due."""

@@ -87,11 +87,14 @@ class Lending:
         profile: Callable[[], Profile | None],
         gpus: Callable[[], Sequence[GpuDevice]],
         taken: Callable[[], Taken],
+        inputs: Callable[[], tuple[bytes, ...]],
         told: Callable[[Lent], None],
         wall: Callable[[], float],
         log: Logger,
     ) -> None:
-        """`no_network`: why no task may have the network here, whatever the settings say."""
+        """`no_network`: why no task may have the network here, whatever the settings say. `inputs`: marks of the large
+        ones that lie here.
+        """
         if settings.network and no_network:
             log.warning("tasks.network is set in vain", why=no_network)
         self._hub = hub
@@ -103,6 +106,7 @@ class Lending:
         self._profile = profile
         self._gpus = gpus
         self._taken = taken
+        self._inputs = inputs
         self._told = told
         self._wall = wall
         self._groups = ControlGroups()
@@ -137,8 +141,9 @@ class Lending:
     def lent(self, isolation: str, lack: str) -> Lent:
         """What is lent now."""
         settings, profile = self._settings, self._profile()
+        now, most = self._capacity()
         return Lent(
-            capacity=self._capacity(),
+            capacity=now,
             os=profile.os if profile is not None else "",
             arch=profile.arch if profile is not None else "",
             name=self._name()[:128],
@@ -148,6 +153,8 @@ class Lending:
             isolation=isolation,
             network=settings.network and not self._no_network,
             busy_pm=self._busy_pm(),
+            most=most,
+            inputs=self._inputs(),
         )
 
     def _closed(self) -> str:
@@ -161,24 +168,35 @@ class Lending:
             return "it is about to stop"
         return ""
 
-    def _capacity(self) -> Capacity:
+    def _capacity(self) -> tuple[Capacity, Capacity]:
+        """Now, and when nobody else needs anything of this machine."""
         settings, taken = self._settings, self._taken()
         cores = _cores()
         machine = psutil.virtual_memory()
         memory = effective_memory(machine.total, machine.available, self._groups.limits())
-        free = max(0, memory.available - int(RESERVE_SHARE * memory.total)) + taken.ram_bytes
-        ram = min(settings.memory_bytes_max, free) if settings.memory_bytes_max else free
-        room = int(psutil.disk_usage(str(self._folder)).free * DISK_SHARE) + taken.disk_bytes
-        disk = min(settings.disk_bytes_max, room) if settings.disk_bytes_max else room
+        reserve = int(RESERVE_SHARE * memory.total)
+        disk = psutil.disk_usage(str(self._folder))
         gpus = list(self._gpus())
-        return Capacity(
-            cpus=min(settings.cpus or cores, float(cores)),
-            ram_bytes=_stepped(min(ram, memory.total)),
-            gpus=min(len(gpus), 64),
-            vram_bytes=_stepped(sum(gpu.free_vram for gpu in gpus) + taken.vram_bytes),
-            disk_bytes=_stepped(disk),
-            slots=min(settings.slots or cores, SLOTS_MAX),
+
+        def lent(ram: int, vram: int, room: int) -> Capacity:
+            ram = min(settings.memory_bytes_max, ram) if settings.memory_bytes_max else ram
+            room = min(settings.disk_bytes_max, room) if settings.disk_bytes_max else room
+            return Capacity(
+                cpus=min(settings.cpus or cores, float(cores)),
+                ram_bytes=_stepped(min(ram, memory.total)),
+                gpus=min(len(gpus), 64),
+                vram_bytes=_stepped(vram),
+                disk_bytes=_stepped(room),
+                slots=min(settings.slots or cores, SLOTS_MAX),
+            )
+
+        now = lent(
+            max(0, memory.available - reserve) + taken.ram_bytes,
+            sum(gpu.free_vram for gpu in gpus) + taken.vram_bytes,
+            int(disk.free * DISK_SHARE) + taken.disk_bytes,
         )
+        whole = lent(memory.total - reserve, sum(gpu.total_vram for gpu in gpus), int(disk.total * DISK_SHARE))
+        return now, whole
 
     def _flags(self) -> HeartbeatFlag:
         heard = self._hub.heartbeats.latest.get(self._hub.me)

@@ -23,6 +23,7 @@ RECEIVE_BYTES: Final = 256 * 1024
 TAIL_S: Final = 5.0
 BEGIN_S: Final = 2.0
 LOOK_S: Final = 0.002
+FETCH_LOOK_S: Final = 0.05
 
 
 class Outputs:
@@ -85,8 +86,9 @@ class Outputs:
         """This node's own. One that is just being started is waited for."""
         begun, deadline = False, trio.current_time() + BEGIN_S
         while True:
-            while self._progress(wanted.attempt) == "starting":  # noqa: ASYNC110 -- a few milliseconds, in nobody's way
-                await trio.sleep(LOOK_S)
+            while (how_far := self._progress(wanted.attempt)) in ("starting", "fetching"):
+                await trio.sleep(LOOK_S if how_far == "starting" else FETCH_LOOK_S)
+                deadline = trio.current_time() + BEGIN_S
             is_over = self._progress(wanted.attempt) == "over"  # looked at first: what began meanwhile is found
             try:
                 pieces = self._executions.follow(wanted.attempt, wanted.stdout, wanted.stderr)

@@ -1,9 +1,10 @@
 """What this node's records say of tasks: all of one, a light index of all, and writing.
 
-The index has what lists, keys of idempotency and the scheduler's readings need, and leaves long things (arguments,
-environment, input) in the records. It is built from them at the start, and mended whenever one changes.
+The index has what lists, keys of idempotency and the scheduler's readings need, and leaves long things (long
+arguments, environment, input) in the records. It is built from them at the start, and mended whenever one changes.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
@@ -13,9 +14,11 @@ import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.records import Begun, RecordWriter
+from meshnode.tasks.core.showing import stands
 from protocol.ids import NodeId
 from protocol.node import Node
 from protocol.placement.scheduling_events import Known
+from protocol.placement.standing import Standing
 from protocol.placement.tasks import (
     ATTEMPTS,
     NO_WISH,
@@ -33,20 +36,28 @@ from protocol.records.events import RecordChanged, RecordWithdrawn
 from protocol.records.record import Record, open_record
 
 PAGE: Final = 500
+COMMAND_KEPT_CHARS_MAX: Final = 200
+"""Longer ones are read from the records when a list shows them."""
+
 UNREADABLE: Final = (msgspec.MsgspecError, RecursionError)
 TaskKey = tuple[NodeId, TaskId]
 """Whose task, and which."""
+
+Place = tuple[int, TaskId, NodeId]
+"""Where a task stands among all: by the time of its submission (ms)."""
 
 Value = TypeVar("Value", Order, Wish, Attempt)
 
 
 @dataclass(slots=True)
 class Entry:
-    """One task in the index. `order` without arguments, environment and input."""
+    """One task in the index. `order` without environment and input, and without long arguments (`is_cut`)."""
 
     order: Order
+    is_cut: bool = False
     wish: Wish = NO_WISH
     attempts: dict[tuple[NodeId, AttemptId], Attempt] = field(default_factory=dict)
+    standing: Standing | None = None  # as `TaskRecords.standing` found it last
 
     def known(self) -> Known:
         """As the rules take it; what they decide needs nothing that is left out."""
@@ -74,6 +85,8 @@ class TaskRecords:
         self._by_task: dict[TaskId, list[NodeId]] = {}
         self._unowned: dict[TaskId, dict[tuple[NodeId, AttemptId], Attempt]] = {}
         self._by_key: dict[tuple[NodeId, str], TaskId] = {}
+        self._ordered: list[Place] = []
+        self._members = b""  # the digest of the roster for which standings were found
         self.loaded = trio.Event()
 
     # ---- reading ----------------------------------------------------------------------------------------------------
@@ -82,6 +95,25 @@ class TaskRecords:
     def entries(self) -> dict[TaskKey, Entry]:
         """All that is known, of any member; not to be changed."""
         return self._entries
+
+    def standing(self, entry: Entry) -> Standing:
+        """Where a task of the index stands: found once for each change of it, or of who is a member."""
+        roster = self._hub.roster
+        if roster.digest != self._members:
+            self._members = roster.digest
+            for each in self._entries.values():
+                each.standing = None
+        if entry.standing is None:
+            entry.standing = stands(entry.known(), lambda node: node in roster)
+        return entry.standing
+
+    def newest(self, behind: tuple[int, TaskId] | None = None) -> Iterator[tuple[TaskKey, Entry]]:
+        """All tasks, the newest first; only those behind this one. Nothing may change before it is read to its end."""
+        index = len(self._ordered) if behind is None else bisect_left(self._ordered, behind)
+        while index > 0:
+            index -= 1
+            _, task, submitter = self._ordered[index]
+            yield (submitter, task), self._entries[submitter, task]
 
     def find(self, task: TaskId) -> TaskKey | None:
         """Whose task this is. Nobody draws an id twice; where one copies another's, the one known first counts."""
@@ -106,6 +138,11 @@ class TaskRecords:
         """What people want of it."""
         record = self._hub.records.get(WISHES, task_key(*key))
         return (record and _read(record, Wish)) or NO_WISH
+
+    def listed(self, key: TaskKey) -> Known | None:
+        """All that a list shows: the order without environment and input."""
+        entry = self._entries.get(key)
+        return self.known(key) if entry is None or entry.is_cut else entry.known()
 
     def known(self, key: TaskKey) -> Known | None:
         """All that the records say, the order whole."""
@@ -209,6 +246,7 @@ class TaskRecords:
             self._take_order(key, entry, None if record is None else _read(record, Order))
         elif entry is not None:
             entry.wish = (record and _read(record, Wish)) or NO_WISH
+            entry.standing = None
         return key if entry is not None or key in self._entries else None
 
     def _take_order(self, key: TaskKey, entry: Entry | None, order: Order | None) -> None:
@@ -218,19 +256,34 @@ class TaskRecords:
             if entry is not None:
                 self._forget(key, entry)
             return
-        light = msgspec.structs.replace(order, argv=order.argv[:1], shell=order.shell[:64], env=(), stdin=b"")
+        is_cut = len(order.shell) + sum(map(len, order.argv)) > COMMAND_KEPT_CHARS_MAX
+        light = msgspec.structs.replace(order, env=(), stdin=b"")
+        if is_cut:
+            light = msgspec.structs.replace(light, argv=order.argv[:1], shell=order.shell[:64])
         if order.key:
             self._by_key[key[0], order.key] = key[1]
         if entry is not None:
-            entry.order = light
+            self._place(key, entry.order, None)
+            self._place(key, None, light)
+            entry.order, entry.is_cut, entry.standing = light, is_cut, None
             return
         submitters = self._by_task.setdefault(key[1], [])
         submitters.append(key[0])
         attempts = self._unowned.pop(key[1], {}) if len(submitters) == 1 else {}
-        self._entries[key] = Entry(light, self.wish(key), attempts)
+        self._entries[key] = Entry(light, is_cut, self.wish(key), attempts)
+        self._place(key, None, light)
+
+    def _place(self, key: TaskKey, old: Order | None, new: Order | None) -> None:
+        """Keep the order of all."""
+        if old is not None:
+            index = bisect_left(self._ordered, (old.at_ms, key[1], key[0]))
+            del self._ordered[index]
+        if new is not None:
+            insort(self._ordered, (new.at_ms, key[1], key[0]))
 
     def _forget(self, key: TaskKey, entry: Entry) -> None:
         del self._entries[key]
+        self._place(key, entry.order, None)
         submitters = self._by_task[key[1]]
         submitters.remove(key[0])
         if not submitters:
@@ -248,6 +301,8 @@ class TaskRecords:
                 del self._unowned[task]
         else:
             attempts[name] = attempt
+        if key is not None:
+            self._entries[key].standing = None
         return key
 
 

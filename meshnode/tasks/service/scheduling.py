@@ -55,6 +55,7 @@ from protocol.placement.scheduling_events import (
     TaskPlaced,
     TasksLearned,
 )
+from protocol.trust.events import RosterChanged
 
 COMMAND_S: Final = 10.0
 NOTES_S: Final = 5.0
@@ -120,8 +121,13 @@ class Scheduling:
                 self._tell_electorate()
             case HeartbeatHeard() | PeerMeasured() if not self._machine.is_coordinator:
                 return  # the latest is told again soon, and nobody else needs them
-            case HeartbeatHeard() | PeerMeasured() | PeerUp() | PeerDown() | PeerLeft() | RosterShrank():
+            case HeartbeatHeard() | PeerMeasured() | PeerUp() | PeerDown() | PeerLeft():
                 self._runner.submit(event)
+            case RosterChanged(removed=removed, altered=altered):
+                if removed:
+                    self._runner.submit(RosterShrank(removed))
+                for key in [key for key in self._records.entries if key[0] in altered]:
+                    self.changed(key)  # a node may take the tasks of admins only
 
     def changed(self, key: TaskKey) -> None:
         """Records of this task changed."""

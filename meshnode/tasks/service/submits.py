@@ -1,24 +1,27 @@
 """Submitting: an order is signed and stored here and, at the same time, at a second node; then it is acknowledged."""
 
+import base64
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import trio
+from msgspec import structs
 
 from meshnode.kernel.calls import PeerCalls
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.kernel.logs import Logger
-from meshnode.tasks.core.submitting import order_of, same_wish
+from meshnode.tasks.core.submitting import input_of, order_of, same_wish
 from meshnode.tasks.model import Submission
+from meshnode.tasks.service.inputs import Inputs
 from meshnode.tasks.service.records import TaskRecords
 from meshnode.tasks.service.scheduling import SUBMIT_S
 from meshnode.tasks.service.wire import Hold
 from protocol.ids import NodeId
 from protocol.node import Node
 from protocol.placement.commands import Submit, Submitted
-from protocol.placement.tasks import TASK_ID_CHARS, Order, TaskId
+from protocol.placement.tasks import STDIN_INLINE_BYTES_MAX, TASK_ID_CHARS, Order, TaskId
 
 HOLD_S: Final = 3.0
 HOLDERS_TRIED_MAX: Final = 3
@@ -43,6 +46,7 @@ class Submits:
         hub: Node,
         calls: PeerCalls,
         records: TaskRecords,
+        inputs: Inputs,
         find_node: Callable[[str], NodeId],
         now: Callable[[], float],
         wall: Callable[[], float],
@@ -51,6 +55,7 @@ class Submits:
         self._hub = hub
         self._calls = calls
         self._records = records
+        self._inputs = inputs
         self._find_node = find_node
         self._now = now
         self._wall = wall
@@ -70,16 +75,51 @@ class Submits:
             raise MeshError(
                 ErrorCode.EVICTED, "This node is no member of its mesh any more. `meshnode status` says what to do."
             )
-        order = order_of(said, task=self._drawn(), me=hub.me, at_ms=int(self._wall() * 1000), find_node=self._find_node)
+        order = await self._order(said)
         before = self._before(order)
         if before is not None:
             return before, None
         self._admit()
         self._under_way[order.task] = order
         try:
+            if order.has_input_file:
+                order = await self._with_holders(order)
             return order, await self._stored(order)
         finally:
             del self._under_way[order.task]
+
+    async def _order(self, said: Submission) -> Order:
+        """What is asked, whose input is here, if it was sent ahead; a short one goes into the order after all."""
+        sha256, sent = input_of(said), None
+        if sha256 is not None:
+            size = await self._inputs.used(sha256)
+            if size is None:
+                raise MeshError(
+                    ErrorCode.NOT_FOUND,
+                    "`input` is not on this node. Send it to `POST /api/tasks/inputs` first; what no task names is "
+                    "deleted after an hour.",
+                    detail={"field": "input"},
+                )
+            if size > STDIN_INLINE_BYTES_MAX:
+                sent = (sha256, size)
+            else:
+                short = base64.b64encode(await self._inputs.whole(sha256)).decode("ascii")
+                said = structs.replace(said, input="", stdin_base64=short)
+        return order_of(
+            said,
+            task=self._drawn(),
+            me=self._hub.me,
+            at_ms=int(self._wall() * 1000),
+            find_node=self._find_node,
+            sent=sent,
+        )
+
+    async def _with_holders(self, order: Order) -> Order:
+        """With who else has its input durably, which is seen to first: the order names them, and is signed."""
+        needs = order.needs
+        wanted = [NodeId(node) for node in (needs.node, needs.preferred) if node]
+        holders = await self._inputs.copied(order.stdin_sha256, order.stdin_bytes, wanted)
+        return structs.replace(order, stdin_holders=holders)
 
     def _drawn(self) -> TaskId:
         return secrets.token_hex(TASK_ID_CHARS // 2)

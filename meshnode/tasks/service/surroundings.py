@@ -1,6 +1,7 @@
 """What the service needs of others: the machines that decide, and what runs processes here. Protocols, no behaviour."""
 
 from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
 from typing import Literal, Protocol
 
 from meshnode.tasks.model import FoundAttempt, Outcome, Piece, Stream
@@ -10,7 +11,7 @@ from protocol.placement.executing_events import ExecutingInput
 from protocol.placement.scheduling_events import SchedulingInput
 from protocol.placement.tasks import AttemptId, Order
 
-Progress = Literal["unknown", "starting", "over"]
+Progress = Literal["unknown", "fetching", "starting", "over"]
 
 
 class Scheduler(Protocol):
@@ -36,9 +37,11 @@ class Executions(Protocol):
         """All that is on the disk; for the start of the agent."""
         ...
 
-    async def start(self, order: Order, attempt: AttemptId, stdin: bytes, *, begun: Callable[[], None]) -> Outcome:
+    async def start(
+        self, order: Order, attempt: AttemptId, stdin: bytes | Path, *, begun: Callable[[], None]
+    ) -> Outcome:
         """Start it and wait for its end; `begun` is called when its process runs. Whoever cancels this only stops
-        waiting. Once for an attempt id.
+        waiting. Once for an attempt id. `stdin`: its input, or a file that becomes the attempt's.
         """
         ...
 

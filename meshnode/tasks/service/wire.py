@@ -1,4 +1,4 @@
-"""What nodes ask each other of a task's output, and how output travels on a bulk stream.
+"""What nodes ask each other of a task's output and input, and how output travels on a bulk stream.
 
 A piece is a header (kind, offset, bytes that were cut before it, length) and its bytes. A pulse shows that the executor
 is there while the task is silent; where it has nothing of the attempt, `GONE` stands for all of its output.
@@ -11,6 +11,7 @@ import msgspec
 
 from meshnode.tasks.model import Piece, Stream
 from protocol.placement.commands import RECORD_BYTES_MAX
+from protocol.placement.tasks import SHA256_BYTES, STDIN_BYTES_MAX, STDIN_INLINE_BYTES_MAX
 
 PIECE_BYTES_MAX: Final = 1024 * 1024
 TAIL_BYTES_MAX: Final = 64 * 1024
@@ -23,6 +24,9 @@ _STREAMS: Final[dict[int, Stream]] = {1: "stdout", 2: "stderr"}
 PULSE: Final = _HEAD.pack(_PULSE, 0, 0, 0)
 END: Final = _HEAD.pack(_END, 0, 0, 0)
 GONE: Final = _HEAD.pack(_GONE, 0, 0, 0)
+SEND_IT: Final = b"\x00"
+HAVE_IT: Final = b"\x01"
+"""What the holder of an offered input says on its stream: to have it sent, and once it is durable there."""
 
 _Id = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
 _Offset = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
@@ -62,6 +66,19 @@ class Tail(msgspec.Struct, frozen=True, array_like=True):
 
     stdout: bytes = b""
     stderr: bytes = b""
+
+
+class InputWanted(msgspec.Struct, frozen=True, array_like=True):
+    """The call `tasks.input`: a grant of a stream with the input that this order, a signed record, names."""
+
+    record: Annotated[bytes, msgspec.Meta(max_length=RECORD_BYTES_MAX)]
+
+
+class InputOffered(msgspec.Struct, frozen=True, array_like=True):
+    """The call `tasks.store`: a grant of a stream for an input that an order to come names, to be held durably."""
+
+    sha256: Annotated[bytes, msgspec.Meta(min_length=SHA256_BYTES, max_length=SHA256_BYTES)]
+    size: Annotated[int, msgspec.Meta(ge=STDIN_INLINE_BYTES_MAX + 1, le=STDIN_BYTES_MAX)]
 
 
 class StatsWanted(msgspec.Struct, frozen=True, array_like=True):

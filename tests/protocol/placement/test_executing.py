@@ -185,7 +185,7 @@ def test_the_owner_and_the_room_decide_here_again() -> None:
     assert node.start(A1, order(T1, needs=Needs(cpus=3.0))).code == ""
     assert node.start(A2, order(T2, needs=Needs(cpus=2.0))).code == "full"
     node.tell(LentTold(structs.replace(LENT, accepts="admins")))
-    assert node.start(A2, order(T2)).words == "it takes tasks of admins"
+    assert node.start(A2, order(T2)).words == "it takes tasks of admins (`tasks.accept`)"
     node.tell(LentTold(structs.replace(LENT, closed="on battery")))
     assert (node.start(A2, order(T2)).code, node.start(A2, order(T2)).words) == ("closed", "on battery")
     node.tell(LentTold(structs.replace(LENT, isolation="")))
@@ -312,6 +312,17 @@ def test_what_fetches_its_input_is_placed_until_it_begins() -> None:
     node.start(A2, order(T2))
     node.tell(ExecutionEnded(A2, "refused", 90, 127, "no such command"))
     assert (node.written.ending, node.written.started_ms, node.written.code) == ("refused", 0, 127)
+
+
+def test_what_got_no_input_never_began_also_when_its_agent_ended_meanwhile() -> None:
+    node = Node()
+    large = {"stdin_bytes": STDIN_INLINE_BYTES_MAX + 1}
+    node.start(made=order(**large))
+    node.tell(ExecutionEnded(A1, "no_input", 90, words="nobody has it"))
+    assert (node.written.ending, node.written.started_ms, node.written.words) == ("no_input", 0, "nobody has it")
+    found = Found(order(**large), Attempt(A1, 0, 1, 5, 0), "unbegun")
+    again = Node(found=(found,))
+    assert (again.written.ending, again.written.started_ms, again.written.ended_ms) == ("no_input", 0, 50)
 
 
 def test_tasks_of_evicted_submitters_are_stopped() -> None:

@@ -38,18 +38,21 @@ def lent(**changes) -> Lent:
     [
         (Needs(), DESK, []),
         (Needs(cpus=8.0, ram_bytes=16 * GIB, gpus=1, vram_bytes=8 * GIB, disk_bytes=100 * GIB), DESK, []),
-        (Needs(cpus=9.0), DESK, ["it lends 8 CPUs, not 9"]),
-        (Needs(ram_bytes=64 * GIB), DESK, ["it lends 16 GiB of RAM, not 64 GiB"]),
-        (Needs(gpus=2), DESK, ["it lends 1 GPUs, not 2"]),
+        (Needs(cpus=9.0), DESK, ["it lends 8 CPUs at most, not 9"]),
+        (Needs(ram_bytes=64 * GIB), DESK, ["it lends 16 GiB of RAM at most, not 64 GiB"]),
+        (Needs(gpus=2), DESK, ["it lends 1 GPUs at most, not 2"]),
         (Needs(os="darwin"), DESK, ["it runs linux, not darwin"]),
         (Needs(arch="arm64"), DESK, ["it is x86_64, not arm64"]),
         (Needs(labels=("attic", "desk", "linux", "x86_64")), DESK, []),
+        (Needs(labels=("name=desk", "os=linux", "arch=x86_64")), DESK, []),
+        (Needs(labels=("name=other",)), DESK, ["it lacks the label name=other"]),
+        (Needs(ram_bytes=24 * GIB), lent(most=Capacity(ram_bytes=32 * GIB)), []),
         (Needs(labels=("quiet", "loud")), DESK, ["it lacks the labels loud, quiet"]),
-        (Needs(network=True), DESK, ["tasks get no network there"]),
+        (Needs(network=True), DESK, ["tasks get no network there (`tasks.network`)"]),
         (Needs(node="other"), DESK, ["it must run on another node"]),
-        (Needs(), lent(accepts="nobody"), ["it takes tasks of nobody"]),
-        (Needs(), lent(accepts="admins"), ["it takes tasks of admins"]),
-        (Needs(), lent(isolation=""), ["it has no isolation: install bubblewrap there"]),
+        (Needs(), lent(accepts="nobody"), ["it takes tasks of nobody (`tasks.accept`)"]),
+        (Needs(), lent(accepts="admins"), ["it takes tasks of admins (`tasks.accept`)"]),
+        (Needs(), lent(isolation=""), ["it has no isolation (`meshnode doctor` there says what to do)"]),
         (Needs(), lent(closed="on battery"), []),
     ],
 )
@@ -65,12 +68,15 @@ def test_who_asks_matters() -> None:
 def test_the_closest_node_is_named_with_what_it_lacks() -> None:
     nodes = {"n1": lent(name="small", capacity=Capacity(1.0, GIB, 0, 0, GIB, 1)), "n2": DESK}
     assert never_words(Needs(ram_bytes=17 * GIB), "member", nodes) == (
-        "none of 2 nodes can ever run it; desk comes closest: it lends 16 GiB of RAM, not 17 GiB"
+        "none of 2 nodes can ever run it; desk comes closest: it lends 16 GiB of RAM at most, not 17 GiB"
     )
     assert never_words(Needs(), "member", nodes) == ""
     assert never_words(Needs(), "member", {}) == "no node takes tasks here yet"
     assert never_words(Needs(node="n9"), "member", nodes).startswith("it must run on n9, which is not here")
-    assert never_words(Needs(node="n1", gpus=1), "member", nodes) == "small can never run it: it lends 0 GPUs, not 1"
+    assert (
+        never_words(Needs(node="n1", gpus=1), "member", nodes)
+        == "small can never run it: it lends 0 GPUs at most, not 1"
+    )
 
 
 def cost(needs: Needs = NO_NEEDS, *, node: str = "n1", failed_here: bool = False, **at) -> float:

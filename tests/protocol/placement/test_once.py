@@ -152,7 +152,7 @@ def test_an_executor_that_is_not_heard_is_waited_for_or_a_person_ends_it() -> No
     world.learn("1")
     world.wait(100.0)
     assert world.of(CommandNode) == []
-    assert world.words("1").startswith("it may run on b, which is not heard")
+    assert world.words("1").startswith("it may run on node, which is not heard")
     world.wish("1", Wish(cancelled=True))
     world.tell(PeerUp(B, 2, (), 1, 1))
     assert [(node, made.was_begun) for node, made in world.commands(StopAttempt)] == [(B, False)]

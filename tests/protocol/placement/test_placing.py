@@ -3,8 +3,8 @@
 from msgspec import structs
 
 from protocol.heartbeats.events import HeartbeatFlag, HeartbeatHeard
-from protocol.membership.events import PeerMeasured
-from protocol.placement.commands import StartAttempt
+from protocol.membership.events import PeerDown, PeerMeasured, RosterShrank
+from protocol.placement.commands import Capacity, StartAttempt
 from protocol.placement.scheduling_events import (
     AnswerSubmit,
     NodeShunned,
@@ -52,12 +52,83 @@ def test_why_it_waits_is_said() -> None:
     world.submit("2", needs=Needs(cpus=4.0))
     world.submit("3", needs=Needs(cpus=4.0))
     world.submit("9", needs=Needs(ram_bytes=10**6))
-    assert world.words("2") == "it is the next"
+    assert world.words("2") == "no node has room for it now; it is the next"
     assert "about 1 are served before it" in world.words("3")
-    assert "none of 4 nodes can ever run it; node comes closest: it lends 1000 B of RAM" in world.words("9")
+    assert "none of 4 nodes can ever run it; node comes closest: it lends 1000 B of RAM at most" in world.words("9")
     assert world.position("9").never
     stats = world.stats()
     assert (stats.queued, stats.by_priority, stats.by_submitter) == (3, (0, 3, 0, 0), ((C, 3),))
+
+
+def test_what_others_use_at_the_moment_is_not_called_impossible() -> None:
+    world = Coordinator(A)
+    world.lent[A] = structs.replace(LENT, most=Capacity(ram_bytes=4000))
+    world.report(A)
+    world.submit("1", needs=Needs(ram_bytes=3000))
+    world.submit("2", needs=Needs(ram_bytes=5000))
+    assert (world.words("1"), world.position("1").never) == ("no node has room for it now; it is the next", False)
+    assert world.words("2").endswith("it lends 3.906 KiB of RAM at most, not 4.883 KiB")
+    assert world.commands() == []
+    world.lent[A] = structs.replace(LENT, capacity=Capacity(4.0, 3500, 0, 0, 1000, 4), most=Capacity(ram_bytes=4000))
+    world.report(A)
+    assert world.start("1".rjust(16, "0"))[0] == A
+
+
+def test_nobody_waits_behind_what_nobody_can_run() -> None:
+    world = Coordinator(A)
+    world.submit("1", needs=Needs(cpus=4.0))
+    for name in "2345":
+        world.submit(name, needs=Needs(gpus=1), priority=2 if name == "5" else 1)
+    for name in "67":
+        world.submit(name, needs=Needs(cpus=4.0))
+    world.wait(1.0)
+    assert [world.position(name).position for name in "67"] == [0, 1]
+    world.tell(SubmitAsked(1, world.order("8"), world.wall))
+    assert world.of(AnswerSubmit)[-1].answer.position == 2
+
+
+def test_a_closed_node_says_why_to_those_that_wait_for_it() -> None:
+    world = Coordinator(A)
+    world.lent[A] = structs.replace(LENT, name="attic", closed="its owner lets tasks start only 22:00-06:30")
+    world.report(A)
+    world.submit("1")
+    world.submit("2", needs=Needs(node=A))
+    shut = "attic could run it and takes nothing now: its owner lets tasks start only 22:00-06:30"
+    assert world.words("1") == f"{shut}; it is the next"
+    assert world.words("2") == f"{shut}; about 1 are served before it"
+    world.tell(PeerDown(A, (B, C)))
+    assert world.words("2") == "it must run on attic, which is not heard now"
+    assert world.stats_of(A).words == "it is not heard"
+
+
+def test_a_required_node_that_was_evicted_is_not_waited_for_without_a_word() -> None:
+    world = Coordinator(A, B)
+    world.submit("1", needs=Needs(node=A))
+    world.run("1")
+    world.roster.evicted.add(A)
+    world.roster._settle()
+    world.tell(RosterShrank((A,)))
+    assert world.position("1").never
+    assert world.words("1").startswith("it must run on a, which is no member of the mesh any more")
+
+
+def test_a_task_of_a_new_admin_is_taken_where_admins_are() -> None:
+    world = Coordinator(A)
+    world.lent[A] = structs.replace(LENT, accepts="admins")
+    world.report(A)
+    world.submit("1")
+    assert world.position("1").never
+    world.roster.role = lambda node: "admin"
+    world.learn("1")
+    assert world.start("1".rjust(16, "0"))[0] == A
+
+
+def test_one_failure_is_no_reason_to_get_nothing() -> None:
+    world = Coordinator(A)
+    world.submit("1")
+    node, attempt = world.run("1")
+    world.end("1", node, attempt, "refused", words="bwrap: no namespaces", started_ms=0)
+    assert (world.stats_of(A).breaker, world.stats_of(A).failures, world.stats_of(A).words) == ("closed", 1, "")
 
 
 def test_a_full_queue_refuses_with_how_long_to_wait_but_keeps_what_it_knows() -> None:
@@ -92,7 +163,7 @@ def test_the_answer_to_a_submission_says_if_no_node_can_ever_run_it() -> None:
     world.tell(SubmitAsked(1, world.order("1", needs=Needs(gpus=1)), world.wall))
     answer = world.of(AnswerSubmit)[-1].answer
     assert (answer.code, answer.never) == ("", True)
-    assert "it lends 0 GPUs, not 1" in answer.words
+    assert "it lends 0 GPUs at most, not 1" in answer.words
 
 
 def test_a_large_task_gets_a_node_though_small_ones_would_fill_every_gap() -> None:
@@ -136,7 +207,11 @@ def test_a_node_that_fails_three_times_is_shunned_then_probed_then_trusted() -> 
     assert [(each.node, each.pause_s) for each in world.published(NodeShunned)] == [(A, 30.0)]
     for name in ("a", "b", "c"):
         world.submit(name)
-    assert (world.stats_of(A).breaker, world.stats_of(A).words) == ("open", "bwrap: no namespaces")
+    told = world.stats_of(A)
+    assert (told.breaker, told.breaker_s, told.failures) == ("open", 30.0, 3)
+    shut = "it failed 3 times in a row, and is tried again in 30 s; the last failure: bwrap: no namespaces"
+    assert told.words == shut
+    assert world.words("a") == f"node could run it and takes nothing now: {shut}; it is the next"
     world.wait(29.0)
     assert len(world.commands()) == 3
     world.wait(1.1)
@@ -146,6 +221,18 @@ def test_a_node_that_fails_three_times_is_shunned_then_probed_then_trusted() -> 
         world.end(name, node, attempt, code=1)  # the task's own failure
     assert world.published(NodeTrusted) == [NodeTrusted(A)]
     assert len(world.commands()) == 6
+
+
+def test_what_got_no_input_is_nobodys_fault() -> None:
+    world = Coordinator(A)
+    for index in range(9):
+        world.submit(f"{index}", retries=0)
+        node, attempt = world.run(f"{index}")
+        world.end(f"{index}", node, attempt, "no_input", words="nobody has it", started_ms=0)
+    assert world.published(NodeShunned) == []
+    assert len(world.commands()) == 9
+    world.wait(1.1)
+    assert len(world.commands()) > 9
 
 
 def test_what_a_task_does_wrong_is_not_its_nodes_fault() -> None:

@@ -58,6 +58,9 @@ def stand(*attempts, mode: str = "at_least_once", retries: int = 0, wish: Wish =
         ("at_most_once", 5, Wish(), [("a", attempt(1, "refused", begun=False))], "pending"),
         ("at_most_once", 0, Wish(), [("a", attempt(1, "refused", begun=False))], "failed"),
         ("at_most_once", 0, Wish(), [("a", attempt(1, "cancelled", begun=False))], "pending"),
+        ("at_most_once", 0, Wish(), [("a", attempt(1, "no_input", begun=False))], "pending"),
+        ("at_least_once", 0, Wish(), [("a", attempt(1, "no_input", begun=False))], "pending"),
+        ("at_least_once", 0, Wish(cancelled=True), [("a", attempt(1, "no_input", begun=False))], "cancelled"),
         ("at_most_once", 0, Wish(cancelled=True), [("a", attempt(1, "cancelled"))], "cancelled"),
         ("at_most_once", 0, Wish(), [("a", attempt(1, "cancelled"))], "failed"),
         ("at_most_once", 0, Wish(1), [("a", attempt(1, "lost"))], "pending"),
@@ -81,6 +84,18 @@ def test_retries_wait_longer_each_time_and_are_counted() -> None:
     assert (after.again_at_ms, after.tries, after.number) == (4000, 2, 3)
     assert after.words == "try 3 of 51 follows; the last one: exit code 1"
     assert stand(*failed[:3], retries=2).words == "exit code 1 (tried 3 times)"
+
+
+def test_what_lacks_its_input_is_tried_again_with_pauses_and_no_try_is_counted() -> None:
+    unfed = [("a", attempt(number, "no_input", begun=False, words="a has it no more")) for number in range(1, 5)]
+    made = stand(*unfed)
+    assert (made.state, made.tries, made.losses, made.pause_s, made.failed_ms) == ("pending", 0, 0, 8.0, 4000)
+    assert made.words == "it is tried again; the last time not started: a has it no more"
+    failed = ("b", attempt(5, "exited", 1))
+    assert stand(*unfed, failed).state == "failed"
+    after = stand(*unfed, failed, retries=1)
+    assert (after.pause_s, after.words) == (1.0, "try 2 of 2 follows; the last one: exit code 1")
+    assert not blames_node(unfed[0][1])
 
 
 def test_what_is_lost_with_its_node_does_not_count_but_not_for_ever() -> None:

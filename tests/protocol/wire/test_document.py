@@ -126,6 +126,8 @@ TABLES: dict[str, Iterable[type]] = {
         tasks_wire.OutputWanted,
         tasks_wire.TailWanted,
         tasks_wire.Tail,
+        tasks_wire.InputWanted,
+        tasks_wire.InputOffered,
     ),
     "Records of tasks": (tasks.Needs, tasks.Order, tasks.Wish, tasks.Attempt),
     "Trust statements": get_args(trust.TrustStatement),

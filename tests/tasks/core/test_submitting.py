@@ -7,8 +7,8 @@ import msgspec
 import pytest
 
 from meshnode.kernel.errors import ErrorCode, MeshError
-from meshnode.tasks.core.submitting import command_text, order_of, same_wish
-from meshnode.tasks.model import Submission
+from meshnode.tasks.core.submitting import command_text, input_of, order_of, same_wish
+from meshnode.tasks.model import Requirements, Submission
 from protocol.ids import NodeId
 from protocol.placement.tasks import ORDER_BYTES_MAX, Needs, Order, task_collections, task_key
 
@@ -113,6 +113,43 @@ def test_the_largest_order_is_one_that_the_records_take() -> None:
     assert orders.may_write(ME, "member", task_key(ME, TASK), value)
     with pytest.raises(MeshError):
         made(command=["x", "y" * (room + 8)])
+
+
+def test_an_input_that_was_sent_ahead_counts_as_disk_and_is_taken_by_the_records() -> None:
+    may_write = task_collections()[0].may_write
+    said = Submission(command="wc", input="ab" * 32, requirements=Requirements(disk_bytes=5))
+    sha256 = input_of(said)
+    assert sha256 == b"\xab" * 32
+    order = order_of(said, task=TASK, me=ME, at_ms=5, find_node=find, sent=(sha256, 20_000))
+    assert (order.stdin_bytes, order.stdin_sha256, order.needs.disk_bytes) == (20_000, sha256, 20_005)
+
+    def taken(**changes: Any) -> bool:
+        value = msgspec.msgpack.encode(msgspec.structs.replace(order, **changes))
+        return may_write(ME, "member", task_key(ME, TASK), value)
+
+    assert taken()
+    assert taken(stdin_holders=(OTHER,))
+    for wrong in (
+        {"stdin_bytes": 100},
+        {"stdin_bytes": 0},
+        {"stdin_bytes": 20_006},
+        {"stdin_sha256": b"short"},
+        {"stdin": b"x"},
+        {"stdin_holders": (OTHER,) * 5},
+        {"stdin_bytes": 2**41, "needs": Needs(disk_bytes=2**42)},
+    ):
+        assert not taken(**wrong), wrong
+    again = msgspec.structs.replace(order, stdin_holders=(OTHER,))
+    assert same_wish(order, again)
+
+
+@pytest.mark.parametrize("fields", [{"input": "AB" * 32}, {"input": "../x"}, {"input": "ab" * 32, "stdin": "x"}])
+def test_an_input_has_a_name_and_excludes_others(fields: dict[str, Any]) -> None:
+    with pytest.raises(MeshError) as refused:
+        input_of(Submission(command="wc", **fields))
+    assert refused.value.code is ErrorCode.BAD_REQUEST
+    assert "`input`" in refused.value.message
+    assert input_of(Submission(command="wc")) is None
 
 
 def test_the_same_wish_at_another_time_is_the_same() -> None:

@@ -100,6 +100,21 @@ async def test_standard_input_comes_whole_and_ends(data_dir: Path, isolated: boo
 
 
 @both_ways
+async def test_an_input_that_is_a_file_becomes_the_attempts_own_and_goes_with_its_end(
+    data_dir: Path, isolated: bool
+) -> None:
+    data = os.urandom(3_000_000)
+    file = data_dir / "input"
+    async with one_agent(data_dir, isolated=isolated) as world:
+        for argv, ending in ((("cat",), "exited"), (("no-such-command",), "refused")):
+            file.write_bytes(data)
+            assert (await world.run(*argv, stdin=file)).ending == ending
+            assert not file.exists()
+        assert await world.output(world.attempts[0]) == data
+        assert not (world.folder / world.attempts[0] / "stdin").exists()
+
+
+@both_ways
 async def test_both_streams_keep_apart_and_in_order(data_dir: Path, isolated: bool) -> None:
     async with one_agent(data_dir, isolated=isolated) as world:
         await world.run(shell="for i in 1 2 3; do echo o$i; sleep 0.02; echo e$i >&2; sleep 0.02; done")

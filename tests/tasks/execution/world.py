@@ -78,11 +78,11 @@ class World:
             folder=self.folder, terms=lambda: self.terms, offload=ThreadOffload(), log=self.log
         )
 
-    async def run(self, *argv: str, stdin: bytes = b"", **more: Any) -> Outcome:
+    async def run(self, *argv: str, stdin: bytes | Path = b"", **more: Any) -> Outcome:
         """One attempt to its end."""
         return await self.execute(order(*argv, **more), stdin)
 
-    async def execute(self, wanted: Order, stdin: bytes = b"") -> Outcome:
+    async def execute(self, wanted: Order, stdin: bytes | Path = b"") -> Outcome:
         attempt = attempt_id()
         self.attempts.append(attempt)
         with trio.fail_after(SOON_S):

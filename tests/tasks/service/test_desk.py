@@ -1,13 +1,17 @@
 """What is asked of tasks at any member: submitting, listing, cancelling, repeating, deleting."""
 
+import time
 from pathlib import Path
 
 import msgspec
 import pytest
+import trio
 
 from meshnode.kernel.errors import ErrorCode, MeshError
 from meshnode.settings.tree import TaskSettings
 from meshnode.tasks.model import Filter, TaskSubmitted, TaskUpdated
+from meshnode.tasks.service.keeping import Keeping
+from protocol.placement.commands import POSITIONS_MAX
 from protocol.placement.tasks import ATTEMPTS, ORDERS
 from protocol.placement.tracking import SchedulingParameters
 from tests.support.task_mesh import OPEN, Member, task_mesh
@@ -98,15 +102,67 @@ async def test_pages_filters_and_places_in_the_queue(tmp_path: Path) -> None:
         waiting, _, _ = await member.tasks.desk.page(Filter(status="pending"), limit=None, cursor=None)
         assert [task.queue_position for task in waiting] == [4, 3, 2, 1]
         never = await member.submit("true", requirements=msgspec.structs.replace(tasks[0].requirements, gpus=60))
-        told = await member.read(never)
-        assert (told.status, told.queue_position) == ("pending", None)
-        assert "GPUs" in (told.reason or "")
+        assert "GPUs" in (never.reason or "")
+        assert "it waits until one can" in (never.reason or "")
+        assert (never.status, never.queue_position) == ("pending", None)
+        with trio.fail_after(20):  # until the coordinator has read its record
+            while (await member.read(never)).reason is None:  # noqa: ASYNC110 -- what readers see has no event
+                await trio.sleep(0.01)
         stats, _ = await member.tasks.desk.stats()
         assert (stats.in_flight, stats.node_count, stats.coordinator) == (1, 2, mesh.coordinator.id)
         assert stats.queue_depth == 5
         with pytest.raises(MeshError) as refused:
             Filter(status="asleep")
         assert refused.value.code is ErrorCode.BAD_REQUEST
+
+
+async def test_each_that_waits_says_where_also_on_the_longest_page(tmp_path: Path) -> None:
+    narrow, nobody = msgspec.structs.replace(OPEN, slots=1), msgspec.structs.replace(OPEN, accept="nobody")
+    async with task_mesh(tmp_path, 2, settings=[narrow, nobody]) as mesh:
+        member = mesh.members[1]
+        await member.until(await member.submit(["sleep", "600"]), "running")
+        for _ in range(0, POSITIONS_MAX + 10, 38):  # 64 at once are refused
+            async with trio.open_nursery() as nursery:
+                for _ in range(38):
+                    nursery.start_soon(member.submit, ["true", "x" * 300])
+        with trio.fail_after(20):
+            while True:
+                page, _, _ = await member.tasks.desk.page(Filter(status="pending"), limit=None, cursor=None)
+                places = [task.queue_position for task in page]
+                if None not in places:
+                    break
+                await trio.sleep(0.01)
+        assert sorted(places) == list(range(1, POSITIONS_MAX + 11))
+        assert {task.command for task in page} == {"true " + "x" * 300}
+
+
+async def test_where_a_task_stands_follows_its_records_and_the_members(tmp_path: Path) -> None:
+    async with task_mesh(tmp_path, 2) as mesh:
+        member = mesh.members[1]
+        task = await member.submit(["sleep", "600"], node="n1")
+        await member.until(task, "running")
+        assert await listed(member, status="running") == [task.id]
+        await member.tasks.desk.cancel(task.id)
+        await member.until(task, "cancelled")
+        assert (await listed(member, status="running"), await listed(member, status="cancelled")) == ([], [task.id])
+        await member.tasks.desk.purge(task.id)
+        await mesh.until(lambda: not member.hub.records.scan(ORDERS).records)
+        assert await listed(member) == []
+
+
+async def test_many_ended_tasks_make_room_for_new_ones(tmp_path: Path) -> None:
+    async with task_mesh(tmp_path, 1) as mesh:
+        member = mesh.members[0]
+        tasks = [await member.submit("true") for _ in range(5)]
+        for task in tasks:
+            await member.until(task, "completed")
+        waits = await member.submit("true", requirements=msgspec.structs.replace(tasks[0].requirements, gpus=60))
+        keeping = Keeping(
+            hub=member.hub, records=member.tasks.desk._records, executions=member.tasks.executions, keep_s=1e6,
+            history_s=1e6, wall=time.time, log=member.log, kept_max=3,
+        )  # fmt: skip
+        await keeping.trim()
+        assert await listed(member) == [waits.id, *(task.id for task in reversed(tasks[2:]))]
 
 
 async def test_the_bus_hears_of_each_change_once(tmp_path: Path) -> None:
@@ -137,6 +193,10 @@ async def test_what_no_owner_takes_waits_and_says_why(tmp_path: Path) -> None:
         told = await mesh.members[1].read(by_member)
         assert told.status == "pending"
         assert "it takes tasks of" in (told.reason or "")
+        stats, _ = await mesh.members[1].tasks.desk.stats()
+        reasons = {line.node_name: (line.breaker, line.failures, line.reason) for line in stats.nodes}
+        assert reasons["n0"] == ("closed", 0, "its owner lets no task run here (`tasks.accept`)")
+        assert reasons["n1"] == ("closed", 0, None)
         by_admin = await mesh.members[0].submit("true")
         done = await mesh.members[0].until(by_admin, "completed")
         assert done.assigned_name == "n1"

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import trio
+
 from meshnode.tasks.service.streaming import Place, Stands, Wrote
 from tests.support.task_mesh import task_mesh
 
@@ -30,3 +32,27 @@ async def test_output_is_read_along_from_the_moment_of_submitting(tmp_path: Path
             assert wrote == f"{number}\n".encode()
             assert isinstance(told[-1], Stands)
             assert (told[-1].is_end, told[-1].task.status) == (True, "completed")
+
+
+async def test_what_ran_on_an_evicted_node_runs_elsewhere_and_it_stops(tmp_path: Path) -> None:
+    async with task_mesh(tmp_path, 3) as mesh:
+        first, out = mesh.coordinator, next(one for one in mesh.members if one is not mesh.coordinator)
+        admin = mesh.members[0] if mesh.members[0] is not out else first
+        task = await first.submit(["sleep", "600"], preferred_node=f"n{out.index}")
+        assert (await first.until(task, "running")).assigned_node == out.id
+        theirs = await out.submit(["sleep", "600"], node=f"n{first.index}")
+        await first.until_id(theirs.id, "running")
+        await mesh.evict(out, admin)
+        if out.id in out.hub.roster:
+            await mesh.evict(out, out)  # its links may be cut before it was told
+        await mesh.until(lambda: out.id not in first.hub.roster)
+        with trio.fail_after(20):
+            while (found := await first.read(task)).status != "running" or found.assigned_node == out.id:  # noqa: ASYNC110 -- what readers see has no event
+                await trio.sleep(0.02)
+            while out.id in {line.node_id for line in (await first.tasks.desk.stats())[0].nodes}:  # noqa: ASYNC110 -- what readers see has no event
+                await trio.sleep(0.02)
+            while (await out.tasks.executions.find())[0].state == "running":  # noqa: ASYNC110 -- what readers see has no event
+                await trio.sleep(0.02)
+            while (await first.read(theirs)).attempts[-1].ending is None:  # noqa: ASYNC110 -- what readers see has no event
+                await trio.sleep(0.02)
+        assert "evicted" in ((await first.read(theirs)).error or "")
