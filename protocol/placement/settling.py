@@ -290,7 +290,7 @@ class Settling:
             else:
                 may_queue = True
         if may_queue:
-            s.enqueue(task, ahead=stands.number > 1)
+            s.enqueue(task)
         else:
             s.queue.remove(task.key)
 
