@@ -15,6 +15,7 @@ from simulations.scenarios.resources import Resources
 from simulations.scenarios.rotation import Rotation
 from simulations.scenarios.scenario import Scenario
 from simulations.scenarios.sharding import Sharding
+from simulations.scenarios.tasks import Tasks
 from simulations.scenarios.twins import Twins
 from simulations.scenarios.withdrawal import Withdrawal
 
@@ -35,6 +36,7 @@ def scenarios() -> Mapping[str, Scenario]:
         Twins(),
         Withdrawal(),
         Sharding(),
+        Tasks(),
         Churn(),
     )
     return {scenario.name: scenario for scenario in known}

@@ -64,6 +64,7 @@ class Computer:
         "link_sent_bytes",
         "links",
         "loss",
+        "lost_power",
         "machine",
         "node_id",
         "paused",
@@ -98,6 +99,7 @@ class Computer:
         self.machine: Machine | None = None
         self.state = DOWN
         self.paused = False
+        self.lost_power = False  # at the last crash: with it every process of the machine ended
         self.evicted = False  # what it does is no longer the mesh's business
         self.run = 0  # counts processes: what was meant for an earlier one is dropped
         self.started_at = 0.0
@@ -176,6 +178,7 @@ class Computer:
             return
         self.state = DOWN
         self.paused = False
+        self.lost_power = power
         self.machine = None
         self._timers.clear()
         self._held.clear()

@@ -51,7 +51,7 @@ class MeshProgram:
 
     `own_rosters` gives every node a roster of its own, so that evictions reach them one after the other; a shared one
     saves gigabytes in a world of thousands. `sample_s` is the pause between resource samples; None: no heartbeats.
-    `is_settled`: nobody needs contacts, see simulations.settled.
+    `is_settled`: nobody needs contacts, see simulations.settled. `collections`: more records than the hub's own.
     """
 
     def __init__(
@@ -62,8 +62,10 @@ class MeshProgram:
         own_rosters: bool = False,
         sample_s: float | None = None,
         is_settled: bool = False,
+        collections: Sequence[Collection] = (),
     ) -> None:
         self._world = world
+        self._collections = tuple(collections)
         self._is_settled = is_settled
         self._params = params
         self._own_rosters = own_rosters
@@ -98,7 +100,7 @@ class MeshProgram:
             rng=computer.rng,
             roster=self._roster_of(computer),
             durable=computer.disk.snapshot(),
-            collections=(trust_collection(self._root, suite), Collection(SHARED_COLLECTION)),
+            collections=(trust_collection(self._root, suite), Collection(SHARED_COLLECTION), *self._collections),
             record_store=computer.disk.records,
             addresses=(computer.address,),
             contacts={peer: address for peer, address in contacts.items() if peer != computer.node_id},

@@ -367,14 +367,22 @@ class Executing:
 
     def _learned(self, event: OwnAttemptLearned) -> None:
         record = event.attempt
-        if not self._recovered or record.attempt in self._held or record.attempt in self._past:
+        if not self._recovered or record.attempt in self._held:
+            return
+        past = self._past.get(record.attempt)
+        if past is not None:
+            if record.ending is None:  # with a clock that was behind, its end was written as if before its start
+                self._end_again(event, past)
             return
         if record.ending is not None:
             self._remember(record)
             return
         lost = replace(record, ended_ms=event.at_ms, ending="lost", words="its node does not know it any more")
-        held = _Held(event.submitter, event.task, lost, "ending", None)
-        self._held[record.attempt] = held
+        self._end_again(event, lost)
+
+    def _end_again(self, event: OwnAttemptLearned, ended: Attempt) -> None:
+        held = _Held(event.submitter, event.task, ended, "ending", None)
+        self._held[ended.attempt] = held
         self._write(held)
 
     # ---- reports -----------------------------------------------------------------------------------------------------

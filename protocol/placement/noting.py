@@ -105,8 +105,16 @@ class Noting:
         self._free.add(attempt)
         self._waiting.pop(attempt, None)
 
+    def over(self, key: TaskKey) -> None:
+        """The task ended. Its notes stay: if its executor is evicted, its record may be withdrawn, and it stands as
+        though it had never run.
+        """
+        for attempt in self._notes.get(key, ()):
+            self._waiting.pop(attempt, None)
+            self._holders.pop(attempt, None)
+
     def forget(self, key: TaskKey) -> None:
-        """The task ended: nothing of it will be started by this coordinator."""
+        """Its order is gone: nothing of it will ever be started."""
         for attempt in self._notes.pop(key, ()):
             self._count -= 1
             self._free.discard(attempt)

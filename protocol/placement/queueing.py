@@ -3,11 +3,10 @@
 Two levels of stride scheduling (Waldspurger and Weihl, 1995). Priorities share placements 1 : 4 : 16 : 64, and a task
 that waits is charged less and less for its turn, until after minutes it weighs like a critical one. Within a priority
 submitters get equal shares. So whatever fits somewhere gets its turn, however much is asked by others. Tasks with equal
-needs stand in line behind each other: where the first of them finds no room, the rest need not try.
+needs stand in line, the oldest first: where that one finds no room, the rest need not try.
 """
 
 from bisect import bisect_left, insort
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
@@ -63,7 +62,7 @@ class _Lane:
     __slots__ = ("lines", "passed", "since")
 
     def __init__(self, passed: float) -> None:
-        self.lines: dict[Shape, OrderedDict[TaskKey, Waiting]] = {}
+        self.lines: dict[Shape, list[Waiting]] = {}  # each by `since`, too: the oldest has the next turn
         self.since: list[Waiting] = []  # all of them, by the time since when they wait: places are looked up here
         self.passed = passed
 
@@ -72,7 +71,7 @@ class _Lane:
         return len(self.since)
 
     def heads(self) -> list[tuple[float, TaskKey, Shape]]:
-        return [(first.since, first.key, shape) for shape, line in self.lines.items() if (first := _first(line))]
+        return [(line[0].since, line[0].key, shape) for shape, line in self.lines.items()]
 
 
 class _Class:
@@ -89,10 +88,6 @@ class _Class:
 
 def _by_since(entry: Waiting) -> tuple[float, TaskKey]:
     return entry.since, entry.key
-
-
-def _first(line: OrderedDict[TaskKey, Waiting]) -> Waiting | None:
-    return next(iter(line.values()), None)
 
 
 class FairQueue:
@@ -140,8 +135,8 @@ class FairQueue:
         """How many of this one's wait."""
         return sum(each.lanes[submitter].size for each in self._classes if submitter in each.lanes)
 
-    def add(self, entry: Waiting, *, ahead: bool = False) -> None:
-        """Behind those like it, or ahead of them: it was served once already. One that waits already stays there."""
+    def add(self, entry: Waiting) -> None:
+        """Before all that wait since later. One that waits already stays where it is."""
         if entry.key in self._entries:
             return
         rank = self._classes[entry.priority]
@@ -152,10 +147,8 @@ class FairQueue:
             lane = rank.lanes[entry.key[0]] = _Lane(rank.served)
         line = lane.lines.get(entry.shape)
         if line is None:
-            line = lane.lines[entry.shape] = OrderedDict()
-        line[entry.key] = entry
-        if ahead:
-            line.move_to_end(entry.key, last=False)
+            line = lane.lines[entry.shape] = []
+        insort(line, entry, key=_by_since)
         self._entries[entry.key] = entry
         self._added += 1
         if self._least is not None:
@@ -171,7 +164,7 @@ class FairQueue:
         rank = self._classes[entry.priority]
         lane = rank.lanes[key[0]]
         line = lane.lines[entry.shape]
-        del line[key]
+        del line[bisect_left(line, _by_since(entry), key=_by_since)]
         del lane.since[bisect_left(lane.since, _by_since(entry), key=_by_since)]
         rank.size -= 1
         if not line:
@@ -235,7 +228,7 @@ class _Places:
             for submitter, lane in rank.lanes.items():
                 lines = [line for shape, line in lane.lines.items() if shape in passed_over] if passed_over else []
                 if lines:
-                    found[submitter] = sorted(_by_since(entry) for line in lines for entry in line.values())
+                    found[submitter] = sorted(_by_since(entry) for line in lines for entry in line)
             self._over.append(found)
 
     def of(self, entry: Waiting) -> int:
@@ -298,7 +291,7 @@ class _Round:
         while heads and not is_over():
             since, key, shape = heads[0]
             line = lane.lines.get(shape)
-            first = None if line is None else _first(line)
+            first = line[0] if line else None
             if first is None:
                 heappop(heads)
             elif (first.since, first.key) != (since, key):

@@ -185,6 +185,7 @@ class Scheduling:
                 tracked = s.tasks.get((submitter, task))
                 if tracked is not None:
                     self._settling.let_go(tracked)
+                s.noting.forget((submitter, task))
             case Reported(node, _, at_ms):
                 s.wall = (at_ms, now)
                 self._hearing.reported(event, now)

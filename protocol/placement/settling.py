@@ -64,16 +64,16 @@ class Settling:
             s.queue.remove(task.key)
             if stands.is_ended and not live and not task.heard:
                 self.let_go(task)
+                s.noting.over(task.key)
         else:
             self._queue(task, stands, current, now)
 
     def let_go(self, task: Tracked) -> None:
-        """It ended, or its order is gone."""
+        """It ended, or its order is gone; what notes say of it is another matter."""
         s = self._s
         for promise in list(task.promises.values()):
             self.drop(task, promise)
         s.queue.remove(task.key)
-        s.noting.forget(task.key)
         self._index(task, set())
         s.tasks.pop(task.key, None)
 
@@ -290,7 +290,7 @@ class Settling:
             else:
                 may_queue = True
         if may_queue:
-            s.enqueue(task, ahead=stands.number > 1)
+            s.enqueue(task)
         else:
             s.queue.remove(task.key)
 

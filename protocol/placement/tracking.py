@@ -237,14 +237,14 @@ class SchedulingState:
         shape = Shape(needs, self.roster.role(task.terms.submitter), claim_of(needs))
         return Waiting(task.key, shape, task.terms.priority, task.since)
 
-    def enqueue(self, task: Tracked, *, ahead: bool) -> None:
+    def enqueue(self, task: Tracked) -> None:
         """It waits for a place."""
         entry = self.queue.get(task.key)
         if entry is not None and entry.shape.role == self.roster.role(task.terms.submitter):
             return
         self.queue.remove(task.key)  # its submitter has another role now
         waiting = self.waiting(task)
-        self.queue.add(waiting, ahead=ahead)
+        self.queue.add(waiting)
         if waiting.shape not in self.blocked:
             self.fresh.add(waiting.shape)
 

@@ -10,6 +10,7 @@ from math import ceil
 from typing import Protocol
 
 from protocol.node import NodeParameters
+from protocol.records.collection import Collection
 from simulations.checkers.bounded import Bounded
 from simulations.checkers.checker import Checker, Violation
 from simulations.checkers.death_witnesses import DeathWitnesses
@@ -153,11 +154,13 @@ def mesh(
     sample_s: float | None = None,
     with_copies: bool = False,
     is_settled: bool = False,
+    collections: Sequence[Collection] = (),
 ) -> Mesh:
     """An empty world with all safety checkers; `spawn` and `settle` fill it."""
     views = Views()
     world = World(options.seed, network=network)
-    program = MeshProgram(world, params=params, own_rosters=own_rosters, sample_s=sample_s, is_settled=is_settled)
+    program = MeshProgram(world, params=params, own_rosters=own_rosters, sample_s=sample_s, is_settled=is_settled,
+                          collections=collections)  # fmt: skip
     world.use(program)
     safety: tuple[Checker, ...] = (DeathWitnesses(), Rising(with_copies=with_copies), Bounded(), Quorate(), Terms())
     if own_rosters:

@@ -3,8 +3,6 @@
 It watches a world as a checker does, because that is where starts, crashes and published events can be seen.
 """
 
-from collections import deque
-from collections.abc import Callable
 from functools import partial
 from math import inf
 from random import Random
@@ -18,11 +16,11 @@ from protocol.sharding.pipelines import FEW_NODES, Layout, Planned, PlanWanted, 
 from protocol.sharding.plans import Refusal
 from protocol.sharding.selftests import Findings, Pair, Wanted, choose
 from protocol.sharding.shapes import ModelShape
-from simulations.checkers.checker import Checker
+from simulations.beside import Beside
 from simulations.computer import DOWN, Computer
 from simulations.sharding.member import Client, Member
 from simulations.sharding.toy import VOCABULARY
-from simulations.sharding.wires import Wires
+from simulations.wires import Wires
 from simulations.world import World
 
 GB: Final = 10**9
@@ -57,12 +55,13 @@ class Watcher(Protocol):
     def accused(self, by: Computer, peer: Computer, words: str) -> None: ...
 
 
-class Fabric(Checker):
+class Fabric(Beside):
     """See the module."""
 
     name = "fabric"
 
     def __init__(self, seed: int, params: LoadingParameters) -> None:
+        super().__init__()
         self.rng = Random(f"sharding/{seed}")
         self.params = params
         self.context = CONTEXT
@@ -76,13 +75,12 @@ class Fabric(Checker):
         self._testing: set[tuple[int, Pair]] = set()
         self.watchers: list[Watcher] = []
         self.lies = self.loads = self.takeovers = self.overcommitted = self.accusations = 0
-        self._backlog: dict[int, deque[tuple[int, Callable[[], object]]]] = {}
 
     # ---- a checker's eyes --------------------------------------------------------------------------------------------
 
     def attached(self, world: World) -> None:
         """Begin."""
-        self.world = world
+        super().attached(world)
         self.wires = Wires(world, self.rng, self.run)
 
     def started(self, computer: Computer) -> None:
@@ -92,8 +90,8 @@ class Fabric(Checker):
 
     def crashed(self, computer: Computer) -> None:
         """Engines die with their agent; the peers hear of it soon, or late."""
+        super().crashed(computer)
         self.members.pop(computer.index, None)
-        self._backlog.pop(computer.index, None)
         late = self.rng.random() < 0.3
         for member in list(self.members.values()):
             delay = self.rng.uniform(4.0, 8.0) if late else self.rng.uniform(0.0, 0.1)
@@ -104,29 +102,6 @@ class Fabric(Checker):
         member = self.members.get(computer.index)
         if member is not None:
             member.published(event)
-
-    # ---- processes ---------------------------------------------------------------------------------------------------
-
-    def run(self, computer: Computer, run: int, call: Callable[[], object]) -> None:
-        """Run something inside a process, after what waits there already; never in one that is gone."""
-        if computer.run != run or computer.state == DOWN:
-            return
-        backlog = self._backlog.get(computer.index)
-        if backlog is not None:
-            backlog.append((run, call))
-        elif computer.paused:
-            self._backlog[computer.index] = deque([(run, call)])
-            self.world.after(0.05, self._thaw, computer)
-        else:
-            call()
-
-    def _thaw(self, computer: Computer) -> None:
-        if computer.paused:
-            self.world.after(0.05, self._thaw, computer)
-            return
-        for run, call in self._backlog.pop(computer.index, ()):
-            if computer.run == run and computer.state != DOWN:
-                call()
 
     # ---- planning ----------------------------------------------------------------------------------------------------
 

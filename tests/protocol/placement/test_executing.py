@@ -291,6 +291,18 @@ def test_a_record_of_its_own_that_it_does_not_know_is_lost() -> None:
     assert len(node.executing.attempts) == 1
 
 
+def test_an_end_that_an_older_record_of_its_own_covers_is_written_again() -> None:
+    """It was written with a clock that was far behind, and when that was mended, what others hold seemed newer."""
+    node = Node()
+    node.tell(OwnAttemptLearned(SUBMITTER, T1, Attempt(A1, 0, 1, 3, 10, 20, "exited"), 70))
+    before = len(node.of(PutAttempt))
+    node.tell(OwnAttemptLearned(SUBMITTER, T1, Attempt(A1, 0, 1, 3, 10), 80))
+    assert len(node.of(PutAttempt)) == before + 1
+    assert (node.written.ending, node.written.ended_ms) == ("exited", 20)
+    node.tell(AttemptWritten(A1, True, 81))
+    assert not node.executing.attempts
+
+
 def test_what_fetches_its_input_is_placed_until_it_begins() -> None:
     node = Node()
     node.start(made=order(stdin_bytes=STDIN_INLINE_BYTES_MAX + 1))

@@ -65,6 +65,22 @@ def test_a_majority_holds_the_note_before_the_start() -> None:
     assert len(world.of(CommandNode)) == 1
 
 
+def test_a_record_that_goes_with_its_evicted_node_starts_nothing_again() -> None:
+    """Its node's clock was ahead when it wrote it: it seems to have been written after the eviction."""
+    world, node, start = started()
+    world.run("1")
+    world.end("1", node, start.attempt)
+    world.record(node, "1", world.ended)
+    world.roster.evicted.add(node)
+    world.roster._settle()
+    world.tell(RosterShrank((node,)))
+    world.records[world.orders["1"].task].clear()
+    world.learn("1")
+    world.wait(60.0)
+    assert [made.attempt for _, made in world.commands()] == [start.attempt]
+    assert [lost.attempt.attempt for lost in world.of(DeclareLost)] == [start.attempt]
+
+
 def test_other_tasks_do_not_wait_for_any_of_this() -> None:
     world = Coordinator(quorate=False)
     world.submit("1", mode="at_most_once")

@@ -69,13 +69,13 @@ def test_what_waited_for_minutes_weighs_like_what_is_critical() -> None:
     assert 49 <= served[0] <= 51
 
 
-def test_first_come_first_served_among_equals_and_again_goes_ahead() -> None:
+def test_among_equals_the_oldest_comes_first_whenever_it_was_added() -> None:
     queue = FairQueue()
-    for index in (3, 1, 2):
-        queue.add(waiting("me", index))
-    queue.add(waiting("me", 9), ahead=True)
-    queue.add(waiting("me", 3))  # waits already
-    assert [each.key[1] for each in serve(queue, 9)] == ["0009", "0003", "0001", "0002"]
+    for index, since in ((3, 30.0), (1, 40.0), (2, 10.0), (9, 20.0)):
+        queue.add(waiting("me", index, since=since))
+    queue.add(waiting("me", 3, since=0.0))  # waits already
+    queue.remove(("me", "0001"))
+    assert [each.key[1] for each in serve(queue, 9)] == ["0002", "0009", "0003"]
 
 
 def test_what_finds_no_room_holds_nobody_up_and_catches_up_within_bounds() -> None:

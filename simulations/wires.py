@@ -1,4 +1,4 @@
-"""Calls and bulk streams between computers, as far as sharding needs them: late, cut, broken.
+"""Calls and bulk streams between computers: late, cut, broken.
 
 Streams of one pair are independent of one another: what leaves first on one may arrive last. A stream breaks when a
 process dies (its kernel says so at once, or, when the plug was pulled, keep-alives do) and when its path stays cut.
