@@ -53,6 +53,7 @@ WRITE_AGAIN_S: Final = 2.0
 PAST_MAX: Final = 4096
 VOIDS_MAX: Final = 256
 WRITE_TIMER: Final = ("executing", "write")
+EVICTED_WORDS: Final = "its submitter was evicted, or this node"
 
 Phase = Literal["writing", "starting", "running", "ending"]
 
@@ -127,6 +128,9 @@ class Executing:
                 for each in found:
                     self._find(each, at_ms, now)
                 self._recovered = True
+                for attempt, held in self._held.items():
+                    if held.submitter not in self._roster or self._me not in self._roster:
+                        self._stop(attempt, held, EVICTED_WORDS)
                 self._report(now)
             case OwnAttemptLearned():
                 self._learned(event)
@@ -138,7 +142,7 @@ class Executing:
             case RosterShrank(evicted):
                 for attempt, held in self._held.items():
                     if held.submitter in evicted or self._me in evicted:
-                        self._stop(attempt, held, "its submitter was evicted")
+                        self._stop(attempt, held, EVICTED_WORDS)
             case CoordinatorChanged(_, leader, _):
                 if leader != self._reporting.coordinator:
                     self._reporting.coordinator = leader
@@ -300,6 +304,8 @@ class Executing:
         if held is None or held.phase != "starting":
             return
         held.phase, held.begun_at = "running", now
+        if held.stop:  # said while there was nothing yet that could be stopped
+            self._out.append(StopExecution(attempt, held.stop))
         if not held.record.started_ms:
             held.record, held.is_written = replace(held.record, started_ms=max(1, at_ms)), False
             self._write(held)

@@ -198,7 +198,8 @@ class _Run:
     def unquiet(self) -> str:
         """What still runs or waits although everything has ended; empty: nothing."""
         for member in self.fabric.members.values():
-            if member.computer.evicted:
+            knows = member.me not in member.hub.roster
+            if member.computer.evicted and not knows:
                 continue
             if member.executing.attempts:
                 return f"{member.computer} still runs {len(member.executing.attempts)} attempts"

@@ -85,6 +85,7 @@ from protocol.records.events import (
     RecordWithdrawn,
     TakeRecord,
 )
+from protocol.trust.events import RosterChanged
 from simulations.beside import Go, Runner
 from simulations.computer import Computer
 from simulations.tasks.index import COLLECTIONS, Index, TaskKey, order_in
@@ -184,9 +185,12 @@ class Member:
             case HeartbeatHeard() | PeerMeasured() | PeerUp() | PeerDown() | PeerLeft():
                 if self.scheduling.is_coordinator or isinstance(event, PeerUp | PeerDown | PeerLeft):
                     self._schedule.submit(event)
-            case RosterShrank():
-                self._executions.submit(event)
-                self._schedule.submit(event)
+            case RosterChanged(removed=removed, altered=altered):
+                if removed:
+                    self._executions.submit(RosterShrank(removed))
+                    self._schedule.submit(RosterShrank(removed))
+                for key in [key for key in self.index.orders if key[0] in altered]:
+                    self._tell_soon(key)
             case _:
                 pass
 
@@ -209,6 +213,9 @@ class Member:
             attempt = self.index.attempts[key[1]].get((NodeId(node), name))
             if node == self.me and attempt is not None:
                 self._executions.submit(OwnAttemptLearned(*key, attempt, self.at_ms()))
+        self._tell_soon(key)
+
+    def _tell_soon(self, key: TaskKey) -> None:
         if self.hub.election.is_coordinator:
             if not self._changed:
                 self.fabric.later(CHANGES_S, self.computer, self._tell_changes)

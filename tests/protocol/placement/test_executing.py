@@ -10,7 +10,7 @@ from protocol.election.fence import Fence
 from protocol.ids import node_id_of
 from protocol.membership.events import RosterShrank
 from protocol.placement.commands import Capacity, Lent, StartAttempt, StopAttempt, TaskCommand, VoidAttempt
-from protocol.placement.executing import WRITE_TIMER, Executing
+from protocol.placement.executing import EVICTED_WORDS, WRITE_TIMER, Executing
 from protocol.placement.executing_events import (
     AnswerCommand,
     AttemptCommanded,
@@ -325,13 +325,32 @@ def test_what_got_no_input_never_began_also_when_its_agent_ended_meanwhile() -> 
     assert (again.written.ending, again.written.started_ms, again.written.ended_ms) == ("no_input", 0, 50)
 
 
+def test_what_was_stopped_before_there_was_a_process_is_stopped_once_there_is() -> None:
+    node = Node()
+    node.start()
+    node.tell(RosterShrank((SUBMITTER,)))
+    before = len(node.of(StopExecution))
+    assert before == 1
+    node.tell(ExecutionBegun(A1, 77))
+    assert len(node.of(StopExecution)) == before + 1
+
+
 def test_tasks_of_evicted_submitters_are_stopped() -> None:
     node = Node()
     node.start()
     node.tell(RosterShrank((OTHER,)))
     assert node.of(StopExecution) == []
     node.tell(RosterShrank((SUBMITTER,)))
-    assert node.of(StopExecution) == [StopExecution(A1, "its submitter was evicted")]
+    assert node.of(StopExecution) == [StopExecution(A1, EVICTED_WORDS)]
+
+
+def test_what_ran_on_while_the_agent_was_away_is_stopped_if_its_submitter_was_evicted_meanwhile() -> None:
+    stranger = node_id_of(bytes(32 * [9]))
+    found = tuple(
+        Found(Order(task, submitter, 1, ("x",)), Attempt(name, 0, 1, 3, 40), "running", 5.0)
+        for task, submitter, name in ((T1, SUBMITTER, A1), (T2, stranger, A2))
+    )
+    assert Node(found=found).of(StopExecution) == [StopExecution(A2, EVICTED_WORDS)]
 
 
 def test_reports_are_repeated_one_at_a_time_and_lost_ones_soon() -> None:
