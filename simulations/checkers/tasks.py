@@ -8,11 +8,14 @@ from protocol.placement.scheduling_events import TaskPlaced
 from protocol.placement.standing import Standing, standing
 from protocol.placement.tasks import AttemptId, Mode, Order
 from simulations.checkers.checker import Checker, Violation
-from simulations.computer import Computer
+from simulations.computer import RUNNING, Computer
 from simulations.tasks.fabric import Fabric, Process
 from simulations.tasks.index import TaskKey
 from simulations.tasks.member import Member
 from simulations.world import World
+
+UNWANTED_S = 5.0
+"""How long what nobody wants any more may take to end."""
 
 
 class Tasks(Checker):
@@ -31,6 +34,7 @@ class Tasks(Checker):
         self._attempts: set[AttemptId] = set()
         self._once: dict[tuple[TaskKey, int], AttemptId] = {}
         self._terms: dict[int, int] = {}
+        self._unwanted: dict[AttemptId, float] = {}
         fabric.watchers.append(self)
 
     def attached(self, world: World) -> None:
@@ -89,11 +93,20 @@ class Tasks(Checker):
     # ---- what must hold ----------------------------------------------------------------------------------------------
 
     def swept(self, world: World) -> None:
-        """No executor has more taken in than it lends."""
+        """No executor has more taken in than it lends, or runs for long what an evicted node submitted."""
         lent = amounts_of(self._fabric.lent.capacity)
+        unwanted: dict[AttemptId, float] = {}
         for member in self._fabric.members.values():
             if not member.executing.taken.within(lent):
                 self._object(f"{member.computer} took in more than it lends")
+            if member.computer.state != RUNNING or member.computer.disk.full or member.computer.disk.slowness > 1.0:
+                continue
+            for submitter, task, attempt in member.executing.attempts:
+                if submitter not in member.hub.roster or member.me not in member.hub.roster:
+                    since = unwanted[attempt.attempt] = self._unwanted.get(attempt.attempt, world.now)
+                    if world.now - since > UNWANTED_S:
+                        self._object(f"{member.computer} goes on with {task}, which an evicted node submitted or runs")
+        self._unwanted = unwanted
 
     def standing(self, member: Member, key: TaskKey) -> Standing | None:
         """Where a task stands at one member; None if it does not know it."""

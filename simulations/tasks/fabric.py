@@ -13,6 +13,7 @@ from protocol.placement.executing_events import ExecutionBegun, ExecutionEnded, 
 from protocol.placement.tasks import Attempt, AttemptId, Needs, Order
 from protocol.placement.tracking import SchedulingParameters
 from simulations.beside import Beside
+from simulations.checkers.checker import Violation
 from simulations.computer import DOWN, Computer
 from simulations.tasks.index import TaskKey
 from simulations.tasks.member import Member
@@ -127,7 +128,9 @@ class Fabric(Beside):
         computer = member.computer
         run = computer.run
         rng = self.rng
-        generation = member.index.attempts[order.task][member.me, attempt].generation
+        written = member.index.attempts.get(order.task, {}).get((member.me, attempt))
+        if written is None:
+            raise Violation(self.name, self.world.now, f"{computer} starts {order.task} before it is written down")
 
         def begin() -> None:
             now = self.members.get(computer.index)
@@ -140,7 +143,7 @@ class Fabric(Beside):
             process = here[attempt] = Process(order, attempt, self.world.now)
             running = [one for one in here.values() if one.ended is None]
             for watcher in self.watchers:
-                watcher.begun(computer, process, generation, running)
+                watcher.begun(computer, process, written.generation, running)
             self._tell(computer, lambda at: ExecutionBegun(attempt, at))
             self.world.after(runs_s, self._end, computer, process, "exited", code)
 
