@@ -14,13 +14,12 @@ from typing import cast
 import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
-from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState
 
 from meshnode.api.limits import ApiLimits
 from meshnode.api.peer import Peer
-from meshnode.api.protocols import Http1, Http2, Protocol
+from meshnode.api.protocols import AppTasks, Http1, Http2, Protocol
 
 receive_bytes_max = 64 * 1024
 
@@ -90,7 +89,7 @@ class Connection:
             # The client reset the connection before its turn came.
             return
         async with trio.open_nursery() as nursery:
-            tasks = TaskGroup()
+            tasks = AppTasks()
             tasks._nursery = nursery
             self._protocol = Protocol(
                 self._app,

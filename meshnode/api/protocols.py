@@ -1,18 +1,22 @@
 """Hypercorn's HTTP/1.1 and HTTP/2 state machines, changed where the local API needs them different.
 
-Its job is three changes: no WebSocket is ever opened (hypercorn 0.18 lets a WebSocket upgrade followed by more
-bytes raise out of the server), an answer's head and first bytes leave in one piece, and late bytes of an HTTP/2
-request that was answered early are dropped instead of ending the connection. Deadlines are `api.connection`'s.
+Its job is four changes: no WebSocket is ever opened (hypercorn 0.18 lets a WebSocket upgrade followed by more
+bytes raise out of the server), an answer's head and first bytes leave in one piece, late bytes of an HTTP/2
+request that was answered early are dropped instead of ending the connection, and nobody waits for a
+handler that has answered to take the rest of its request (0.18 does, for ever: connection and handler wait for each
+other). Deadlines are `api.connection`'s.
 
 These classes override parts that hypercorn does not call public, which is why its minor version is pinned.
 """
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import cast
 
 import h2.events
 import h2.settings
 import h11
+import trio
 from h2.errors import ErrorCodes
 from hypercorn.config import Config
 from hypercorn.events import Event, RawData
@@ -23,9 +27,50 @@ from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import STREAM_ID, H2CProtocolRequiredError, H2ProtocolAssumedError, H11Protocol
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 from hypercorn.protocol.ws_stream import WSStream
-from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup, WorkerContext
+from hypercorn.trio.task_group import TaskGroup as TrioTaskGroup
+from hypercorn.trio.task_group import _handle
+from hypercorn.typing import (
+    AppWrapper,
+    ASGIReceiveEvent,
+    ASGISendEvent,
+    ConnectionState,
+    Scope,
+    TaskGroup,
+    WorkerContext,
+)
 
 from meshnode.api.limits import ApiLimits
+
+
+class AppTasks(TrioTaskGroup):
+    """Runs handlers. Once a request is over, nobody waits for its handler to take what still comes of it."""
+
+    async def spawn_app(
+        self,
+        app: AppWrapper,
+        config: Config,
+        scope: Scope,
+        send: Callable[[ASGISendEvent | None], Awaitable[None]],
+    ) -> Callable[[ASGIReceiveEvent], Awaitable[None]]:
+        given, taken = trio.open_memory_channel[ASGIReceiveEvent](config.max_app_queue_size)
+
+        async def give(event: ASGIReceiveEvent) -> None:
+            if event["type"] == "http.disconnect":
+                given.close()
+                return
+            with contextlib.suppress(trio.ClosedResourceError, trio.BrokenResourceError):
+                await given.send(event)
+
+        async def receive() -> ASGIReceiveEvent:
+            try:
+                return await taken.receive()
+            except trio.EndOfChannel:
+                return {"type": "http.disconnect"}
+
+        assert self._nursery is not None  # the connection runs in it
+        run_sync, from_thread = trio.to_thread.run_sync, trio.from_thread.run
+        self._nursery.start_soon(_handle, app, config, scope, receive, send, run_sync, from_thread)
+        return give
 
 
 class Http1(H11Protocol):

@@ -1,6 +1,5 @@
 """What the local API answers: routes, decoding, errors, lists, headers, and that every answer has a request id."""
 
-import contextlib
 import html
 from typing import Any
 
@@ -211,21 +210,6 @@ async def test_a_raw_body_is_streamed_up_to_its_limit() -> None:
             status, _ = await client.receive_head()
     assert fits.json["size"] == 4_000_000
     assert status == 200
-
-
-async def test_a_patient_route_waits_for_a_slow_body_and_others_do_not() -> None:
-    limits = ApiLimits(body_grace_s=0.1, linger_s=0.2)
-    answers = []
-    for path in ("/api/files/slow", "/api/patient"):
-        async with running_api(limits=limits) as running, ApiClient(running.port) as client:
-            assert client.stream is not None
-            head = f"PUT {path} HTTP/1.1\r\nHost: {client.own_host}\r\nContent-Type: application/octet-stream\r\n"
-            await client.stream.send_all((head + "Content-Length: 2\r\n\r\nx").encode())
-            await trio.sleep(0.5)
-            with contextlib.suppress(trio.BrokenResourceError):
-                await client.stream.send_all(b"y")
-            answers.append((await client.stream.receive_some(65536))[:12])
-    assert answers == [b"HTTP/1.1 408", b"HTTP/1.1 200"]
 
 
 async def test_too_large_a_body_is_refused_before_it_is_read() -> None:

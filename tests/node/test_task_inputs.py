@@ -173,6 +173,15 @@ def test_an_upload_that_ends_with_its_agent_leaves_nothing(house: Agents) -> Non
     until(lambda: files(a) == [], "what was left to be removed")
 
 
+def test_far_too_much_through_a_pipe_is_refused_in_words_while_it_is_sent(house: Agents, tmp_path: Path) -> None:
+    a = house.start("a", tasks__input_bytes_max=20 * MEGABYTE)
+    random_file(tmp_path / "in", 100 * MEGABYTE)
+    refused = run(a, "--", "wc", stdin=tmp_path / "in")
+    assert refused.returncode == 1
+    assert "more than 20000000 bytes" in refused.stderr
+    assert files(a) == []
+
+
 def test_a_full_disk_refuses_in_words_and_keeps_nothing(house: Agents, tmp_path: Path) -> None:
     a = house.make("a")
     random_file(tmp_path / "in", 5 * MEGABYTE)
