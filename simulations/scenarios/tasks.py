@@ -152,7 +152,7 @@ class _Run:
             wish = member.index.wishes.get(key, Wish())
             if key[0] == member.me:
                 anew = rng.random() < 0.4
-                member.wish(key, Wish(wish.generation + 1) if anew else Wish(wish.generation, cancelled=True))
+                member.writer.wish(key, Wish(wish.generation + 1) if anew else Wish(wish.generation, cancelled=True))
 
     def _submit(self, member: Member) -> None:
         rng, before = self.rng, len(self.tasks.taken)

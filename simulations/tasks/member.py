@@ -66,34 +66,27 @@ from protocol.placement.standing import standing
 from protocol.placement.tasks import (
     ATTEMPTS,
     NO_WISH,
-    ORDERS,
-    WISHES,
     Attempt,
     AttemptId,
     Order,
-    Wish,
     attempt_key,
-    task_key,
 )
 from protocol.placement.witnessing import WITNESS_MACHINE, AnswerNotes, NotesCommanded, Witness, WitnessingInput
 from protocol.records.events import (
-    DeleteRecord,
-    PutRecord,
     RecordChanged,
     RecordRefused,
     RecordTaken,
     RecordWithdrawn,
-    TakeRecord,
 )
 from protocol.trust.events import RosterChanged
 from simulations.beside import Go, Runner
 from simulations.computer import Computer
 from simulations.tasks.index import COLLECTIONS, Index, TaskKey, order_in
+from simulations.tasks.writer import Writer
 
 if TYPE_CHECKING:
     from simulations.tasks.fabric import Fabric
 
-FIRST_TOKEN = 2_000_000
 RECOVER_S = 0.02
 """How long an agent reads its records and folders before it knows what ran."""
 
@@ -139,10 +132,10 @@ class Member:
             handle=self._witness.handle,  # type: ignore[arg-type]  # it sets no timers
             perform=self._perform_witnessing,
         )
-        self._tokens: dict[int, Callable[[bool], None]] = {}
+        self.writer = Writer(fabric, computer)
         self._calls: dict[int, Answer] = {}
         self._seen: set[AttemptId] = set()
-        self._number = FIRST_TOKEN
+        self._number = 0
         self._changed: dict[TaskKey, None] = {}
         self.is_recovered = False
         self._executions.submit(LentTold(lent))
@@ -168,11 +161,11 @@ class Member:
         match event:
             case RecordChanged() | RecordWithdrawn() if event.collection in COLLECTIONS:
                 self._record(event)
-                self._done(getattr(event, "token", 0), ok=True)
+                self.writer.done(getattr(event, "token", 0), ok=True)
             case RecordRefused():
-                self._done(event.token, ok=event.reason == "outranked")
+                self.writer.done(event.token, ok=event.reason == "outranked")
             case RecordTaken():
-                self._done(event.token, ok=event.holds)
+                self.writer.done(event.token, ok=event.holds)
             case CoordinatorChanged():
                 self._executions.submit(event)
                 self._schedule.submit(event)
@@ -230,34 +223,6 @@ class Member:
             else:
                 self._schedule.submit(TasksLearned((known,), self.at_ms()))
 
-    # ---- records ----------------------------------------------------------------------------------------------------
-
-    def put(self, collection: str, key: bytes, value: bytes, done: Callable[[bool], None]) -> None:
-        """`done` hears whether it is durable here."""
-        self.computer.input(PutRecord(collection, key, value, self._token(done)))
-
-    def take(self, peer: NodeId, blob: bytes, done: Callable[[bool], None]) -> None:
-        """A signed record that came in a call."""
-        self.computer.input(TakeRecord(peer, blob, self._token(done)))
-
-    def drop_order(self, key: TaskKey) -> None:
-        """This node's own."""
-        self.computer.input(DeleteRecord(ORDERS, task_key(*key), self._token(lambda ok: None)))
-
-    def wish(self, key: TaskKey, wish: Wish) -> None:
-        """What a person wants of a task."""
-        self.put(WISHES, task_key(*key), _encode(wish), lambda ok: None)
-
-    def _token(self, done: Callable[[bool], None]) -> int:
-        self._number += 1
-        self._tokens[self._number] = done
-        return self._number
-
-    def _done(self, token: int, *, ok: bool) -> None:
-        done = self._tokens.pop(token, None)
-        if done is not None:
-            self.fabric.later(0.0, self.computer, lambda: done(ok))  # not in the midst of what the hub tells
-
     # ---- calls that come --------------------------------------------------------------------------------------------
 
     def submit_asked(self, peer: NodeId, blob: bytes, answer: Answer) -> None:
@@ -271,11 +236,11 @@ class Member:
         if _submitted.decode(body).code or peer == self.me:
             answer(body)
         else:
-            self.take(peer, blob, lambda ok: answer(body) if ok else None)
+            self.writer.take(peer, blob, lambda ok: answer(body) if ok else None)
 
     def hold(self, peer: NodeId, blob: bytes, answer: Answer) -> None:
         """`tasks.hold`."""
-        self.take(peer, blob, lambda ok: answer(b"held" if ok else b""))
+        self.writer.take(peer, blob, lambda ok: answer(b"held" if ok else b""))
 
     def commanded(self, peer: NodeId, body: bytes, answer: Answer) -> None:
         """`tasks.command`."""
@@ -290,7 +255,7 @@ class Member:
 
         order = order_in(wanted.record) if isinstance(wanted, StartAttempt) else None
         if isinstance(wanted, StartAttempt) and order is not None and (order.submitter, order.task) == key:
-            self.take(peer, wanted.record, lambda ok: obey(self.index.orders.get(key) if ok else None))
+            self.writer.take(peer, wanted.record, lambda ok: obey(self.index.orders.get(key) if ok else None))
         else:
             obey(None)
 
@@ -322,7 +287,7 @@ class Member:
                 if attempt.ending is None and attempt.attempt not in self._seen:
                     self._seen.add(attempt.attempt)
                     self.fabric.obeyed(self, attempt.term)
-                self.put(ATTEMPTS, key, _encode(attempt), partial(self._put_done, attempt))
+                self.writer.put(ATTEMPTS, key, _encode(attempt), partial(self._put_done, attempt))
             case StartExecution(order, attempt):
                 self.fabric.start(self, order, attempt)
             case StopExecution(attempt, _):
@@ -366,7 +331,7 @@ class Member:
                     self._schedule.submit(TasksLearned((known,), self.at_ms()))
             case DeclareLost(_, task, attempt):
                 key = attempt_key(self.me, task, attempt.attempt)
-                self.put(ATTEMPTS, key, _encode(attempt), lambda ok: go())
+                self.writer.put(ATTEMPTS, key, _encode(attempt), lambda ok: go())
                 return True
             case Publish(event):
                 self.fabric.noted(self, event)

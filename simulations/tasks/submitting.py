@@ -27,7 +27,7 @@ class Submitting:
         self._holders: list[NodeId] = []
         self._refusal = ""
         self._waits = 2
-        member.put(ORDERS, task_key(*self._key), msgspec.msgpack.encode(order), self._stored)
+        member.writer.put(ORDERS, task_key(*self._key), msgspec.msgpack.encode(order), self._stored)
         blob = member.index.order_blob(self._key)
         if blob is None:
             self._done()
@@ -46,7 +46,7 @@ class Submitting:
         if self._waits:
             return
         if self._refusal:
-            self._member.drop_order(self._key)
+            self._member.writer.drop_order(self._key)
         self._answered(self._refusal, self._holders)
 
     def _queue(self, blob: bytes) -> None:

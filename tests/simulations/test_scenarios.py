@@ -36,6 +36,7 @@ SMALL = {
     "twins": Options(nodes=6, seed=5),
     "withdrawal": Options(nodes=6, seed=5),
     "sharding": Options(nodes=6, seed=5, duration_s=60.0),
+    "tasks": Options(nodes=4, seed=5, duration_s=30.0),
     "churn": Options(nodes=5, seed=5, duration_s=60.0),
 }
 
