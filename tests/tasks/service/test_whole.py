@@ -34,7 +34,7 @@ async def test_output_is_read_along_from_the_moment_of_submitting(tmp_path: Path
             assert (told[-1].is_end, told[-1].task.status) == (True, "completed")
 
 
-async def test_what_ran_on_an_evicted_node_runs_elsewhere(tmp_path: Path) -> None:
+async def test_what_ran_on_an_evicted_node_runs_elsewhere_and_it_stops(tmp_path: Path) -> None:
     async with task_mesh(tmp_path, 3) as mesh:
         admin, first = mesh.members[0], mesh.coordinator
         out = next(one for one in mesh.members if one not in (admin, first))
@@ -48,6 +48,10 @@ async def test_what_ran_on_an_evicted_node_runs_elsewhere(tmp_path: Path) -> Non
             while (found := await first.read(task)).status != "running" or found.assigned_node == out.id:  # noqa: ASYNC110 -- what readers see has no event
                 await trio.sleep(0.02)
             while out.id in {line.node_id for line in (await first.tasks.desk.stats())[0].nodes}:  # noqa: ASYNC110 -- what readers see has no event
+                await trio.sleep(0.02)
+            if out.id in out.hub.roster:
+                await mesh.evict(out, out)  # its links may be cut before it was told
+            while (await out.tasks.executions.find())[0].state == "running":  # noqa: ASYNC110 -- what readers see has no event
                 await trio.sleep(0.02)
             while (await first.read(theirs)).attempts[-1].ending is None:  # noqa: ASYNC110 -- what readers see has no event
                 await trio.sleep(0.02)
