@@ -10,10 +10,9 @@ from protocol.placement.executing_events import AttemptWritten, Recovered
 from protocol.placement.noting import Noting
 from protocol.placement.scheduling import Scheduling
 from protocol.placement.scheduling_events import ReadTasks
-from protocol.placement.witnessing import NotesCommanded, Witness
 from simulations.bugs.bug import Bug, Patches
 
-_HARD = "power,crash-many,split,cut"  # whole sides go, with all that was not written down
+_HARD = "split,pause"  # coordinators that are alone for a while
 
 
 def _begun_before_written(patches: Patches) -> None:
@@ -38,18 +37,17 @@ def _notes_ignored(patches: Patches) -> None:
     patches.set(Noting, "of", lambda self, key: ())
 
 
-def _notes_not_awaited(patches: Patches) -> None:
-    patches.set(Noting, "is_held", lambda self, attempt: True)
+def _one_holder_is_enough(patches: Patches) -> None:
+    def held(self: Any, node: Any, attempt: Any) -> int:
+        original(self, node, attempt)
+        return int(self._need)
+
+    original = patches.set(Noting, "_held", held)
+    patches.set(Noting, "is_held", lambda self, attempt: bool(self._holders.get(attempt)))
 
 
-def _notes_kept_in_memory(patches: Patches) -> None:
-    def handle(self: Any, event: Any, now: float) -> Any:
-        effects = original(self, event, now)
-        if isinstance(event, NotesCommanded):
-            return [effect for effect in effects if type(effect).__name__ != "Persist"]
-        return effects
-
-    original = patches.set(Witness, "handle", handle)
+def _notes_not_collected(patches: Patches) -> None:
+    patches.set(Noting, "_has_collected", property(lambda self: True))
 
 
 def _notes_go_with_the_end(patches: Patches) -> None:
@@ -94,16 +92,16 @@ def task_bugs() -> tuple[Bug, ...]:
         Bug("old-terms-obeyed", "an executor starts what a former coordinator commands", _fence_open, "tasks"),
         Bug("notes-ignored", "a coordinator does not care what notes say", _notes_ignored, "tasks"),
         Bug(
-            "notes-not-awaited",
+            "one-holder-is-enough",
             "an at_most_once task starts before a majority knows",
-            _notes_not_awaited,
+            _one_holder_is_enough,
             "tasks",
             pattern=_HARD,
         ),
         Bug(
-            "notes-in-memory",
-            "whoever holds notes keeps them in memory alone",
-            _notes_kept_in_memory,
+            "notes-not-collected",
+            "a new coordinator does not wait for the notes of a majority",
+            _notes_not_collected,
             "tasks",
             pattern=_HARD,
         ),
