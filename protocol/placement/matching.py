@@ -203,7 +203,7 @@ def judged(needs: Needs, claim: Amounts, node: NodeId, at: Condition, *, failed_
     )
     cost = filled + BUSY_WEIGHT * at.busy_pm / 1000
     cost += min(LATENCY_COST_MAX, at.rtt_s * LATENCY_WEIGHT_PER_S)
-    words = [f"{filled:.0%} of it taken with this"]
+    words = [f"{filled:.0%} of what it lends is taken with this"]
     if needs.preferred == node:
         cost -= PREFERRED_BONUS
         words.append("preferred")
