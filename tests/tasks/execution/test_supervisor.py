@@ -111,7 +111,7 @@ async def test_an_input_that_is_a_file_becomes_the_attempts_own_and_goes_with_it
             assert (await world.run(*argv, stdin=file)).ending == ending
             assert not file.exists()
         assert await world.output(world.attempts[0]) == data
-        assert not (world.folder / world.attempts[0] / "stdin").exists()
+        await until(lambda: not (world.folder / world.attempts[0] / "stdin").exists())
 
 
 @both_ways
