@@ -42,14 +42,14 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class Submission(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A new task. `command` as a list is run as it is; as a string it goes to `/bin/sh -c` inside the isolation.
 
-    `env` holds `KEY=VALUE` items. `node` must run it, `preferred_node` should; both are a name, an id or the beginning
-    of one. `stdin` is text, `stdin_base64` bytes, `input` what `POST /api/tasks/inputs` answered with. Of `hints`,
-    `priority`, `min_ram_mb` and `node` are known.
-    The same `idempotency_key` with the same body is the same task.
+    `env` holds `KEY=VALUE` items, or is an object. `node` must run it, `preferred_node` should; both are a name, an
+    id or the beginning of one. `stdin` is text, `stdin_base64` bytes, `input` what `POST /api/tasks/inputs` answered
+    with. Of `hints`, `priority`, `min_ram_mb` and `node` are known. The same `idempotency_key` with the same body is
+    the same task.
     """
 
     command: str | list[str]
-    env: list[str] = []
+    env: list[str] | dict[str, str] = []
     preferred_node: str = ""
     node: str = ""
     hints: dict[str, str] = {}

@@ -151,10 +151,16 @@ def _command(said: str | list[str]) -> tuple[tuple[str, ...], str]:
     return tuple(said), ""
 
 
-def _env(said: list[str]) -> tuple[tuple[str, str], ...]:
+def _env(said: list[str] | dict[str, str]) -> tuple[tuple[str, str], ...]:
     if len(said) > ENV_MAX:
         raise MeshError(ErrorCode.TOO_LARGE, f"`env` has {len(said)} items; at most {ENV_MAX}.")
     found: dict[str, str] = {}
+    if isinstance(said, dict):
+        for name, value in said.items():
+            if not name or "=" in name:
+                raise _bad(f"`env` names {name[:40]!r}; a name is not empty and holds no '='.")
+            _text(f"env.{name[:40]}", name + value)
+        return tuple(said.items())
     for index, item in enumerate(said):
         name, equals, value = item.partition("=")
         if not equals or not name:

@@ -55,6 +55,11 @@ def test_the_hints_of_other_clients_are_honoured() -> None:
     assert (order.priority, order.needs.ram_bytes, order.needs.preferred) == (0, 64 * 1024**2, OTHER)
 
 
+def test_variables_may_be_an_object() -> None:
+    said = Submission(command="true", env={"A": "1", "B": "x=y"})
+    assert order_of(said, task=TASK, me=ME, at_ms=5, find_node=str).env == (("A", "1"), ("B", "x=y"))
+
+
 @pytest.mark.parametrize(
     ("fields", "code", "word"),
     [
@@ -68,6 +73,9 @@ def test_the_hints_of_other_clients_are_honoured() -> None:
         ({"command": ["a"] * 5000}, "too_large", "5000 arguments"),
         ({"command": ["x", "y" * 1024 * 1024]}, "too_large", "file"),
         ({"env": ["A"]}, "bad_request", "KEY=VALUE"),
+        ({"env": {"A=B": "x"}}, "bad_request", "'A=B'"),
+        ({"env": {"": "x"}}, "bad_request", "not empty"),
+        ({"env": {"A": "\0"}}, "bad_request", "NUL"),
         ({"env": ["=v"]}, "bad_request", "KEY=VALUE"),
         ({"env": ["A=\0"]}, "bad_request", "NUL"),
         ({"env": [f"A{n}=" for n in range(600)]}, "too_large", "600"),
