@@ -113,8 +113,8 @@ def order_of(
     if size > ORDER_BYTES_MAX:
         raise MeshError(
             ErrorCode.TOO_LARGE,
-            f"Command, environment and input take {size} bytes; a task has at most {ORDER_BYTES_MAX}. Put what is long "
-            "into a file that the node can reach, and name the file.",
+            f"Command, environment and input take {size} bytes; a task has at most {ORDER_BYTES_MAX}. Pipe what is "
+            "long into its standard input, which may be far longer (such as for `xargs`).",
             detail={"bytes": size, "bytes_max": ORDER_BYTES_MAX},
         )
     return order
@@ -144,7 +144,7 @@ def _command(said: str | list[str]) -> tuple[tuple[str, ...], str]:
         raise _bad("`command` is empty. Its first item is the program.")
     if len(said) > ARGV_MAX:
         raise MeshError(
-            ErrorCode.TOO_LARGE, f"`command` has {len(said)} arguments; at most {ARGV_MAX}. Put them into a file."
+            ErrorCode.TOO_LARGE, f"`command` has {len(said)} arguments; at most {ARGV_MAX}. Pipe them into `xargs`."
         )
     for index, item in enumerate(said):
         _text(f"command[{index}]", item)

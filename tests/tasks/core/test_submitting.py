@@ -71,7 +71,7 @@ def test_variables_may_be_an_object() -> None:
         ({"command": ["a", "\0"]}, "bad_request", "command[1]"),
         ({"command": ["a", "\ud800"]}, "bad_request", "surrogate"),
         ({"command": ["a"] * 5000}, "too_large", "5000 arguments"),
-        ({"command": ["x", "y" * 1024 * 1024]}, "too_large", "file"),
+        ({"command": ["x", "y" * 1024 * 1024]}, "too_large", "standard input"),
         ({"env": ["A"]}, "bad_request", "KEY=VALUE"),
         ({"env": {"A=B": "x"}}, "bad_request", "'A=B'"),
         ({"env": {"": "x"}}, "bad_request", "not empty"),
