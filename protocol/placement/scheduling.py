@@ -58,6 +58,7 @@ from protocol.trust.view import RosterView
 
 RETRY_AFTER_S_MIN: Final = 1.0
 RETRY_AFTER_S_MAX: Final = 60.0
+TURNED_AWAY_MAX: Final = 4096
 RATE_S: Final = 30.0
 SHAPES_LOOKED_AT_MAX: Final = 256
 PASSED_OVER_S: Final = 1.0
@@ -186,6 +187,7 @@ class Scheduling:
                 if tracked is not None:
                     self._settling.let_go(tracked)
                 s.noting.forget((submitter, task))
+                s.turned_away.pop((submitter, task), None)
             case Reported(node, _, at_ms):
                 s.wall = (at_ms, now)
                 self._hearing.reported(event, now)
@@ -288,8 +290,9 @@ class Scheduling:
         s, order = self._s, event.order
         if not s.term:
             return Submitted(code="no_coordinator", words="This node does not coordinate; ask the one that does.")
-        for late in [each for each, at in s.admitted.items() if now > at + s.params.admitted_s]:
-            del s.admitted[late]
+        for answers in (s.admitted, s.turned_away):
+            for late in [each for each, at in answers.items() if now > at + s.params.admitted_s]:
+                del answers[late]
         terms = Terms.of(order)
         key = (order.submitter, order.task)
         depth, own = len(s.queue) + len(s.admitted), s.queue.size_of(order.submitter)
@@ -303,8 +306,11 @@ class Scheduling:
             if words:
                 rate = max(self._rate, 0.1)
                 after_s = min(RETRY_AFTER_S_MAX, max(RETRY_AFTER_S_MIN, float(ceil(depth / 10 / rate))))
+                if len(s.turned_away) < TURNED_AWAY_MAX:
+                    s.turned_away[key] = now
                 return Submitted(depth, "overloaded", words, after_s)
             s.admitted[key] = now
+            s.turned_away.pop(key, None)
         shape = Shape(order.needs, s.roster.role(order.submitter), claim_of(order.needs))
         never = "" if self.is_rebuilding(now) else s.books.never(shape)
         position = s.queue.next_position(order.submitter, terms.priority, self._passed_over(now))
@@ -316,6 +322,8 @@ class Scheduling:
         s.admitted.pop(key, None)
         task = s.tasks.get(key)
         if task is None:
+            if now < s.turned_away.get(key, now - s.params.admitted_s) + s.params.admitted_s:
+                return  # its record came before it was taken back
             terms = Terms.of(order)
             stands = standing(terms, known.wish, known.attempts, s.is_member)
             if len(s.tasks) >= s.params.tasks_max or (stands.is_ended and key not in s.asked_about):

@@ -46,7 +46,7 @@ class SchedulingParameters:
     good_s: float = 10.0  # an attempt that runs for so long speaks for its node
     queue_max: int = 20_000  # beyond it submissions are refused; what others took in is queued all the same
     share_max: float = 0.5  # of it, for one submitter
-    admitted_s: float = 10.0  # an admission that no record follows is void
+    admitted_s: float = 10.0  # an admission that no record follows is void, and a refusal that one follows
     turns_max: int = 64  # placements for one event, so that others are not kept waiting
     tasks_max: int = 50_000
     breakers: BreakerParameters = field(default_factory=BreakerParameters)
@@ -170,6 +170,7 @@ class SchedulingState:
         self.under_way: dict[AttemptId, TaskKey] = {}  # commands without an answer
         self.asked_about: dict[TaskKey, float] = {}  # tasks that reports show and nobody here knows
         self.admitted: dict[TaskKey, float] = {}
+        self.turned_away: dict[TaskKey, float] = {}
         self.blocked: set[Shape] = set()  # no node has room for these but perhaps those that are dirty
         self.dirty: set[NodeId] = set()  # something changed there since
         self.fresh: set[Shape] = set()  # not looked at yet

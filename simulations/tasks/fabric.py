@@ -129,8 +129,12 @@ class Fabric(Beside):
         run = computer.run
         rng = self.rng
         written = member.index.attempts.get(order.task, {}).get((member.me, attempt))
-        if written is None:
+        if written is None and member.me in member.hub.roster:
             raise Violation(self.name, self.world.now, f"{computer} starts {order.task} before it is written down")
+
+        # An evicted node's records were withdrawn; it knows nothing yet, and starts what it holds.
+        held = [one for _, _, one in member.executing.attempts if one.attempt == attempt]
+        generation = held[0].generation if held else 0
 
         def begin() -> None:
             now = self.members.get(computer.index)
@@ -143,7 +147,7 @@ class Fabric(Beside):
             process = here[attempt] = Process(order, attempt, self.world.now)
             running = [one for one in here.values() if one.ended is None]
             for watcher in self.watchers:
-                watcher.begun(computer, process, written.generation, running)
+                watcher.begun(computer, process, generation, running)
             self._tell(computer, lambda at: ExecutionBegun(attempt, at))
             self.world.after(runs_s, self._end, computer, process, "exited", code)
 

@@ -152,6 +152,8 @@ def test_a_full_queue_refuses_with_how_long_to_wait_but_keeps_what_it_knows() ->
         assert ask(f"{index}", B).code == ""
     full = ask("20", A)
     assert (full.code, full.position, full.words) == ("overloaded", 10, "10 tasks wait already.")
+    world.submit("20", A)  # its record comes before it is taken back
+    assert world.stats().queued == 5
     world.wait(11.0)
     assert ask("20", A).code == ""  # nothing came of those that were admitted
     world.submit("21")
