@@ -383,15 +383,16 @@ class Member:
     def call(
         self, node: NodeId, deliver: Callable[["Member", Answer], None], replied: Callable[[bytes | None], None]
     ) -> None:
-        """One call, which may fail at any moment."""
+        """One call, which may fail at any moment. Who was evicted has no links to those that know of it."""
         fabric = self.fabric
         target = fabric.world.find(node)
-        fabric.wires.call(
-            self.computer,
-            target,
-            lambda answer: deliver(fabric.members[target.index], answer) if target is not None else None,
-            replied,
-        )
+
+        def arrived(answer: Answer) -> None:
+            other = fabric.members[target.index] if target is not None else None
+            if other is not None and self.me in other.hub.roster:
+                deliver(other, answer)
+
+        fabric.wires.call(self.computer, target, arrived, replied)
 
     def at_ms(self) -> int:
         """The wall clock."""
